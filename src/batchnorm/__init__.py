@@ -1,0 +1,35 @@
+"""Batch normalization for NumPy: forward, backward and running statistics in compiled, threaded kernels.
+
+`axis=1` is the channel axis, `momentum` the weight of the new batch, the running variance is unbiased, and `eps` is
+added under the root: PyTorch's conventions. Statistics are float64 inside, and the same input gives the same bits for any number
+of threads and any processor.
+"""
+
+from ._config import show_config
+from ._threads import get_num_threads, set_num_threads
+from .functional import (
+    Gradients,
+    Saved,
+    backward,
+    forward,
+    inference,
+    inference_backward,
+    update_running,
+)
+from .layer import BatchNorm
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BatchNorm",
+    "Gradients",
+    "Saved",
+    "backward",
+    "forward",
+    "get_num_threads",
+    "inference",
+    "inference_backward",
+    "set_num_threads",
+    "show_config",
+    "update_running",
+]

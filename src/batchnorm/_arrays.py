@@ -1,0 +1,144 @@
+"""What an array must be, and how it is seen by the kernels.
+
+Everything is checked here before anything is written, and every message says which argument, what was wanted and what
+came. An array that is dense in memory is used where it lies, whatever the order of its axes: its axes are put in the order of its memory,
+and the result gets the same order. Only other arrays (gaps, negative strides, foreign byte order, misaligned) are copied.
+"""
+
+import math
+import operator
+import sys
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Array = NDArray[np.floating[Any]]
+
+_FLOAT32 = np.dtype(np.float32)
+_FLOAT64 = np.dtype(np.float64)
+
+
+class Layout(NamedTuple):
+    """Where the channels of an array are: the (N, C, S) view, and the order of axes that makes it contiguous."""
+
+    shape: tuple[int, ...]
+    view: tuple[int, int, int]
+    order: tuple[int, ...] | None
+
+    @property
+    def values(self) -> int:
+        """Values of one channel."""
+        return self.view[0] * self.view[2]
+
+    def fits(self, array: Array) -> bool:
+        """Whether the array lies in memory as this layout says."""
+        ordered = array if self.order is None else array.transpose(self.order)
+        return ordered.flags.c_contiguous and ordered.flags.aligned
+
+    def see(self, array: Array) -> Array:
+        """The (N, C, S) view of an array that fits."""
+        return (array if self.order is None else array.transpose(self.order)).reshape(self.view)
+
+    def bring(self, array: Array) -> Array:
+        """The (N, C, S) view of any array of this shape, of a copy where it does not fit."""
+        if self.order is not None:
+            array = array.transpose(self.order)
+        return np.require(array, requirements="CA").reshape(self.view)
+
+    def empty(self, dtype: np.dtype[Any]) -> Array:
+        """A new array of this shape and order in memory."""
+        if self.order is None:
+            return np.empty(self.shape, dtype)
+        inverse = sorted(range(len(self.order)), key=self.order.__getitem__)
+        return np.empty([self.shape[axis] for axis in self.order], dtype).transpose(inverse)
+
+
+def as_float(value: ArrayLike, name: str) -> Array:
+    """The argument as an ndarray of native float32 or float64, without a copy where it is one."""
+    if type(value) is np.ndarray and value.dtype in (_FLOAT32, _FLOAT64):
+        return value
+    ma = sys.modules.get("numpy.ma")
+    if ma is not None and isinstance(value, ma.MaskedArray):
+        raise TypeError(f"{name} must not be a masked array: masks are not supported")
+    try:
+        array = np.asarray(value)
+    except ValueError as error:
+        raise ValueError(f"{name} must be an array of numbers: {error}") from None
+    if array.dtype.kind != "f" or array.dtype.itemsize not in (4, 8):
+        raise TypeError(f"{name} must have dtype float32 or float64, got {array.dtype}")
+    return array.astype(array.dtype.newbyteorder("="), copy=False)
+
+
+def lay_out(x: Array, axis: int) -> tuple[Array, Layout]:
+    """Find the (N, C, S) view of x; a copy of x where it has none."""
+    if x.ndim < 2:
+        raise ValueError(f"x must have at least 2 dimensions, got shape {x.shape}")
+    try:
+        channel = operator.index(axis)
+    except TypeError:
+        raise TypeError(f"axis must be an integer, got {type(axis).__name__}") from None
+    if not -x.ndim <= channel < x.ndim:
+        raise ValueError(f"axis must be between {-x.ndim} and {x.ndim - 1} for shape {x.shape}, got {channel}")
+    channel %= x.ndim
+    shape = x.shape
+    flags = x.flags
+    if flags.c_contiguous and flags.aligned:
+        return x, Layout(shape, (math.prod(shape[:channel]), shape[channel], math.prod(shape[channel + 1 :])), None)
+    order = tuple(sorted(range(x.ndim), key=lambda i: -abs(x.strides[i])))
+    ordered = np.require(x.transpose(order), requirements="CA")
+    where = order.index(channel)
+    view = (math.prod(ordered.shape[:where]), shape[channel], math.prod(ordered.shape[where + 1 :]))
+    layout = Layout(shape, view, order)
+    inverse = sorted(range(x.ndim), key=order.__getitem__)
+    return ordered.transpose(inverse), layout
+
+
+def as_channels(value: ArrayLike, name: str, channels: int) -> Array:
+    """The argument as an array with one number a channel."""
+    array = as_float(value, name)
+    if array.shape != (channels,):
+        raise ValueError(f"{name} must have shape ({channels},), got {array.shape}")
+    return array
+
+
+def _as_number(value: float, name: str) -> float:
+    if not isinstance(value, (float, int, np.floating, np.integer)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    return float(value)
+
+
+def as_eps(eps: float) -> float:
+    value = _as_number(eps, "eps")
+    if not 0 <= value < math.inf:
+        raise ValueError(f"eps must be finite and at least 0, got {value}")
+    return value
+
+
+def as_momentum(momentum: float) -> float:
+    value = _as_number(momentum, "momentum")
+    if not 0 <= value <= 1:
+        raise ValueError(f"momentum, the weight of the new batch, must be between 0 and 1, got {value}")
+    return value
+
+
+def check_out(out: Any, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+    """`out` must be able to hold the result."""
+    if not isinstance(out, np.ndarray):
+        raise TypeError(f"out must be a numpy array, got {type(out).__name__}")
+    if out.shape != shape:
+        raise ValueError(f"out must have shape {shape}, got {out.shape}")
+    if out.dtype != dtype:
+        raise TypeError(f"out must have dtype {dtype}, got {out.dtype}")
+    if not out.flags.writeable:
+        raise ValueError("out must be writeable, got a read-only array")
+
+
+def check_overlap(out: Array, name: str, other: Any, may_be_same: bool = False) -> None:
+    """`out` must not share memory with an input, unless it is that very input and the result is written in step."""
+    if not isinstance(other, np.ndarray) or not np.shares_memory(out, other):
+        return
+    same = out.__array_interface__["data"] == other.__array_interface__["data"] and out.strides == other.strides
+    if not (may_be_same and same and out.shape == other.shape and out.dtype == other.dtype):
+        allowed = f" (out={name} itself is allowed)" if may_be_same else ""
+        raise ValueError(f"out must not overlap {name}{allowed}")

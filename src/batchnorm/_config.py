@@ -1,0 +1,65 @@
+"""What was built, what was chosen, and why: the first thing to ask for in a report of a problem."""
+
+import platform
+from typing import Any, Literal, overload
+
+import numpy as np
+
+from . import _cpu, _dispatch, _threads
+
+
+@overload
+def show_config(mode: Literal["stdout"] = ...) -> None: ...
+@overload
+def show_config(mode: Literal["dicts"]) -> dict[str, Any]: ...
+def show_config(mode: str = "stdout") -> dict[str, Any] | None:
+    """Show kernel level, threads and what decided them, OpenMP and versions.
+
+    Parameters
+    ----------
+    mode : {"stdout", "dicts"}
+        Print, or return a dictionary, as `numpy.show_config` does.
+
+    Raises
+    ------
+    ValueError
+        If `mode` is another word.
+
+    Examples
+    --------
+    >>> import batchnorm as bn
+    >>> bn.show_config(mode="dicts")["kernels"]["level"] in ("v4", "v3", "v2", "baseline")
+    True
+    """
+    if mode not in ("stdout", "dicts"):
+        raise ValueError(f"mode must be 'stdout' or 'dicts', got {mode!r}")
+    threads, reason = _threads.decide()
+    openmp = _dispatch.kernels.openmp()
+    config: dict[str, Any] = {
+        "versions": {"batchnorm": _version(), "numpy": np.__version__, "python": platform.python_version()},
+        "kernels": {
+            "level": _dispatch.kernels.level,
+            "usable": list(_dispatch.available()),
+            "built": list(_cpu.built()),
+        },
+        "threads": {
+            "default": threads,
+            "decided by": reason,
+            "OpenMP": f"specification of {openmp // 100}-{openmp % 100:02}" if openmp else "serial build",
+            "OpenMP limit": _dispatch.kernels.max_threads(),
+            "serial below": f"{_threads.SERIAL_VALUES} values",
+        },
+    }
+    if mode == "dicts":
+        return config
+    for title, entries in config.items():
+        print(f"{title}:")
+        for name, value in entries.items():
+            print(f"  {name}: {', '.join(value) if isinstance(value, list) else value}")
+    return None
+
+
+def _version() -> str:
+    from . import __version__
+
+    return __version__

@@ -1,0 +1,64 @@
+"""Which compiled level of the kernels is used.
+
+The best level that this processor runs and this build has, or the one named by `BATCHNORM_ISA`. A level that is
+named and cannot be had is an error: falling back would hide a broken build and spoil a measurement.
+"""
+
+import importlib
+import os
+from collections.abc import Callable
+from typing import Any
+
+from . import _cpu
+
+Specialised = dict[str, Callable[..., None]]
+
+
+class Kernels:
+    """One compiled level, its functions chosen by the character of the dtype: `kernels.forward["f"](…)`."""
+
+    def __init__(self, level: str) -> None:
+        if level not in _cpu.built():
+            raise ImportError(f"the kernel level must be one of {', '.join(_cpu.built())} (built here), got {level!r}")
+        if level not in _cpu.supported():
+            raise ImportError(f"this processor cannot run the kernel level {level!r}, only {', '.join(available())}")
+        module = importlib.import_module(f"batchnorm._kernels_{level}")
+        self.level = level
+        self.max_threads: Callable[[], int] = module.max_threads
+        self.openmp: Callable[[], int] = module.openmp
+        self.fill_rstd: Callable[..., None] = module.fill_rstd
+        self.moments = self._specialised(module.moments)
+        self.forward = self._specialised(module.forward)
+        self.normalize = self._specialised(module.normalize)
+        self.grad_sums = self._specialised(module.grad_sums)
+        self.grad_apply = self._specialised(module.grad_apply)
+        self.backward = self._specialised(module.backward)
+        self.inference_backward = self._specialised(module.inference_backward)
+        self.update_running = self._specialised(module.update_running)
+
+    @staticmethod
+    def _specialised(fused: Any) -> Specialised:
+        # Matching a fused signature costs a call more than the arithmetic of a small array.
+        return {"f": fused["float"], "d": fused["double"]}
+
+    def __repr__(self) -> str:
+        return f"Kernels({self.level!r})"
+
+
+def available() -> tuple[str, ...]:
+    """Levels that can be used here, best first."""
+    return tuple(level for level in _cpu.supported() if level in _cpu.built())
+
+
+def chosen_level() -> str:
+    """The level to load, from the environment or the processor."""
+    named = os.environ.get("BATCHNORM_ISA")
+    if named is None and not available():
+        raise ImportError(
+            f"this processor runs none of the kernel levels built here ({', '.join(_cpu.built())}); "
+            "build batchnorm from source on it"
+        )
+    return available()[0] if named is None else named
+
+
+kernels = Kernels(chosen_level())

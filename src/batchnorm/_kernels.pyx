@@ -1,0 +1,848 @@
+"""All arithmetic that must be fast, once for both dtypes and once for each layout.
+
+Decisions, and why:
+
+a) One view. Any array is (N, C, S): N the product of the dimensions before the channel axis, S of those after.
+   Two families of row kernels serve it. *Lanes* run along a long row of S values of one channel, with LANES
+   accumulators carried over the rows. *Columns* run down a block of rows with one accumulator for every column;
+   a column is a channel when S = 1, one of S columns of a channel when rows are short, and one of G copies of the
+   channels when channels are few. The columns of a channel are added up at the end of the block.
+b) One partition. `lay_out` cuts the view into tiles of whole channels and each tile into blocks of rows, from the shape and the
+   item size alone. Sums inside a block have a fixed order, blocks are merged by a fixed tree. Threads only decide who
+   computes a block, so the bits do not depend on them. Nor on the processor: no reassociation, no contraction, and
+   the number of lanes is written here instead of being taken from the width of a register.
+c) float64 inside. A float32 value is widened when read and the result rounded once when written. Statistics are
+   shifted by a pivot, the mean of a few values of the block itself, so that a block loses no digits to the size of
+   the mean, and blocks are merged by Chan's rule (Chan, Golub, LeVeque 1983). Never E[x²] − E[x]².
+d) The mean is a pair, `mean + mean_low`, because near a large mean the float64 result alone would cost float64 input its
+   last digits. The low part is folded into a coefficient of each channel, so it costs nothing for each value.
+e) Steps are separate: reduce → finish → apply. `sweep` runs the three tile by tile when a tile stays in cache,
+   and one after the other over all blocks when there are too few tiles to share among threads.
+f) `each` has the only parallel loop. With one thread it is an ordinary loop that never enters OpenMP.
+"""
+from cython.parallel import prange
+from libc.math cimport sqrt
+from libc.stdlib cimport free, malloc
+
+cdef extern from "_vector.h" nogil:
+    enum:
+        LANES                       # accumulators along a row, on every processor
+        VEC                         # float64 values in a vector: 8, 4 or 2
+        VECS                        # vectors that hold the lanes
+    ctypedef double vec             # VEC of them; Cython only has to know that it can calculate with it
+    vec load_float(const float *) noexcept
+    vec load_double(const double *) noexcept
+    void store_float(float *, vec) noexcept
+    void store_double(double *, vec) noexcept
+    vec zero_vec() noexcept
+    void prefetch(const void *) noexcept
+
+cdef extern from *:
+    """
+    #ifdef _OPENMP
+    #include <omp.h>
+    static int openmp_version(void) { return _OPENMP; }
+    #else
+    static int omp_get_max_threads(void) { return 1; }
+    static int openmp_version(void) { return 0; }
+    #endif
+    """
+    int omp_get_max_threads() noexcept nogil
+    int openmp_version() noexcept nogil
+
+ctypedef fused floating:
+    float
+    double
+
+cdef enum:
+    UNROLLED = 8            # rows of columns taken together, so that an accumulator is loaded once for eight values
+    WIDTH = 256             # the most columns of a tile: 1 KiB of float32, and its accumulators stay in L1
+    BLOCK = 8192            # values of a block of lanes
+    COLUMN_ROWS = 128       # rows of a block of columns
+    SHORT_ROW = 64          # shorter rows are taken as columns
+    FEW_TILES = 16          # fewer tiles of lanes than this are cut into blocks to be shared
+    CACHE = 1 << 19         # bytes of a tile that stay in a core's cache between two passes
+
+# Rows of the tables that the façade allocates, one column a channel.
+cdef enum:
+    MEAN, MEAN_LOW, VAR, RSTD, GAMMA, BETA, STATISTICS_ROWS
+
+cdef enum:
+    SUM_DY, SUM_DY_XMU, DGAMMA, GRADIENT_ROWS
+
+# Rows of the scratch tables: what a block leaves of a channel, and what `apply` needs of it.
+cdef enum:
+    PIVOT, DELTA, M2, PARTIAL_ROWS
+
+cdef enum:
+    CENTRE, SCALE, SLOPE, SHIFT, COEFFICIENT_ROWS
+
+cdef struct Job:
+    Py_ssize_t N, C, S
+    bint columns            # which family
+    bint by_tile            # all three steps tile by tile
+    Py_ssize_t tiles, tile_channels
+    Py_ssize_t blocks, block_rows, segments, segment
+    Py_ssize_t group        # G: rows of columns laid side by side
+    double eps
+    double *statistics      # [STATISTICS_ROWS][C]
+    double *gradients       # [GRADIENT_ROWS][C]
+    double *partial         # [blocks][PARTIAL_ROWS][C]
+    double *coefficient     # [COEFFICIENT_ROWS][C]
+
+cdef struct Block:
+    Py_ssize_t channel, channels
+    Py_ssize_t first        # offset of its first value
+    Py_ssize_t rows, stride, length
+    Py_ssize_t wide_rows, wide_stride, width            # the same block, `group` rows side by side as one row of columns
+    Py_ssize_t rest, rest_rows, rest_width              # and the rows that do not fill a group, as one shorter row
+
+
+# ---- Partition ------------------------------------------------------------------------------------------------------
+
+cdef inline Py_ssize_t ceil_div(Py_ssize_t a, Py_ssize_t b) noexcept nogil:
+    return (a + b - 1) // b
+
+
+cdef void lay_out(Job *job, Py_ssize_t N, Py_ssize_t C, Py_ssize_t S, Py_ssize_t itemsize) noexcept nogil:
+    """Cut the view into tiles and blocks. Only the shape and the item size may be asked here."""
+    cdef Py_ssize_t row_blocks
+    job.N, job.C, job.S = N, C, S
+    job.columns = S < SHORT_ROW
+    job.segments, job.segment, job.group = 1, S, 1
+    if job.columns:
+        job.tiles = ceil_div(C, max(1, WIDTH // S))
+        job.tile_channels = ceil_div(C, job.tiles)
+        if C * S < WIDTH // 2:
+            job.group = max(1, min(WIDTH // (C * S), N // UNROLLED))
+        row_blocks = ceil_div(N, COLUMN_ROWS * job.group)
+        if row_blocks > 2:
+            row_blocks = 4 * ceil_div(row_blocks, 4)        # 2 and 4 threads share them evenly
+        job.block_rows = ceil_div(N, row_blocks)
+        job.by_tile = (job.tiles >= 4 and N * job.tile_channels * S * itemsize <= CACHE) or row_blocks * job.tiles == 1
+    else:
+        job.tiles, job.tile_channels = C, 1
+        if S >= BLOCK:
+            job.segment = LANES * ceil_div(ceil_div(S, ceil_div(S, BLOCK)), LANES)
+            job.segments = ceil_div(S, job.segment)
+        job.block_rows = max(1, BLOCK // S)
+        job.by_tile = C >= FEW_TILES or N * S <= BLOCK
+    job.blocks = ceil_div(N, job.block_rows) * job.segments
+
+
+cdef Py_ssize_t values_before(const Job *job, Py_ssize_t b) noexcept nogil:
+    """Values of one channel in the blocks before block `b`."""
+    cdef Py_ssize_t row = min(b // job.segments * job.block_rows, job.N)
+    cdef Py_ssize_t rows = min(job.block_rows, job.N - row)
+    return row * job.S + rows * min(b % job.segments * job.segment, job.S)
+
+
+cdef Block block_of(const Job *job, Py_ssize_t tile, Py_ssize_t b) noexcept nogil:
+    cdef Block block
+    cdef Py_ssize_t row = b // job.segments * job.block_rows
+    cdef Py_ssize_t start = b % job.segments * job.segment
+    block.channel = tile * job.tile_channels
+    block.channels = min(job.tile_channels, job.C - block.channel)
+    block.rows = min(job.block_rows, job.N - row)
+    block.stride = job.C * job.S
+    block.first = row * block.stride + block.channel * job.S + start
+    block.length = min(job.segment, job.S - start) * block.channels
+    block.wide_rows = block.rows // job.group
+    block.wide_stride = block.stride * job.group
+    block.width = block.length * job.group
+    block.rest = block.wide_rows * block.wide_stride
+    block.rest_width = block.rows % job.group * block.length
+    block.rest_rows = 1 if block.rest_width else 0
+    return block
+
+
+# ---- VEC values at once ---------------------------------------------------------------------------------------------
+
+cdef inline vec load(const floating *p) noexcept nogil:
+    if floating is float:
+        return load_float(p)
+    else:
+        return load_double(p)
+
+
+cdef inline void store(floating *p, vec v) noexcept nogil:
+    if floating is float:
+        store_float(p, v)
+    else:
+        store_double(p, v)
+
+
+# ---- Lanes: along the rows of one channel ---------------------------------------------------------------------------
+# The values that do not fill the lanes are read as the end of the last LANES values of the row, those already counted
+# multiplied by 0. Rows have at least SHORT_ROW values, and a shorter last segment has others of its row before it.
+
+cdef double fold(const vec *lanes) noexcept nogil:
+    """Sum of the lanes by halving."""
+    cdef double lane[LANES]
+    cdef Py_ssize_t j, half = LANES // 2
+    for j in range(VECS):
+        store_double(lane + j * VEC, lanes[j])
+    while half > 0:
+        for j in range(half):
+            lane[j] += lane[j + half]
+        half //= 2
+    return lane[0]
+
+
+cdef void count_rest(Py_ssize_t length, double *counts) noexcept nogil:
+    """1 for the last `length % LANES` lanes, 0 before them."""
+    cdef Py_ssize_t j
+    for j in range(LANES):
+        counts[j] = 1 if j >= LANES - length % LANES else 0
+
+
+cdef void moments_lanes(const floating *x, Py_ssize_t rows, Py_ssize_t stride, Py_ssize_t length,
+                        double pivot, double *sum1, double *sum2) noexcept nogil:
+    """Σ(x − pivot) and Σ(x − pivot)²."""
+    cdef vec s1[VECS]
+    cdef vec s2[VECS]
+    cdef vec d
+    cdef double counts[LANES]
+    cdef Py_ssize_t r, i, k, whole = length - length % LANES
+    count_rest(length, counts)
+    for k in range(VECS):
+        s1[k] = s2[k] = zero_vec()
+    for r in range(rows):
+        for i from 0 <= i < whole by LANES:
+            prefetch(x + stride + i)
+            prefetch(x + stride + i + LANES // 2)
+            for k in range(VECS):
+                d = load(x + i + k * VEC) - pivot
+                s1[k] += d
+                s2[k] += d * d
+        if whole < length:
+            for k in range(VECS):
+                d = (load(x + length - LANES + k * VEC) - pivot) * load_double(counts + k * VEC)
+                s1[k] += d
+                s2[k] += d * d
+        x += stride
+    sum1[0] = fold(s1)
+    sum2[0] = fold(s2)
+
+
+cdef void grad_sums_lanes(const floating *dy, const floating *x, Py_ssize_t rows, Py_ssize_t stride, Py_ssize_t length,
+                          double mean, double *sum1, double *sum2) noexcept nogil:
+    """Σ dy and Σ dy·(x − mean)."""
+    cdef vec s1[VECS]
+    cdef vec s2[VECS]
+    cdef vec g
+    cdef double counts[LANES]
+    cdef Py_ssize_t r, i, k, whole = length - length % LANES
+    count_rest(length, counts)
+    for k in range(VECS):
+        s1[k] = s2[k] = zero_vec()
+    for r in range(rows):
+        for i from 0 <= i < whole by LANES:
+            prefetch(dy + stride + i)
+            prefetch(dy + stride + i + LANES // 2)
+            prefetch(x + stride + i)
+            prefetch(x + stride + i + LANES // 2)
+            for k in range(VECS):
+                g = load(dy + i + k * VEC)
+                s1[k] += g
+                s2[k] += g * (load(x + i + k * VEC) - mean)
+        if whole < length:
+            for k in range(VECS):
+                g = load(dy + length - LANES + k * VEC) * load_double(counts + k * VEC)
+                s1[k] += g
+                s2[k] += g * (load(x + length - LANES + k * VEC) - mean)
+        dy += stride
+        x += stride
+    sum1[0] = fold(s1)
+    sum2[0] = fold(s2)
+
+
+cdef void affine_lanes(const floating *x, floating *y, Py_ssize_t rows, Py_ssize_t stride, Py_ssize_t length,
+                       double centre, double scale, double shift) noexcept nogil:
+    """y = (x − centre)·scale + shift."""
+    cdef Py_ssize_t r, i, whole = length - length % VEC
+    for r in range(rows):
+        for i from 0 <= i < whole by VEC:
+            store(y + i, (load(x + i) - centre) * scale + shift)
+        for i in range(whole, length):
+            y[i] = <floating> ((x[i] - centre) * scale + shift)
+        x += stride
+        y += stride
+
+
+cdef void grad_affine_lanes(const floating *dy, const floating *x, floating *dx, Py_ssize_t rows, Py_ssize_t stride,
+                            Py_ssize_t length, double centre, double scale, double slope, double shift) noexcept nogil:
+    """dx = dy·scale + (x − centre)·slope + shift."""
+    cdef Py_ssize_t r, i, whole = length - length % VEC
+    for r in range(rows):
+        for i from 0 <= i < whole by VEC:
+            store(dx + i, load(dy + i) * scale + (load(x + i) - centre) * slope + shift)
+        for i in range(whole, length):
+            dx[i] = <floating> (dy[i] * scale + (x[i] - centre) * slope + shift)
+        dy += stride
+        x += stride
+        dx += stride
+
+
+# ---- Columns: down the rows of neighbouring channels ----------------------------------------------------------------
+
+cdef void moments_columns(const floating *x, Py_ssize_t rows, Py_ssize_t stride, Py_ssize_t width,
+                          const double *pivot, double *sum1, double *sum2) noexcept nogil:
+    """Add Σ(x − pivot) and Σ(x − pivot)² of each column to sum1 and sum2."""
+    cdef const floating *row
+    cdef vec s1, s2, p, d
+    cdef double e
+    cdef Py_ssize_t r, j, k, taken, whole = width - width % VEC
+    for r from 0 <= r < rows by UNROLLED:
+        row = x + r * stride
+        taken = min(rows - r, UNROLLED)
+        for j from 0 <= j < whole by VEC:
+            s1, s2, p = load_double(sum1 + j), load_double(sum2 + j), load_double(pivot + j)
+            if taken == UNROLLED:
+                for k in range(UNROLLED):
+                    d = load(row + k * stride + j) - p
+                    s1 += d
+                    s2 += d * d
+            else:
+                for k in range(taken):
+                    d = load(row + k * stride + j) - p
+                    s1 += d
+                    s2 += d * d
+            store_double(sum1 + j, s1)
+            store_double(sum2 + j, s2)
+        for j in range(whole, width):
+            for k in range(taken):
+                e = row[k * stride + j] - pivot[j]
+                sum1[j] += e
+                sum2[j] += e * e
+
+
+cdef void grad_sums_columns(const floating *dy, const floating *x, Py_ssize_t rows, Py_ssize_t stride, Py_ssize_t width,
+                            const double *mean, double *sum1, double *sum2) noexcept nogil:
+    """Add Σ dy and Σ dy·(x − mean) of each column to sum1 and sum2."""
+    cdef const floating *g
+    cdef const floating *row
+    cdef vec s1, s2, m, d
+    cdef Py_ssize_t r, j, k, taken, whole = width - width % VEC
+    for r from 0 <= r < rows by UNROLLED:
+        g = dy + r * stride
+        row = x + r * stride
+        taken = min(rows - r, UNROLLED)
+        for j from 0 <= j < whole by VEC:
+            s1, s2, m = load_double(sum1 + j), load_double(sum2 + j), load_double(mean + j)
+            if taken == UNROLLED:
+                for k in range(UNROLLED):
+                    d = load(g + k * stride + j)
+                    s1 += d
+                    s2 += d * (load(row + k * stride + j) - m)
+            else:
+                for k in range(taken):
+                    d = load(g + k * stride + j)
+                    s1 += d
+                    s2 += d * (load(row + k * stride + j) - m)
+            store_double(sum1 + j, s1)
+            store_double(sum2 + j, s2)
+        for j in range(whole, width):
+            for k in range(taken):
+                sum1[j] += g[k * stride + j]
+                sum2[j] += g[k * stride + j] * (row[k * stride + j] - mean[j])
+
+
+cdef void affine_columns(const floating *x, floating *y, Py_ssize_t rows, Py_ssize_t stride, Py_ssize_t width,
+                         const double *centre, const double *scale, const double *shift) noexcept nogil:
+    """y = (x − centre)·scale + shift, with the coefficients of each column."""
+    cdef Py_ssize_t r, j, whole = width - width % VEC
+    for r in range(rows):
+        for j from 0 <= j < whole by VEC:
+            store(y + j, (load(x + j) - load_double(centre + j)) * load_double(scale + j) + load_double(shift + j))
+        for j in range(whole, width):
+            y[j] = <floating> ((x[j] - centre[j]) * scale[j] + shift[j])
+        x += stride
+        y += stride
+
+
+cdef void grad_affine_columns(const floating *dy, const floating *x, floating *dx, Py_ssize_t rows, Py_ssize_t stride,
+                              Py_ssize_t width, const double *centre, const double *scale, const double *slope,
+                              const double *shift) noexcept nogil:
+    """dx = dy·scale + (x − centre)·slope + shift, with the coefficients of each column."""
+    cdef Py_ssize_t r, j, whole = width - width % VEC
+    for r in range(rows):
+        for j from 0 <= j < whole by VEC:
+            store(dx + j, load(dy + j) * load_double(scale + j)
+                  + (load(x + j) - load_double(centre + j)) * load_double(slope + j) + load_double(shift + j))
+        for j in range(whole, width):
+            dx[j] = <floating> (dy[j] * scale[j] + (x[j] - centre[j]) * slope[j] + shift[j])
+        dy += stride
+        x += stride
+        dx += stride
+
+
+cdef const double *spread(const double *value, const Block *block, const Job *job, double *column) noexcept nogil:
+    """The value of each channel at every column of a (grouped) row; the channels themselves where they are the columns."""
+    cdef Py_ssize_t c, j, g
+    value += block.channel
+    if job.S == 1 and job.group == 1:
+        return value
+    for c in range(block.channels):
+        for j in range(job.S):
+            column[c * job.S + j] = value[c]
+    for j in range(block.length, block.width):
+        column[j] = column[j - block.length]
+    return column
+
+
+cdef void gather(double *column, const Block *block, const Job *job, double *value) noexcept nogil:
+    """Add up the columns of each channel, always in the same order."""
+    cdef double lane[8]
+    cdef Py_ssize_t c, g, i, j, whole = job.S - job.S % 8
+    for g in range(1, job.group):
+        for j in range(block.length):
+            column[j] += column[g * block.length + j]
+    if job.S == 1:
+        for c in range(block.channels):
+            value[c] = column[c]
+        return
+    for c in range(block.channels):
+        for j in range(8):
+            lane[j] = 0
+        for i from 0 <= i < whole by 8:
+            for j in range(8):
+                lane[j] += column[i + j]
+        for j in range(job.S - whole):
+            lane[j] += column[whole + j]
+        value[c] = ((lane[0] + lane[4]) + (lane[2] + lane[6])) + ((lane[1] + lane[5]) + (lane[3] + lane[7]))
+        column += job.S
+
+
+# ---- Reduce: what one block tells of its channels -------------------------------------------------------------------
+
+cdef double mean_of_first(const floating *x, Py_ssize_t count) noexcept nogil:
+    """Mean of the first values, a power of two of them, so that the mean of equal values is that value."""
+    cdef double value[LANES]
+    cdef Py_ssize_t j, half = LANES
+    while half > count:
+        half //= 2
+    for j in range(half):
+        value[j] = x[j]
+    while half > 1:
+        half //= 2
+        for j in range(half):
+            value[j] = 0.5 * value[j] + 0.5 * value[j + half]
+    return value[0]
+
+
+cdef void choose_pivots(const floating *x, const Block *block, double *pivot) noexcept nogil:
+    """A value near the mean of each channel of the block, from the block alone.
+
+    The mean of p of n values is within sqrt(n / p) standard deviations of their mean, which bounds the digits that
+    the shifted sums can lose whatever the data.
+    """
+    cdef Py_ssize_t c, step = block.stride, length = block.length // block.channels
+    if length > 1:
+        for c in range(block.channels):
+            pivot[c] = mean_of_first(x + c * length, length)
+    elif block.rows >= 4:
+        for c in range(block.channels):
+            pivot[c] = ((0.25 * x[c] + 0.25 * x[c + step])
+                        + (0.25 * x[c + 2 * step] + 0.25 * x[c + 3 * step]))
+    else:
+        for c in range(block.channels):
+            pivot[c] = x[c]
+
+
+cdef void moments_block(const floating *x, const floating *dy, floating *out, const Job *job, Py_ssize_t tile,
+                        Py_ssize_t b) noexcept nogil:
+    cdef Block block = block_of(job, tile, b)
+    cdef double *partial = job.partial + b * PARTIAL_ROWS * job.C
+    cdef double *pivot = partial + PIVOT * job.C
+    cdef double *delta = partial + DELTA * job.C + block.channel
+    cdef double *m2 = partial + M2 * job.C + block.channel
+    cdef double column[WIDTH]
+    cdef double sum1[WIDTH]
+    cdef double sum2[WIDTH]
+    cdef const double *centre
+    cdef double n = values_before(job, b + 1) - values_before(job, b)
+    cdef Py_ssize_t c
+    x += block.first
+    choose_pivots(x, &block, pivot + block.channel)
+    if not job.columns:
+        moments_lanes(x, block.rows, block.stride, block.length, pivot[block.channel], delta, m2)
+    else:
+        centre = spread(pivot, &block, job, column)
+        for c in range(block.width):
+            sum1[c] = sum2[c] = 0
+        moments_columns(x, block.wide_rows, block.wide_stride, block.width, centre, sum1, sum2)
+        moments_columns(x + block.rest, block.rest_rows, 0, block.rest_width, centre, sum1, sum2)
+        gather(sum1, &block, job, delta)
+        gather(sum2, &block, job, m2)
+    for c in range(block.channels):
+        m2[c] -= delta[c] * (delta[c] / n)
+        m2[c] = 0 if m2[c] < 0 else m2[c]
+        delta[c] /= n
+
+
+cdef void grad_sums_block(const floating *x, const floating *dy, floating *out, const Job *job, Py_ssize_t tile,
+                          Py_ssize_t b) noexcept nogil:
+    cdef Block block = block_of(job, tile, b)
+    cdef double *partial = job.partial + b * PARTIAL_ROWS * job.C + block.channel
+    cdef double *mean = job.statistics + MEAN * job.C
+    cdef double column[WIDTH]
+    cdef double sum1[WIDTH]
+    cdef double sum2[WIDTH]
+    cdef const double *centre
+    cdef Py_ssize_t c
+    x += block.first
+    dy += block.first
+    if not job.columns:
+        grad_sums_lanes(dy, x, block.rows, block.stride, block.length, mean[block.channel],
+                        partial + SUM_DY * job.C, partial + SUM_DY_XMU * job.C)
+        return
+    centre = spread(mean, &block, job, column)
+    for c in range(block.width):
+        sum1[c] = sum2[c] = 0
+    grad_sums_columns(dy, x, block.wide_rows, block.wide_stride, block.width, centre, sum1, sum2)
+    grad_sums_columns(dy + block.rest, x + block.rest, block.rest_rows, 0, block.rest_width, centre, sum1, sum2)
+    gather(sum1, &block, job, partial + SUM_DY * job.C)
+    gather(sum2, &block, job, partial + SUM_DY_XMU * job.C)
+
+
+# ---- Finish: merge the blocks of a tile, derive the coefficients ----------------------------------------------------
+
+cdef void merge_moments(double *left, const double *right, Py_ssize_t C, Py_ssize_t channels,
+                        double n_left, double n_right) noexcept nogil:
+    """Chan's rule: the moments of two sets from the moments of each."""
+    cdef double share = n_right / (n_left + n_right)
+    cdef double weight = n_left * share
+    cdef double apart
+    cdef Py_ssize_t c
+    for c in range(channels):
+        apart = (right[PIVOT * C + c] - left[PIVOT * C + c]) + (right[DELTA * C + c] - left[DELTA * C + c])
+        left[DELTA * C + c] += apart * share
+        left[M2 * C + c] += right[M2 * C + c] + apart * apart * weight
+
+
+cdef void merge_sums(double *left, const double *right, Py_ssize_t C, Py_ssize_t channels) noexcept nogil:
+    cdef Py_ssize_t c
+    for c in range(channels):
+        left[SUM_DY * C + c] += right[SUM_DY * C + c]
+        left[SUM_DY_XMU * C + c] += right[SUM_DY_XMU * C + c]
+
+
+cdef void merge_blocks(const Job *job, Py_ssize_t first, Py_ssize_t channels, bint moments) noexcept nogil:
+    """Merge neighbours, then pairs of neighbours, and so on: a tree that depends on the number of blocks alone."""
+    cdef Py_ssize_t i, step = 1, row = PARTIAL_ROWS * job.C
+    cdef Py_ssize_t start, middle, stop
+    cdef double *left
+    while step < job.blocks:
+        for i from 0 <= i < job.blocks - step by 2 * step:
+            left = job.partial + i * row + first
+            if moments:
+                start = values_before(job, i)
+                middle = values_before(job, i + step)
+                stop = values_before(job, min(i + 2 * step, job.blocks))
+                merge_moments(left, left + step * row, job.C, channels, middle - start, stop - middle)
+            else:
+                merge_sums(left, left + step * row, job.C, channels)
+        step *= 2
+
+
+cdef inline double rstd_of(double var, double eps) noexcept nogil:
+    """1/√(var + eps); 0 where var + eps is 0, so that a channel without spread maps to beta."""
+    return 1 / sqrt(var + eps) if var + eps != 0 else 0
+
+
+cdef void set_affine(const Job *job, Py_ssize_t first, Py_ssize_t channels) noexcept nogil:
+    """rstd and the coefficients of y = (x − mean)·scale + shift from the statistics."""
+    cdef Py_ssize_t c, C = job.C
+    cdef double *s = job.statistics
+    for c in range(first, first + channels):
+        s[RSTD * C + c] = rstd_of(s[VAR * C + c], job.eps)
+        job.coefficient[CENTRE * C + c] = s[MEAN * C + c]
+        job.coefficient[SCALE * C + c] = s[GAMMA * C + c] * s[RSTD * C + c]
+        job.coefficient[SHIFT * C + c] = s[BETA * C + c] - s[MEAN_LOW * C + c] * job.coefficient[SCALE * C + c]
+
+
+cdef void finish_moments(const Job *job, Py_ssize_t tile) noexcept nogil:
+    cdef Py_ssize_t c, C = job.C, first = tile * job.tile_channels
+    cdef Py_ssize_t channels = min(job.tile_channels, C - first)
+    cdef double *s = job.statistics
+    cdef double n = job.N * job.S
+    cdef double pivot, delta, mean, back
+    merge_blocks(job, first, channels, True)
+    for c in range(first, first + channels):
+        pivot = job.partial[PIVOT * C + c]
+        delta = job.partial[DELTA * C + c]
+        mean = pivot + delta
+        back = mean - pivot
+        s[MEAN * C + c] = mean
+        s[MEAN_LOW * C + c] = (pivot - (mean - back)) + (delta - back)      # what the sum rounded off (Knuth's TwoSum)
+        s[VAR * C + c] = job.partial[M2 * C + c] / n
+    set_affine(job, first, channels)
+
+
+cdef void finish_statistics(const Job *job, Py_ssize_t tile) noexcept nogil:
+    """Nothing to merge: the statistics are given."""
+    cdef Py_ssize_t first = tile * job.tile_channels
+    set_affine(job, first, min(job.tile_channels, job.C - first))
+
+
+cdef void finish_sums(const Job *job, Py_ssize_t tile) noexcept nogil:
+    cdef Py_ssize_t c, C = job.C, first = tile * job.tile_channels
+    cdef Py_ssize_t channels = min(job.tile_channels, C - first)
+    cdef double *s = job.statistics
+    cdef double *g = job.gradients
+    merge_blocks(job, first, channels, False)
+    for c in range(first, first + channels):
+        g[SUM_DY * C + c] = job.partial[SUM_DY * C + c]
+        g[SUM_DY_XMU * C + c] = job.partial[SUM_DY_XMU * C + c] - s[MEAN_LOW * C + c] * g[SUM_DY * C + c]
+        g[DGAMMA * C + c] = g[SUM_DY_XMU * C + c] * s[RSTD * C + c]
+
+
+cdef void set_gradient(const Job *job, Py_ssize_t tile) noexcept nogil:
+    """Coefficients of dx = dy·scale + (x − mean)·slope + shift, the paper's three terms gathered by what they multiply."""
+    cdef Py_ssize_t c, C = job.C, first = tile * job.tile_channels
+    cdef double *s = job.statistics
+    cdef double *g = job.gradients
+    cdef double n = job.N * job.S
+    cdef double scale, slope
+    for c in range(first, min(first + job.tile_channels, C)):
+        scale = s[GAMMA * C + c] * s[RSTD * C + c]
+        slope = -scale * (s[RSTD * C + c] * (g[DGAMMA * C + c] / n))
+        job.coefficient[CENTRE * C + c] = s[MEAN * C + c]
+        job.coefficient[SCALE * C + c] = scale
+        job.coefficient[SLOPE * C + c] = slope
+        job.coefficient[SHIFT * C + c] = -scale * (g[SUM_DY * C + c] / n) - s[MEAN_LOW * C + c] * slope
+
+
+cdef void finish_inference_backward(const Job *job, Py_ssize_t tile) noexcept nogil:
+    """With fixed statistics only the direct path is left: dx = dy·gamma·rstd."""
+    cdef Py_ssize_t c, C = job.C, first = tile * job.tile_channels
+    cdef double *s = job.statistics
+    for c in range(first, min(first + job.tile_channels, C)):
+        job.coefficient[CENTRE * C + c] = 0
+        job.coefficient[SCALE * C + c] = s[GAMMA * C + c] * s[RSTD * C + c]
+        job.coefficient[SHIFT * C + c] = 0
+    finish_sums(job, tile)
+
+
+cdef void finish_backward(const Job *job, Py_ssize_t tile) noexcept nogil:
+    finish_sums(job, tile)
+    set_gradient(job, tile)
+
+
+# ---- Apply: write one block -----------------------------------------------------------------------------------------
+
+cdef void affine_block(const floating *x, const floating *dy, floating *out, const Job *job, Py_ssize_t tile,
+                       Py_ssize_t b) noexcept nogil:
+    cdef Block block = block_of(job, tile, b)
+    cdef double column[3][WIDTH]
+    cdef const double *centre = job.coefficient + CENTRE * job.C
+    cdef const double *scale = job.coefficient + SCALE * job.C
+    cdef const double *shift = job.coefficient + SHIFT * job.C
+    cdef Py_ssize_t c = block.channel
+    x += block.first
+    out += block.first
+    if not job.columns:
+        affine_lanes(x, out, block.rows, block.stride, block.length, centre[c], scale[c], shift[c])
+        return
+    centre = spread(centre, &block, job, column[0])
+    scale = spread(scale, &block, job, column[1])
+    shift = spread(shift, &block, job, column[2])
+    affine_columns(x, out, block.wide_rows, block.wide_stride, block.width, centre, scale, shift)
+    affine_columns(x + block.rest, out + block.rest, block.rest_rows, 0, block.rest_width, centre, scale, shift)
+
+
+cdef void grad_affine_block(const floating *x, const floating *dy, floating *out, const Job *job, Py_ssize_t tile,
+                            Py_ssize_t b) noexcept nogil:
+    cdef Block block = block_of(job, tile, b)
+    cdef double column[4][WIDTH]
+    cdef const double *centre = job.coefficient + CENTRE * job.C
+    cdef const double *scale = job.coefficient + SCALE * job.C
+    cdef const double *slope = job.coefficient + SLOPE * job.C
+    cdef const double *shift = job.coefficient + SHIFT * job.C
+    cdef Py_ssize_t c = block.channel
+    x += block.first
+    dy += block.first
+    out += block.first
+    if not job.columns:
+        grad_affine_lanes(dy, x, out, block.rows, block.stride, block.length, centre[c], scale[c], slope[c], shift[c])
+        return
+    centre = spread(centre, &block, job, column[0])
+    scale = spread(scale, &block, job, column[1])
+    slope = spread(slope, &block, job, column[2])
+    shift = spread(shift, &block, job, column[3])
+    grad_affine_columns(dy, x, out, block.wide_rows, block.wide_stride, block.width, centre, scale, slope, shift)
+    grad_affine_columns(dy + block.rest, x + block.rest, out + block.rest, block.rest_rows, 0, block.rest_width,
+                        centre, scale, slope, shift)
+
+
+cdef void scale_block(const floating *x, const floating *dy, floating *out, const Job *job, Py_ssize_t tile,
+                      Py_ssize_t b) noexcept nogil:
+    affine_block(dy, x, out, job, tile, b)
+
+
+# ---- Drive ----------------------------------------------------------------------------------------------------------
+
+cdef void item(void (*reduce)(const floating *, const floating *, floating *, const Job *, Py_ssize_t, Py_ssize_t) noexcept nogil,
+               void (*finish)(const Job *, Py_ssize_t) noexcept nogil,
+               void (*apply)(const floating *, const floating *, floating *, const Job *, Py_ssize_t, Py_ssize_t) noexcept nogil,
+               const floating *x, const floating *dy, floating *out, const Job *job, bint by_tile, Py_ssize_t i) noexcept nogil:
+    """A whole tile, or one block; blocks are counted in the order of memory."""
+    cdef Py_ssize_t tile, b, first, last
+    if by_tile:
+        tile, first, last = i, 0, job.blocks
+    else:
+        first = i // (job.tiles * job.segments) * job.segments + i % job.segments
+        tile, last = i // job.segments % job.tiles, first + 1
+    if reduce != NULL:
+        for b in range(first, last):
+            reduce(x, dy, out, job, tile, b)
+    if finish != NULL:
+        finish(job, tile)
+    if apply != NULL:
+        for b in range(last - 1, first - 1, -1):        # the last block is the one still in cache
+            apply(x, dy, out, job, tile, b)
+
+
+cdef void each(void (*reduce)(const floating *, const floating *, floating *, const Job *, Py_ssize_t, Py_ssize_t) noexcept nogil,
+               void (*finish)(const Job *, Py_ssize_t) noexcept nogil,
+               void (*apply)(const floating *, const floating *, floating *, const Job *, Py_ssize_t, Py_ssize_t) noexcept nogil,
+               const floating *x, const floating *dy, floating *out, const Job *job, bint by_tile, int num_threads) noexcept nogil:
+    cdef Py_ssize_t i, items = job.tiles if by_tile else job.tiles * job.blocks
+    if num_threads == 1:
+        for i in range(items):
+            item(reduce, finish, apply, x, dy, out, job, by_tile, i)
+    else:
+        for i in prange(items, schedule="static", num_threads=num_threads):
+            item(reduce, finish, apply, x, dy, out, job, by_tile, i)
+
+
+cdef void sweep(void (*reduce)(const floating *, const floating *, floating *, const Job *, Py_ssize_t, Py_ssize_t) noexcept nogil,
+                void (*finish)(const Job *, Py_ssize_t) noexcept nogil,
+                void (*apply)(const floating *, const floating *, floating *, const Job *, Py_ssize_t, Py_ssize_t) noexcept nogil,
+                const floating *x, const floating *dy, floating *out, const Job *job, int num_threads) noexcept nogil:
+    """reduce → finish → apply over all tiles, in one parallel region where tiles stay in cache."""
+    cdef Py_ssize_t tile
+    if job.by_tile and reduce != NULL and apply != NULL:
+        each(reduce, finish, apply, x, dy, out, job, True, num_threads)
+        return
+    if reduce != NULL:
+        each(reduce, NULL, NULL, x, dy, out, job, False, num_threads)
+    for tile in range(job.tiles):
+        finish(job, tile)
+    if apply != NULL:
+        each(NULL, NULL, apply, x, dy, out, job, False, num_threads)
+
+
+cdef int prepare(Job *job, Py_ssize_t N, Py_ssize_t C, Py_ssize_t S, Py_ssize_t itemsize,
+                 const double *statistics, double *gradients) except -1:
+    """Lay out the work and get the scratch for it: a few numbers a block and channel."""
+    lay_out(job, N, C, S, itemsize)
+    job.statistics = <double *> statistics                  # `finish` writes to it only where the caller's table is not const
+    job.gradients = gradients
+    job.coefficient = <double *> malloc((COEFFICIENT_ROWS + PARTIAL_ROWS * job.blocks) * C * sizeof(double))
+    if job.coefficient == NULL:
+        raise MemoryError(f"no memory for the partial sums of {job.blocks} blocks of {C} channels")
+    job.partial = job.coefficient + COEFFICIENT_ROWS * C
+    return 0
+
+
+def moments(const floating[:, :, ::1] x, double[:, ::1] statistics, double eps, int num_threads):
+    """mean, var and rstd of each channel into `statistics`."""
+    cdef Job job
+    job.eps = eps
+    prepare(&job, x.shape[0], x.shape[1], x.shape[2], sizeof(floating), &statistics[0, 0], NULL)
+    with nogil:
+        sweep(moments_block[floating], finish_moments, NULL, &x[0, 0, 0], NULL, NULL, &job, num_threads)
+        free(job.coefficient)
+
+
+def forward(const floating[:, :, ::1] x, floating[:, :, ::1] y, double[:, ::1] statistics, double eps, int num_threads):
+    """`moments`, then y = gamma·(x − mean)·rstd + beta."""
+    cdef Job job
+    job.eps = eps
+    prepare(&job, x.shape[0], x.shape[1], x.shape[2], sizeof(floating), &statistics[0, 0], NULL)
+    with nogil:
+        sweep(moments_block[floating], finish_moments, affine_block[floating], &x[0, 0, 0], NULL, &y[0, 0, 0], &job,
+              num_threads)
+        free(job.coefficient)
+
+
+def normalize(const floating[:, :, ::1] x, floating[:, :, ::1] y, double[:, ::1] statistics, double eps, int num_threads):
+    """y = gamma·(x − mean)·rstd + beta with the mean and var in `statistics`."""
+    cdef Job job
+    job.eps = eps
+    prepare(&job, x.shape[0], x.shape[1], x.shape[2], sizeof(floating), &statistics[0, 0], NULL)
+    with nogil:
+        sweep(NULL, finish_statistics, affine_block[floating], &x[0, 0, 0], NULL, &y[0, 0, 0], &job, num_threads)
+        free(job.coefficient)
+
+
+def grad_sums(const floating[:, :, ::1] dy, const floating[:, :, ::1] x, const double[:, ::1] statistics,
+              double[:, ::1] gradients, int num_threads):
+    """Σdy, Σdy·(x − mean) and dgamma of each channel into `gradients`."""
+    cdef Job job
+    prepare(&job, x.shape[0], x.shape[1], x.shape[2], sizeof(floating), &statistics[0, 0], &gradients[0, 0])
+    with nogil:
+        sweep(grad_sums_block[floating], finish_sums, NULL, &x[0, 0, 0], &dy[0, 0, 0], NULL, &job, num_threads)
+        free(job.coefficient)
+
+
+def grad_apply(const floating[:, :, ::1] dy, const floating[:, :, ::1] x, floating[:, :, ::1] dx,
+               const double[:, ::1] statistics, double[:, ::1] gradients, int num_threads):
+    """dx = gamma·rstd·(dy − dbeta/n − xhat·dgamma/n) with the sums in `gradients`."""
+    cdef Job job
+    prepare(&job, x.shape[0], x.shape[1], x.shape[2], sizeof(floating), &statistics[0, 0], &gradients[0, 0])
+    with nogil:
+        sweep(NULL, set_gradient, grad_affine_block[floating], &x[0, 0, 0], &dy[0, 0, 0], &dx[0, 0, 0], &job, num_threads)
+        free(job.coefficient)
+
+
+def backward(const floating[:, :, ::1] dy, const floating[:, :, ::1] x, floating[:, :, ::1] dx,
+             const double[:, ::1] statistics, double[:, ::1] gradients, int num_threads):
+    """`grad_sums`, then `grad_apply`."""
+    cdef Job job
+    prepare(&job, x.shape[0], x.shape[1], x.shape[2], sizeof(floating), &statistics[0, 0], &gradients[0, 0])
+    with nogil:
+        sweep(grad_sums_block[floating], finish_backward, grad_affine_block[floating], &x[0, 0, 0], &dy[0, 0, 0],
+              &dx[0, 0, 0], &job, num_threads)
+        free(job.coefficient)
+
+
+def inference_backward(const floating[:, :, ::1] dy, const floating[:, :, ::1] x, floating[:, :, ::1] dx,
+                       const double[:, ::1] statistics, double[:, ::1] gradients, int num_threads):
+    """`grad_sums`, then dx = dy·gamma·rstd, for statistics that do not depend on x."""
+    cdef Job job
+    prepare(&job, x.shape[0], x.shape[1], x.shape[2], sizeof(floating), &statistics[0, 0], &gradients[0, 0])
+    with nogil:
+        sweep(grad_sums_block[floating], finish_inference_backward, scale_block[floating], &x[0, 0, 0], &dy[0, 0, 0],
+              &dx[0, 0, 0], &job, num_threads)
+        free(job.coefficient)
+
+
+def fill_rstd(double[:, ::1] statistics, double eps):
+    """rstd of each channel from the var in `statistics`."""
+    cdef Py_ssize_t c
+    for c in range(statistics.shape[1]):
+        statistics[RSTD, c] = rstd_of(statistics[VAR, c], eps)
+
+
+def update_running(floating[:] running_mean, floating[:] running_var, const double[:, ::1] statistics,
+                   double momentum, double correction):
+    """r ← (1 − momentum)·r + momentum·batch; the batch variance is multiplied by `correction`."""
+    cdef double keep = 1 - momentum
+    cdef Py_ssize_t c
+    with nogil:
+        for c in range(running_mean.shape[0]):
+            running_mean[c] = <floating> (keep * running_mean[c] + momentum * statistics[MEAN, c])
+            running_var[c] = <floating> (keep * running_var[c] + momentum * (correction * statistics[VAR, c]))
+
+
+def max_threads():
+    """Threads that OpenMP would use from this Python thread now; 1 in a serial build."""
+    return omp_get_max_threads()
+
+
+def openmp():
+    """Date of the OpenMP specification that the compiler implements, 0 in a serial build."""
+    return openmp_version()

@@ -1,0 +1,158 @@
+"""How many threads, and why.
+
+`num_threads=` of a call, else `set_num_threads`, else BATCHNORM_NUM_THREADS, else OMP_NUM_THREADS, else the smaller of
+the processors this process may run on and its cgroup's quota. A limit set through threadpoolctl is obeyed by all but the
+first. Results have the same bits for every number of threads, so each of these rules is about speed alone.
+
+Small work runs serially, because waking a team costs more than it saves. A forked child runs serially, because the
+threads of its parent do not exist in it and OpenMP would wait for them for ever.
+"""
+
+import math
+import operator
+import os
+import sys
+from pathlib import Path
+
+from . import _dispatch
+
+SERIAL_VALUES = 24_000
+"""Arrays with fewer values are worked on by the calling thread (measured: bench/README.md)."""
+
+_asked: int | None = None
+_forked = False
+_openmp_at_import = _dispatch.kernels.max_threads()
+
+
+def _note_fork() -> None:
+    global _forked
+    _forked = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_note_fork)
+
+
+def _checked(num_threads: int, name: str) -> int:
+    try:
+        count = operator.index(num_threads)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, got {type(num_threads).__name__}") from None
+    if not 1 <= count <= 4096:
+        raise ValueError(f"{name} must be between 1 and 4096, got {count}")
+    return count
+
+
+def _environment(name: str) -> int | None:
+    """A whole positive number in a variable; OMP_NUM_THREADS may be a list, whose first number counts."""
+    text = os.environ.get(name, "").split(",")[0].strip()
+    return int(text) if text.isdecimal() and int(text) > 0 else None
+
+
+def _quota(root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> int | None:
+    """Processors that the cgroup's quota pays for, rounded up: the smallest on the way up the hierarchy."""
+    try:
+        lines = [line.split(":", 2) for line in membership.read_text().splitlines()]
+    except OSError:
+        return None
+    found = []
+    for _, controllers, group in (line for line in lines if len(line) == 3):
+        base = root if not controllers else root / "cpu"
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        here = base / group.lstrip("/")
+        for folder in [here, *here.parents]:
+            found.append(_folder_quota(folder))
+            if folder == base:
+                break
+    return min((math.ceil(quota) for quota in found if quota), default=None)
+
+
+def _folder_quota(folder: Path) -> float | None:
+    try:
+        if (folder / "cpu.max").exists():
+            quota, period = (folder / "cpu.max").read_text().split()
+        else:
+            quota = (folder / "cpu.cfs_quota_us").read_text()
+            period = (folder / "cpu.cfs_period_us").read_text()
+        return float(quota) / float(period) if float(quota) > 0 else None
+    except (OSError, ValueError, ZeroDivisionError):
+        return None
+
+
+_quota_at_import = _quota() if sys.platform == "linux" else None
+
+
+def _processors() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def decide() -> tuple[int, str]:
+    """Threads of a call that does not name them, and what decided."""
+    openmp = _dispatch.kernels.max_threads()
+    if _dispatch.kernels.openmp() == 0:
+        return 1, "serial build"
+    if _forked:
+        return 1, "forked child"
+    if _asked is not None:
+        count, reason = _asked, "set_num_threads"
+    elif (named := _environment("BATCHNORM_NUM_THREADS")) is not None:
+        count, reason = named, "BATCHNORM_NUM_THREADS"
+    elif _environment("OMP_NUM_THREADS") is not None:
+        count, reason = openmp, "OMP_NUM_THREADS"
+    else:
+        count, reason = _processors(), "processors of this process"
+        if _quota_at_import is not None and _quota_at_import < count:
+            count, reason = _quota_at_import, "cgroup quota"
+    if openmp != _openmp_at_import and openmp < count:
+        count, reason = openmp, "limit set on the OpenMP runtime"
+    return count, reason
+
+
+def threads_for(values: int, num_threads: int | None) -> int:
+    """Threads of a call on an array with so many values."""
+    if num_threads is not None:
+        num_threads = _checked(num_threads, "num_threads")
+    if values < SERIAL_VALUES or _forked:
+        return 1
+    return decide()[0] if num_threads is None else num_threads
+
+
+def set_num_threads(num_threads: int) -> None:
+    """Use so many threads in calls that do not name a number.
+
+    Parameters
+    ----------
+    num_threads : int
+        At least 1. Results do not depend on it, only their speed does.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If it is not an integer, or less than 1.
+
+    Examples
+    --------
+    >>> import batchnorm as bn
+    >>> before = bn.get_num_threads()
+    >>> bn.set_num_threads(1)
+    >>> bn.get_num_threads()
+    1
+    >>> bn.set_num_threads(before)
+    """
+    global _asked
+    _asked = _checked(num_threads, "num_threads")
+
+
+def get_num_threads() -> int:
+    """Threads of a call that does not name a number and is large enough to use them.
+
+    Examples
+    --------
+    >>> import batchnorm as bn
+    >>> bn.get_num_threads() >= 1
+    True
+    """
+    return decide()[0]

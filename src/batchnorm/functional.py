@@ -1,0 +1,557 @@
+"""Batch normalization as functions: they check, allocate and call one kernel; the arithmetic is in the kernels.
+
+Conventions, because frameworks differ in each of them:
+
+- `axis=1` is the channel axis, as in PyTorch and ONNX; channels-last arrays take `axis=-1`.
+- The batch is normalized with the biased variance Σ(x−μ)²/n, and `eps` is added to the variance, under the root.
+- `momentum` is the weight of the *new* batch in the running statistics (PyTorch's direction, not that of Keras, Flax
+  and ONNX), and the running variance is unbiased, Σ(x−μ)²/(n−1), unless told otherwise.
+- Statistics are float64 whatever the dtype of x; y and dx have x's dtype, dgamma and dbeta those of gamma and beta.
+"""
+
+from collections.abc import Collection
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, DTypeLike, NDArray
+
+from . import _arrays, _dispatch, _threads
+from ._arrays import Array, Layout
+
+# Rows of the tables shared with the kernels.
+_MEAN, _MEAN_LOW, _VAR, _RSTD, _GAMMA, _BETA, _STATISTICS_ROWS = range(7)
+_SUM_DY, _SUM_DY_XMU, _DGAMMA, _GRADIENT_ROWS = range(4)
+
+_NEED = ("dx", "dgamma", "dbeta")
+
+
+def _shape_and_dtype(array: Array | None) -> str:
+    return "None" if array is None else f"<{array.dtype} {array.shape}>"
+
+
+class Gradients(NamedTuple):
+    """Gradients with respect to x, gamma and beta; None where not asked for or where there is no such parameter."""
+
+    dx: Array | None
+    dgamma: Array | None
+    dbeta: Array | None
+
+    def __repr__(self) -> str:
+        return f"Gradients({', '.join(f'{name}={_shape_and_dtype(getattr(self, name))}' for name in _NEED)})"
+
+
+class Saved:
+    """What `forward` leaves for `backward`: a reference to x (not a copy) and a few float64 numbers a channel.
+
+    x must not change until `backward` has run. The object itself cannot be changed.
+
+    Attributes
+    ----------
+    x : ndarray
+        The input.
+    axis : int
+        The channel axis, at least 0.
+    eps : float
+    count : int
+        Values of one channel, n.
+    mean, var, rstd : ndarray of float64, shape (C,)
+        Batch mean μ, biased variance σ² and 1/√(σ² + eps). Read-only.
+    """
+
+    __slots__ = ("_axis", "_dtypes", "_eps", "_layout", "_statistics", "_x")
+
+    _x: Array
+    _axis: int
+    _eps: float
+    _layout: Layout
+    _statistics: NDArray[np.float64]
+    _dtypes: tuple[DTypeLike | None, DTypeLike | None]
+
+    def __init__(
+        self,
+        x: Array,
+        axis: int,
+        eps: float,
+        layout: Layout,
+        statistics: NDArray[np.float64],
+        dtypes: tuple[DTypeLike | None, DTypeLike | None],
+    ) -> None:
+        statistics.flags.writeable = False
+        keep = object.__setattr__
+        keep(self, "_x", x)
+        keep(self, "_axis", axis)
+        keep(self, "_eps", eps)
+        keep(self, "_layout", layout)
+        keep(self, "_statistics", statistics)
+        keep(self, "_dtypes", dtypes)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(f"saved cannot be changed: {name}")
+
+    def __delattr__(self, name: str) -> None:
+        raise AttributeError(f"saved cannot be changed: {name}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Saved, (self._x, self._axis, self._eps, self._layout, self._statistics, self._dtypes)
+
+    @property
+    def x(self) -> Array:
+        return self._x
+
+    @property
+    def axis(self) -> int:
+        return self._axis
+
+    @property
+    def eps(self) -> float:
+        return self._eps
+
+    @property
+    def count(self) -> int:
+        return self._layout.values
+
+    @property
+    def mean(self) -> NDArray[np.float64]:
+        return self._statistics[_MEAN]
+
+    @property
+    def var(self) -> NDArray[np.float64]:
+        return self._statistics[_VAR]
+
+    @property
+    def rstd(self) -> NDArray[np.float64]:
+        return self._statistics[_RSTD]
+
+    def __repr__(self) -> str:
+        return f"Saved(x={_shape_and_dtype(self._x)}, axis={self._axis}, eps={self._eps}, count={self.count})"
+
+
+def _statistics_table(channels: int, gamma: Array | None, beta: Array | None) -> NDArray[np.float64]:
+    table = np.empty((_STATISTICS_ROWS, channels))
+    table[_GAMMA] = 1 if gamma is None else gamma
+    table[_BETA] = 0 if beta is None else beta
+    return table
+
+
+def _needed(need: Collection[str]) -> Collection[str]:
+    if isinstance(need, str) or not all(name in _NEED for name in need):
+        raise ValueError(f"need must be a collection of names out of {_NEED}, got {need!r}")
+    return need
+
+
+def _like_x(dy: ArrayLike, x: Array) -> Array:
+    array = _arrays.as_float(dy, "dy")
+    if array.shape != x.shape:
+        raise ValueError(f"dy must have the shape of x, {x.shape}, got {array.shape}")
+    if array.dtype != x.dtype:
+        raise TypeError(f"dy must have the dtype of x, {x.dtype}, got {array.dtype}")
+    return array
+
+
+def forward(
+    x: ArrayLike,
+    gamma: ArrayLike | None = None,
+    beta: ArrayLike | None = None,
+    *,
+    axis: int = 1,
+    eps: float = 1e-5,
+    out: Array | None = None,
+    num_threads: int | None = None,
+) -> tuple[Array, Saved]:
+    """Normalize with the statistics of this batch: y = gamma·(x − μ)/√(σ² + eps) + beta.
+
+    μ = Σx/n and σ² = Σ(x − μ)²/n over all axes but the channel axis, n values a channel. σ² is the biased variance.
+
+    Parameters
+    ----------
+    x : array_like of float32 or float64, at least 2-D
+        Channels along `axis`. Channels-last memory, Fortran order and other dense arrangements are used without a copy.
+    gamma, beta : array_like, shape (C,), optional
+        Scale and shift; 1 and 0 where None.
+    axis : int, default 1
+        The channel axis.
+    eps : float, default 1e-5
+        Added to the variance, under the root; finite, at least 0. With eps = 0 a channel without spread gives beta.
+    out : ndarray, optional
+        Where to write y; of x's shape and dtype, sharing no memory with the inputs.
+    num_threads : int, optional
+        Threads for this call. Its results do not depend on it.
+
+    Returns
+    -------
+    y : ndarray
+        Of x's shape, dtype and order in memory.
+    saved : Saved
+        For `backward` and `update_running`; holds x itself.
+
+    Raises
+    ------
+    TypeError
+        If a dtype is neither float32 nor float64.
+    ValueError
+        If a shape, `axis` or `eps` does not fit, or `out` is read-only or overlaps an input. Nothing is written then.
+
+    Notes
+    -----
+    Sums are float64, shifted by a value of the data and merged in a fixed order: the same input gives the same bits for
+    any number of threads on any processor. Equal values in a channel give var = 0 and y = beta exactly. A channel that
+    holds NaN or infinity becomes NaN, the others do not notice. An empty batch gives an empty y and statistics of 0.
+
+    References
+    ----------
+    Ioffe and Szegedy, "Batch Normalization", 2015, arXiv:1502.03167, algorithm 1.
+
+    Examples
+    --------
+    >>> import numpy as np, batchnorm as bn
+    >>> x = np.array([[1.0, 10.0], [3.0, 30.0]])
+    >>> y, saved = bn.forward(x, eps=0.0)
+    >>> y
+    array([[-1., -1.],
+           [ 1.,  1.]])
+    >>> saved.mean, saved.var
+    (array([ 2., 20.]), array([  1., 100.]))
+    """
+    given = _arrays.as_float(x, "x")
+    x, layout = _arrays.lay_out(given, axis)
+    channels = layout.view[1]
+    gamma = None if gamma is None else _arrays.as_channels(gamma, "gamma", channels)
+    beta = None if beta is None else _arrays.as_channels(beta, "beta", channels)
+    eps = _arrays.as_eps(eps)
+    threads = _threads.threads_for(x.size, num_threads)
+    if out is not None:
+        _arrays.check_out(out, x.shape, x.dtype)
+        for name, other in (("x", given), ("gamma", gamma), ("beta", beta)):
+            _arrays.check_overlap(out, name, other)
+    y = layout.empty(x.dtype) if out is None or not layout.fits(out) else out
+    statistics = _statistics_table(channels, gamma, beta)
+    if x.size:
+        _dispatch.kernels.forward[x.dtype.char](layout.see(x), layout.see(y), statistics, eps, threads)
+    else:
+        statistics[: _RSTD + 1] = 0
+    if out is not None and out is not y:
+        np.copyto(out, y)
+        y = out
+    dtypes = (None if gamma is None else gamma.dtype, None if beta is None else beta.dtype)
+    return y, Saved(x, axis % x.ndim, eps, layout, statistics, dtypes)
+
+
+def backward(
+    dy: ArrayLike,
+    saved: Saved,
+    *,
+    need: Collection[str] = _NEED,
+    out: Array | None = None,
+    num_threads: int | None = None,
+) -> Gradients:
+    """Gradients of `forward`: dx = gamma·rstd·(dy − dbeta/n − xhat·dgamma/n).
+
+    dbeta = Σdy and dgamma = Σdy·xhat over all axes but the channel axis, with xhat = (x − μ)·rstd and
+    rstd = 1/√(σ² + eps). The gradient goes through the batch's mean and variance too.
+
+    Parameters
+    ----------
+    dy : array_like
+        Upstream gradient, of x's shape and dtype.
+    saved : Saved
+        From `forward`.
+    need : collection of {"dx", "dgamma", "dbeta"}, optional
+        The gradients to compute, all by default; the others are None.
+    out : ndarray, optional
+        Where to write dx; of x's shape and dtype. `out=dy` is allowed, other overlaps are not.
+    num_threads : int, optional
+        Threads for this call. Its results do not depend on it.
+
+    Returns
+    -------
+    Gradients
+        A named tuple (dx, dgamma, dbeta). dx has x's dtype and order in memory; dgamma and dbeta have the dtypes of gamma and
+        beta, and are None where those were None.
+
+    Raises
+    ------
+    TypeError
+        If `saved` is not from `forward`, or dy has another dtype than x.
+    ValueError
+        If dy has another shape than x, or `out` does not fit. Nothing is written then.
+
+    References
+    ----------
+    Ioffe and Szegedy, "Batch Normalization", 2015, arXiv:1502.03167, section 3, the gradients after algorithm 1.
+
+    Examples
+    --------
+    >>> import numpy as np, batchnorm as bn
+    >>> x = np.array([[1.0], [2.0], [6.0]])
+    >>> y, saved = bn.forward(x, gamma=[1.0], beta=[0.0])
+    >>> dx, dgamma, dbeta = bn.backward(np.array([[1.0], [0.0], [0.0]]), saved)
+    >>> bool(abs(dx.sum()) < 1e-12)
+    True
+    >>> bn.backward(np.ones((3, 1)), saved, need=["dbeta"]).dbeta
+    array([3.])
+    """
+    if not isinstance(saved, Saved):
+        raise TypeError(f"saved must be what forward returned, got {type(saved).__name__}")
+    return _backward(dy, saved, need, out, num_threads, batch_statistics=True)
+
+
+def _backward(
+    dy: ArrayLike,
+    saved: Saved,
+    need: Collection[str],
+    out: Array | None,
+    num_threads: int | None,
+    batch_statistics: bool,
+) -> Gradients:
+    x, layout, statistics = saved._x, saved._layout, saved._statistics
+    dy = _like_x(dy, x)
+    need = _needed(need)
+    threads = _threads.threads_for(x.size, num_threads)
+    if out is not None:
+        if "dx" not in need:
+            raise ValueError(f"out is where dx goes, but need does not name it: {need!r}")
+        _arrays.check_out(out, x.shape, x.dtype)
+        _arrays.check_overlap(out, "x", x)
+        _arrays.check_overlap(out, "dy", dy, may_be_same=True)
+    kernels = _dispatch.kernels
+    gradients = np.zeros((_GRADIENT_ROWS, layout.view[1]))
+    dx = None
+    if "dx" in need:
+        dx = layout.empty(x.dtype) if out is None or not layout.fits(out) else out
+        if x.size:
+            step = kernels.backward if batch_statistics else kernels.inference_backward
+            step[x.dtype.char](layout.bring(dy), layout.see(x), layout.see(dx), statistics, gradients, threads)
+        if out is not None and out is not dx:
+            np.copyto(out, dx)
+            dx = out
+    elif x.size:
+        kernels.grad_sums[x.dtype.char](layout.bring(dy), layout.see(x), statistics, gradients, threads)
+    gamma_dtype, beta_dtype = saved._dtypes
+    return Gradients(
+        dx,
+        gradients[_DGAMMA].astype(gamma_dtype) if "dgamma" in need and gamma_dtype is not None else None,
+        gradients[_SUM_DY].astype(beta_dtype) if "dbeta" in need and beta_dtype is not None else None,
+    )
+
+
+def update_running(
+    running_mean: Array,
+    running_var: Array,
+    saved: Saved,
+    *,
+    momentum: float = 0.1,
+    unbiased: bool = True,
+) -> None:
+    """Move the running statistics towards this batch, in place: r ← (1 − momentum)·r + momentum·batch.
+
+    `momentum` is the weight of the NEW batch, as in PyTorch; Keras, Flax and ONNX call the weight of the old value so.
+    The variance that is mixed in is σ²·n/(n − 1), the unbiased one, as in PyTorch and the paper, unless `unbiased` is
+    false. An empty batch changes nothing.
+
+    Parameters
+    ----------
+    running_mean, running_var : ndarray of float32 or float64, shape (C,)
+        Changed in place; the same dtype both. Calculated in float64 and rounded once.
+    saved : Saved
+        From `forward`.
+    momentum : float, default 0.1
+        Between 0 and 1.
+    unbiased : bool, default True
+        Multiply the batch variance by n/(n − 1); needs n > 1.
+
+    Raises
+    ------
+    TypeError
+        If an argument has the wrong type or dtype.
+    ValueError
+        If a shape or `momentum` does not fit, an array is read-only, both share memory, or n = 1 with `unbiased`. Nothing is
+        written then.
+
+    References
+    ----------
+    Ioffe and Szegedy, "Batch Normalization", 2015, arXiv:1502.03167, algorithm 2, step 10 (unbiased variance).
+
+    Examples
+    --------
+    >>> import numpy as np, batchnorm as bn
+    >>> y, saved = bn.forward(np.array([[1.0], [3.0]]))
+    >>> mean, var = np.zeros(1), np.ones(1)
+    >>> bn.update_running(mean, var, saved, momentum=0.5)
+    >>> mean, var
+    (array([1.]), array([1.5]))
+    """
+    if not isinstance(saved, Saved):
+        raise TypeError(f"saved must be what forward returned, got {type(saved).__name__}")
+    channels = saved._layout.view[1]
+    for name, array in (("running_mean", running_mean), ("running_var", running_var)):
+        if not isinstance(array, np.ndarray):
+            raise TypeError(f"{name} must be a numpy array, because it is changed in place, got {type(array).__name__}")
+        if _arrays.as_channels(array, name, channels) is not array or not array.flags.aligned:
+            raise TypeError(f"{name} must be an aligned array in native byte order, because it is changed in place")
+        if not array.flags.writeable:
+            raise ValueError(f"{name} must be writeable, got a read-only array")
+    if running_mean.dtype != running_var.dtype:
+        raise TypeError(f"running_var must have the dtype of running_mean, {running_mean.dtype}, got {running_var.dtype}")
+    if np.shares_memory(running_mean, running_var):
+        raise ValueError("running_mean and running_var must not overlap")
+    momentum = _arrays.as_momentum(momentum)
+    n = saved.count
+    if n == 1 and unbiased:
+        raise ValueError(
+            f"the unbiased variance needs more than one value per channel, got x of shape {saved.x.shape} with "
+            f"axis={saved.axis}; pass unbiased=False or a larger batch"
+        )
+    if n:
+        correction = n / (n - 1) if unbiased else 1.0
+        _dispatch.kernels.update_running[running_mean.dtype.char](
+            running_mean, running_var, saved._statistics, momentum, correction
+        )
+
+
+def _fixed_statistics(
+    x: ArrayLike, mean: ArrayLike, var: ArrayLike, gamma: ArrayLike | None, beta: ArrayLike | None, axis: int
+) -> tuple[Array, Layout, NDArray[np.float64], dict[str, Array | None]]:
+    """x, its layout, the table of given statistics and parameters, and the arrays it was filled from."""
+    given: dict[str, Array | None] = {"x": _arrays.as_float(x, "x")}
+    x, layout = _arrays.lay_out(given["x"], axis)
+    channels = layout.view[1]
+    for name, value in (("mean", mean), ("var", var), ("gamma", gamma), ("beta", beta)):
+        given[name] = None if value is None else _arrays.as_channels(value, name, channels)
+    statistics = _statistics_table(channels, given["gamma"], given["beta"])
+    statistics[_MEAN] = given["mean"]
+    statistics[_MEAN_LOW] = 0
+    statistics[_VAR] = given["var"]
+    negative = statistics[_VAR] < 0
+    if negative.any():
+        channel = int(negative.argmax())
+        raise ValueError(f"var must not be negative, got {statistics[_VAR, channel]} in channel {channel}")
+    return x, layout, statistics, given
+
+
+def inference(
+    x: ArrayLike,
+    mean: ArrayLike,
+    var: ArrayLike,
+    gamma: ArrayLike | None = None,
+    beta: ArrayLike | None = None,
+    *,
+    axis: int = 1,
+    eps: float = 1e-5,
+    out: Array | None = None,
+    num_threads: int | None = None,
+) -> Array:
+    """Normalize with given statistics: y = gamma·(x − mean)/√(var + eps) + beta.
+
+    Parameters
+    ----------
+    x : array_like of float32 or float64, at least 2-D
+        Channels along `axis`.
+    mean, var : array_like, shape (C,)
+        Usually the running statistics; var is not negative.
+    gamma, beta : array_like, shape (C,), optional
+        Scale and shift; 1 and 0 where None.
+    axis : int, default 1
+        The channel axis.
+    eps : float, default 1e-5
+        Added to the variance, under the root; finite, at least 0. A channel with var + eps = 0 gives beta.
+    out : ndarray, optional
+        Where to write y; of x's shape and dtype. `out=x` is allowed, other overlaps are not.
+    num_threads : int, optional
+        Threads for this call. Its results do not depend on it.
+
+    Returns
+    -------
+    ndarray
+        Of x's shape, dtype and order in memory.
+
+    Raises
+    ------
+    TypeError
+        If a dtype is neither float32 nor float64.
+    ValueError
+        If a shape, `axis`, `eps`, a variance or `out` does not fit. Nothing is written then.
+
+    References
+    ----------
+    Ioffe and Szegedy, "Batch Normalization", 2015, arXiv:1502.03167, algorithm 2, step 11.
+
+    Examples
+    --------
+    >>> import numpy as np, batchnorm as bn
+    >>> bn.inference(np.array([[1.0, 10.0], [3.0, 30.0]]), mean=[2.0, 0.0], var=[4.0, 25.0], eps=0.0)
+    array([[-0.5,  2. ],
+           [ 0.5,  6. ]])
+    """
+    x, layout, statistics, given = _fixed_statistics(x, mean, var, gamma, beta, axis)
+    eps = _arrays.as_eps(eps)
+    threads = _threads.threads_for(x.size, num_threads)
+    if out is not None:
+        _arrays.check_out(out, x.shape, x.dtype)
+        for name, other in given.items():
+            _arrays.check_overlap(out, name, other, may_be_same=name == "x")
+    y = layout.empty(x.dtype) if out is None or not layout.fits(out) else out
+    if x.size:
+        _dispatch.kernels.normalize[x.dtype.char](layout.see(x), layout.see(y), statistics, eps, threads)
+    if out is not None and out is not y:
+        np.copyto(out, y)
+        y = out
+    return y
+
+
+def inference_backward(
+    dy: ArrayLike,
+    x: ArrayLike,
+    mean: ArrayLike,
+    var: ArrayLike,
+    gamma: ArrayLike | None = None,
+    *,
+    axis: int = 1,
+    eps: float = 1e-5,
+    need: Collection[str] = _NEED,
+    out: Array | None = None,
+    num_threads: int | None = None,
+) -> Gradients:
+    """Gradients of `inference`: dx = dy·gamma·rstd, because the statistics do not depend on x.
+
+    dbeta = Σdy and dgamma = Σdy·(x − mean)·rstd over all axes but the channel axis, with rstd = 1/√(var + eps).
+
+    Parameters
+    ----------
+    dy : array_like
+        Upstream gradient, of x's shape and dtype.
+    x, mean, var, gamma, axis, eps
+        As given to `inference`.
+    need : collection of {"dx", "dgamma", "dbeta"}, optional
+        The gradients to compute, all by default; the others are None.
+    out : ndarray, optional
+        Where to write dx; of x's shape and dtype. `out=dy` is allowed, other overlaps are not.
+    num_threads : int, optional
+        Threads for this call. Its results do not depend on it.
+
+    Returns
+    -------
+    Gradients
+        A named tuple (dx, dgamma, dbeta); dgamma and dbeta have gamma's dtype, x's where gamma is None.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `inference` and `backward`.
+
+    Examples
+    --------
+    >>> import numpy as np, batchnorm as bn
+    >>> x, dy = np.array([[1.0], [3.0]]), np.array([[1.0], [2.0]])
+    >>> dx, dgamma, dbeta = bn.inference_backward(dy, x, mean=[2.0], var=[4.0], gamma=[3.0], eps=0.0)
+    >>> dx.ravel(), dgamma, dbeta
+    (array([1.5, 3. ]), array([0.5]), array([3.]))
+    """
+    x, layout, statistics, given = _fixed_statistics(x, mean, var, gamma, None, axis)
+    eps = _arrays.as_eps(eps)
+    if out is not None:
+        for name, other in given.items():
+            _arrays.check_overlap(out, name, other)
+    _dispatch.kernels.fill_rstd(statistics, eps)
+    dtype = x.dtype if given["gamma"] is None else given["gamma"].dtype
+    saved = Saved(x, axis % x.ndim, eps, layout, statistics, (dtype, dtype))
+    return _backward(dy, saved, need, out, num_threads, batch_statistics=False)
