@@ -8,6 +8,7 @@ and the result gets the same order. Only other arrays (gaps, negative strides, f
 import math
 import operator
 import sys
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -40,11 +41,15 @@ class Layout(NamedTuple):
         """The (N, C, S) view of an array that fits."""
         return (array if self.order is None else array.transpose(self.order)).reshape(self.view)
 
+    def copy(self, array: Array) -> Array:
+        """A copy that fits."""
+        copy = self.empty(array.dtype)
+        copy[...] = array
+        return copy
+
     def bring(self, array: Array) -> Array:
         """The (N, C, S) view of any array of this shape, of a copy where it does not fit."""
-        if self.order is not None:
-            array = array.transpose(self.order)
-        return np.require(array, requirements="CA").reshape(self.view)
+        return self.see(array if self.fits(array) else self.copy(array))
 
     def empty(self, dtype: np.dtype[Any]) -> Array:
         """A new array of this shape and order in memory."""
@@ -52,6 +57,13 @@ class Layout(NamedTuple):
             return np.empty(self.shape, dtype)
         inverse = sorted(range(len(self.order)), key=self.order.__getitem__)
         return np.empty([self.shape[axis] for axis in self.order], dtype).transpose(inverse)
+
+
+@lru_cache(maxsize=256)
+def _layout(shape: tuple[int, ...], channel: int, order: tuple[int, ...] | None) -> Layout:
+    where = channel if order is None else order.index(channel)
+    lengths = shape if order is None else tuple(shape[axis] for axis in order)
+    return Layout(shape, (math.prod(lengths[:where]), lengths[where], math.prod(lengths[where + 1 :])), order)
 
 
 def as_float(value: ArrayLike, name: str) -> Array:
@@ -80,18 +92,12 @@ def lay_out(x: Array, axis: int) -> tuple[Array, Layout]:
         raise TypeError(f"axis must be an integer, got {type(axis).__name__}") from None
     if not -x.ndim <= channel < x.ndim:
         raise ValueError(f"axis must be between {-x.ndim} and {x.ndim - 1} for shape {x.shape}, got {channel}")
-    channel %= x.ndim
-    shape = x.shape
     flags = x.flags
     if flags.c_contiguous and flags.aligned:
-        return x, Layout(shape, (math.prod(shape[:channel]), shape[channel], math.prod(shape[channel + 1 :])), None)
+        return x, _layout(x.shape, channel % x.ndim, None)
     order = tuple(sorted(range(x.ndim), key=lambda i: -abs(x.strides[i])))
-    ordered = np.require(x.transpose(order), requirements="CA")
-    where = order.index(channel)
-    view = (math.prod(ordered.shape[:where]), shape[channel], math.prod(ordered.shape[where + 1 :]))
-    layout = Layout(shape, view, order)
-    inverse = sorted(range(x.ndim), key=order.__getitem__)
-    return ordered.transpose(inverse), layout
+    layout = _layout(x.shape, channel % x.ndim, order)
+    return (x, layout) if layout.fits(x) else (layout.copy(x), layout)
 
 
 def as_channels(value: ArrayLike, name: str, channels: int) -> Array:

@@ -1,6 +1,6 @@
 """What was built, what was chosen, and why: the first thing to ask for in a report of a problem."""
 
-import platform
+import sys
 from typing import Any, Literal, overload
 
 import numpy as np
@@ -36,7 +36,7 @@ def show_config(mode: str = "stdout") -> dict[str, Any] | None:
     threads, reason = _threads.decide()
     openmp = _dispatch.kernels.openmp()
     config: dict[str, Any] = {
-        "versions": {"batchnorm": _version(), "numpy": np.__version__, "python": platform.python_version()},
+        "versions": {"batchnorm": _version(), "numpy": np.__version__, "python": sys.version.split()[0]},
         "kernels": {
             "level": _dispatch.kernels.level,
             "usable": list(_dispatch.available()),

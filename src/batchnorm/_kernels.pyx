@@ -23,6 +23,7 @@ f) `each` has the only parallel loop. With one thread it is an ordinary loop tha
 from cython.parallel import prange
 from libc.math cimport sqrt
 from libc.stdlib cimport free, malloc
+from libc.string cimport memcpy, memset
 
 cdef extern from "_vector.h" nogil:
     enum:
@@ -58,6 +59,7 @@ cdef enum:
     UNROLLED = 8            # rows of columns taken together, so that an accumulator is loaded once for eight values
     WIDTH = 256             # the most columns of a tile: 1 KiB of float32, and its accumulators stay in L1
     BLOCK = 8192            # values of a block of lanes
+    ROOM = WIDTH + 8        # and a vector more, for columns that do not fill one
     COLUMN_ROWS = 128       # rows of a block of columns
     SHORT_ROW = 64          # shorter rows are taken as columns
     FEW_TILES = 16          # fewer tiles of lanes than this are cut into blocks to be shared
@@ -106,7 +108,7 @@ cdef inline Py_ssize_t ceil_div(Py_ssize_t a, Py_ssize_t b) noexcept nogil:
 
 cdef void lay_out(Job *job, Py_ssize_t N, Py_ssize_t C, Py_ssize_t S, Py_ssize_t itemsize) noexcept nogil:
     """Cut the view into tiles and blocks. Only the shape and the item size may be asked here."""
-    cdef Py_ssize_t row_blocks
+    cdef Py_ssize_t row_blocks, whole
     job.N, job.C, job.S = N, C, S
     job.columns = S < SHORT_ROW
     job.segments, job.segment, job.group = 1, S, 1
@@ -118,14 +120,16 @@ cdef void lay_out(Job *job, Py_ssize_t N, Py_ssize_t C, Py_ssize_t S, Py_ssize_t
         row_blocks = ceil_div(N, COLUMN_ROWS * job.group)
         if row_blocks > 2:
             row_blocks = 4 * ceil_div(row_blocks, 4)        # 2 and 4 threads share them evenly
-        job.block_rows = ceil_div(N, row_blocks)
+        whole = UNROLLED * job.group
+        job.block_rows = whole * ceil_div(ceil_div(N, row_blocks), whole)
+        row_blocks = ceil_div(N, job.block_rows)
         job.by_tile = (job.tiles >= 4 and N * job.tile_channels * S * itemsize <= CACHE) or row_blocks * job.tiles == 1
     else:
         job.tiles, job.tile_channels = C, 1
         if S >= BLOCK:
             job.segment = LANES * ceil_div(ceil_div(S, ceil_div(S, BLOCK)), LANES)
             job.segments = ceil_div(S, job.segment)
-        job.block_rows = max(1, BLOCK // S)
+        job.block_rows = max(1, BLOCK // (2 * S) * 2)
         job.by_tile = C >= FEW_TILES or N * S <= BLOCK
     job.blocks = ceil_div(N, job.block_rows) * job.segments
 
@@ -286,66 +290,101 @@ cdef void grad_affine_lanes(const floating *dy, const floating *x, floating *dx,
 
 # ---- Columns: down the rows of neighbouring channels ----------------------------------------------------------------
 
+# Sums of columns have room for a whole vector at the end; columns that do not fill it are read through a padded copy.
+
+cdef inline vec fold_rows(const vec *row) noexcept nogil:
+    """Sum of UNROLLED rows by halving: fewer roundings after each other, and fewer additions that wait for another."""
+    return ((row[0] + row[4]) + (row[2] + row[6])) + ((row[1] + row[5]) + (row[3] + row[7]))
+
+
+cdef inline void add_to(double *total, vec v) noexcept nogil:
+    store_double(total, load_double(total) + v)
+
+
+cdef inline void moments_rows(const floating *x, Py_ssize_t rows, Py_ssize_t stride, const double *pivot,
+                              double *sum1, double *sum2) noexcept nogil:
+    """`moments_columns` for VEC columns and at most UNROLLED rows."""
+    cdef vec p = load_double(pivot)
+    cdef vec d[UNROLLED]
+    cdef vec square[UNROLLED]
+    cdef Py_ssize_t r
+    if rows == UNROLLED:
+        for r in range(UNROLLED):
+            d[r] = load(x + r * stride) - p
+            square[r] = d[r] * d[r]
+        add_to(sum1, fold_rows(d))
+        add_to(sum2, fold_rows(square))
+        return
+    for r in range(rows):
+        d[0] = load(x + r * stride) - p
+        add_to(sum1, d[0])
+        add_to(sum2, d[0] * d[0])
+
+
+cdef inline void grad_sums_rows(const floating *dy, const floating *x, Py_ssize_t rows, Py_ssize_t stride,
+                                const double *mean, double *sum1, double *sum2) noexcept nogil:
+    """`grad_sums_columns` for VEC columns and at most UNROLLED rows."""
+    cdef vec m = load_double(mean)
+    cdef vec g[UNROLLED]
+    cdef vec product[UNROLLED]
+    cdef Py_ssize_t r
+    if rows == UNROLLED:
+        for r in range(UNROLLED):
+            g[r] = load(dy + r * stride)
+            product[r] = g[r] * (load(x + r * stride) - m)
+        add_to(sum1, fold_rows(g))
+        add_to(sum2, fold_rows(product))
+        return
+    for r in range(rows):
+        g[0] = load(dy + r * stride)
+        add_to(sum1, g[0])
+        add_to(sum2, g[0] * (load(x + r * stride) - m))
+
+
+cdef inline void pad(const floating *x, Py_ssize_t rows, Py_ssize_t stride, Py_ssize_t width,
+                     floating *padded) noexcept nogil:
+    """Fewer than VEC columns of at most UNROLLED rows, each followed by zeros."""
+    cdef Py_ssize_t r, j
+    for r in range(rows):
+        for j in range(VEC):
+            padded[r * VEC + j] = x[r * stride + j] if j < width else 0
+
+
 cdef void moments_columns(const floating *x, Py_ssize_t rows, Py_ssize_t stride, Py_ssize_t width,
                           const double *pivot, double *sum1, double *sum2) noexcept nogil:
     """Add Σ(x − pivot) and Σ(x − pivot)² of each column to sum1 and sum2."""
-    cdef const floating *row
-    cdef vec s1, s2, p, d
-    cdef double e
-    cdef Py_ssize_t r, j, k, taken, whole = width - width % VEC
-    for r from 0 <= r < rows by UNROLLED:
-        row = x + r * stride
-        taken = min(rows - r, UNROLLED)
+    cdef floating padded[UNROLLED * VEC]
+    cdef double padded_pivot[VEC]
+    cdef Py_ssize_t j, taken, whole = width - width % VEC
+    while rows > 0:
+        taken = min(rows, UNROLLED)
         for j from 0 <= j < whole by VEC:
-            s1, s2, p = load_double(sum1 + j), load_double(sum2 + j), load_double(pivot + j)
-            if taken == UNROLLED:
-                for k in range(UNROLLED):
-                    d = load(row + k * stride + j) - p
-                    s1 += d
-                    s2 += d * d
-            else:
-                for k in range(taken):
-                    d = load(row + k * stride + j) - p
-                    s1 += d
-                    s2 += d * d
-            store_double(sum1 + j, s1)
-            store_double(sum2 + j, s2)
-        for j in range(whole, width):
-            for k in range(taken):
-                e = row[k * stride + j] - pivot[j]
-                sum1[j] += e
-                sum2[j] += e * e
+            moments_rows(x + j, taken, stride, pivot + j, sum1 + j, sum2 + j)
+        if whole < width:
+            pad(x + whole, taken, stride, width - whole, padded)
+            pad(pivot + whole, 1, 0, width - whole, padded_pivot)       # so that nothing is added beyond the columns
+            moments_rows(padded, taken, VEC, padded_pivot, sum1 + whole, sum2 + whole)
+        x += taken * stride
+        rows -= taken
 
 
 cdef void grad_sums_columns(const floating *dy, const floating *x, Py_ssize_t rows, Py_ssize_t stride, Py_ssize_t width,
                             const double *mean, double *sum1, double *sum2) noexcept nogil:
     """Add Σ dy and Σ dy·(x − mean) of each column to sum1 and sum2."""
-    cdef const floating *g
-    cdef const floating *row
-    cdef vec s1, s2, m, d
-    cdef Py_ssize_t r, j, k, taken, whole = width - width % VEC
-    for r from 0 <= r < rows by UNROLLED:
-        g = dy + r * stride
-        row = x + r * stride
-        taken = min(rows - r, UNROLLED)
+    cdef floating padded_dy[UNROLLED * VEC]
+    cdef floating padded[UNROLLED * VEC]
+    cdef Py_ssize_t j, taken, whole = width - width % VEC
+    while rows > 0:
+        taken = min(rows, UNROLLED)
         for j from 0 <= j < whole by VEC:
-            s1, s2, m = load_double(sum1 + j), load_double(sum2 + j), load_double(mean + j)
-            if taken == UNROLLED:
-                for k in range(UNROLLED):
-                    d = load(g + k * stride + j)
-                    s1 += d
-                    s2 += d * (load(row + k * stride + j) - m)
-            else:
-                for k in range(taken):
-                    d = load(g + k * stride + j)
-                    s1 += d
-                    s2 += d * (load(row + k * stride + j) - m)
-            store_double(sum1 + j, s1)
-            store_double(sum2 + j, s2)
-        for j in range(whole, width):
-            for k in range(taken):
-                sum1[j] += g[k * stride + j]
-                sum2[j] += g[k * stride + j] * (row[k * stride + j] - mean[j])
+            grad_sums_rows(dy + j, x + j, taken, stride, mean + j, sum1 + j, sum2 + j)
+        if whole < width:
+            pad(dy + whole, taken, stride, width - whole, padded_dy)
+            pad(x + whole, taken, stride, width - whole, padded)
+            grad_sums_rows(padded_dy, padded, taken, VEC, mean + whole, sum1 + whole, sum2 + whole)
+        dy += taken * stride
+        x += taken * stride
+        rows -= taken
 
 
 cdef void affine_columns(const floating *x, floating *y, Py_ssize_t rows, Py_ssize_t stride, Py_ssize_t width,
@@ -377,18 +416,19 @@ cdef void grad_affine_columns(const floating *dy, const floating *x, floating *d
         dx += stride
 
 
-cdef const double *spread(const double *value, const Block *block, const Job *job, double *column) noexcept nogil:
-    """The value of each channel at every column of a (grouped) row; the channels themselves where they are the columns."""
-    cdef Py_ssize_t c, j, g
-    value += block.channel
-    if job.S == 1 and job.group == 1:
-        return value
-    for c in range(block.channels):
-        for j in range(job.S):
-            column[c * job.S + j] = value[c]
+cdef void spread(const double *value, const Block *block, const Job *job, double *column) noexcept nogil:
+    """The value of each channel at every column of a (grouped) row, and anything finite in the room after them."""
+    cdef Py_ssize_t c, j
+    if job.S == 1:
+        memcpy(column, value, block.channels * sizeof(double))
+    else:
+        for c in range(block.channels):
+            for j in range(job.S):
+                column[c * job.S + j] = value[c]
     for j in range(block.length, block.width):
         column[j] = column[j - block.length]
-    return column
+    for j in range(block.width, block.width + VEC):
+        column[j] = 0
 
 
 cdef void gather(double *column, const Block *block, const Job *job, double *value) noexcept nogil:
@@ -450,31 +490,39 @@ cdef void choose_pivots(const floating *x, const Block *block, double *pivot) no
             pivot[c] = x[c]
 
 
+cdef void shifted_sums(const floating *x, const Block *block, const Job *job, const double *pivot,
+                       double *sum1, double *sum2) noexcept nogil:
+    """Σ(x − pivot) and Σ(x − pivot)² of each channel of the block."""
+    cdef double centre[ROOM]
+    cdef double column1[ROOM]
+    cdef double column2[ROOM]
+    if not job.columns:
+        moments_lanes(x, block.rows, block.stride, block.length, pivot[0], sum1, sum2)
+        return
+    spread(pivot, block, job, centre)
+    memset(column1, 0, (block.width + VEC) * sizeof(double))
+    memset(column2, 0, (block.width + VEC) * sizeof(double))
+    moments_columns(x, block.wide_rows, block.wide_stride, block.width, centre, column1, column2)
+    moments_columns(x + block.rest, block.rest_rows, 0, block.rest_width, centre, column1, column2)
+    gather(column1, block, job, sum1)
+    gather(column2, block, job, sum2)
+
+
 cdef void moments_block(const floating *x, const floating *dy, floating *out, const Job *job, Py_ssize_t tile,
                         Py_ssize_t b) noexcept nogil:
     cdef Block block = block_of(job, tile, b)
-    cdef double *partial = job.partial + b * PARTIAL_ROWS * job.C
-    cdef double *pivot = partial + PIVOT * job.C
-    cdef double *delta = partial + DELTA * job.C + block.channel
-    cdef double *m2 = partial + M2 * job.C + block.channel
-    cdef double column[WIDTH]
-    cdef double sum1[WIDTH]
-    cdef double sum2[WIDTH]
-    cdef const double *centre
+    cdef double *restrict pivot = job.partial + (b * PARTIAL_ROWS + PIVOT) * job.C + block.channel
+    cdef double *restrict delta = job.partial + (b * PARTIAL_ROWS + DELTA) * job.C + block.channel
+    cdef double *restrict m2 = job.partial + (b * PARTIAL_ROWS + M2) * job.C + block.channel
     cdef double n = values_before(job, b + 1) - values_before(job, b)
     cdef Py_ssize_t c
     x += block.first
-    choose_pivots(x, &block, pivot + block.channel)
-    if not job.columns:
-        moments_lanes(x, block.rows, block.stride, block.length, pivot[block.channel], delta, m2)
-    else:
-        centre = spread(pivot, &block, job, column)
-        for c in range(block.width):
-            sum1[c] = sum2[c] = 0
-        moments_columns(x, block.wide_rows, block.wide_stride, block.width, centre, sum1, sum2)
-        moments_columns(x + block.rest, block.rest_rows, 0, block.rest_width, centre, sum1, sum2)
-        gather(sum1, &block, job, delta)
-        gather(sum2, &block, job, m2)
+    choose_pivots(x, &block, pivot)
+    shifted_sums(x, &block, job, pivot, delta, m2)
+    if floating is double:                  # no wider type to lean on, so once more about the mean of the block itself
+        for c in range(block.channels):
+            pivot[c] += delta[c] / n
+        shifted_sums(x, &block, job, pivot, delta, m2)
     for c in range(block.channels):
         m2[c] -= delta[c] * (delta[c] / n)
         m2[c] = 0 if m2[c] < 0 else m2[c]
@@ -485,21 +533,20 @@ cdef void grad_sums_block(const floating *x, const floating *dy, floating *out, 
                           Py_ssize_t b) noexcept nogil:
     cdef Block block = block_of(job, tile, b)
     cdef double *partial = job.partial + b * PARTIAL_ROWS * job.C + block.channel
-    cdef double *mean = job.statistics + MEAN * job.C
-    cdef double column[WIDTH]
-    cdef double sum1[WIDTH]
-    cdef double sum2[WIDTH]
-    cdef const double *centre
+    cdef const double *mean = job.statistics + MEAN * job.C + block.channel
+    cdef double centre[ROOM]
+    cdef double sum1[ROOM]
+    cdef double sum2[ROOM]
     cdef Py_ssize_t c
     x += block.first
     dy += block.first
     if not job.columns:
-        grad_sums_lanes(dy, x, block.rows, block.stride, block.length, mean[block.channel],
+        grad_sums_lanes(dy, x, block.rows, block.stride, block.length, mean[0],
                         partial + SUM_DY * job.C, partial + SUM_DY_XMU * job.C)
         return
-    centre = spread(mean, &block, job, column)
-    for c in range(block.width):
-        sum1[c] = sum2[c] = 0
+    spread(mean, &block, job, centre)
+    memset(sum1, 0, (block.width + VEC) * sizeof(double))
+    memset(sum2, 0, (block.width + VEC) * sizeof(double))
     grad_sums_columns(dy, x, block.wide_rows, block.wide_stride, block.width, centre, sum1, sum2)
     grad_sums_columns(dy + block.rest, x + block.rest, block.rest_rows, 0, block.rest_width, centre, sum1, sum2)
     gather(sum1, &block, job, partial + SUM_DY * job.C)
@@ -554,29 +601,32 @@ cdef inline double rstd_of(double var, double eps) noexcept nogil:
 cdef void set_affine(const Job *job, Py_ssize_t first, Py_ssize_t channels) noexcept nogil:
     """rstd and the coefficients of y = (x − mean)·scale + shift from the statistics."""
     cdef Py_ssize_t c, C = job.C
-    cdef double *s = job.statistics
-    for c in range(first, first + channels):
-        s[RSTD * C + c] = rstd_of(s[VAR * C + c], job.eps)
-        job.coefficient[CENTRE * C + c] = s[MEAN * C + c]
-        job.coefficient[SCALE * C + c] = s[GAMMA * C + c] * s[RSTD * C + c]
-        job.coefficient[SHIFT * C + c] = s[BETA * C + c] - s[MEAN_LOW * C + c] * job.coefficient[SCALE * C + c]
+    cdef double eps = job.eps
+    cdef double *restrict s = job.statistics + first
+    cdef double *restrict to = job.coefficient + first
+    for c in range(channels):
+        s[RSTD * C + c] = rstd_of(s[VAR * C + c], eps)
+        to[CENTRE * C + c] = s[MEAN * C + c]
+        to[SCALE * C + c] = s[GAMMA * C + c] * s[RSTD * C + c]
+        to[SHIFT * C + c] = s[BETA * C + c] - s[MEAN_LOW * C + c] * to[SCALE * C + c]
 
 
 cdef void finish_moments(const Job *job, Py_ssize_t tile) noexcept nogil:
     cdef Py_ssize_t c, C = job.C, first = tile * job.tile_channels
     cdef Py_ssize_t channels = min(job.tile_channels, C - first)
-    cdef double *s = job.statistics
+    cdef const double *restrict merged = job.partial + first
+    cdef double *restrict s = job.statistics + first
     cdef double n = job.N * job.S
     cdef double pivot, delta, mean, back
     merge_blocks(job, first, channels, True)
-    for c in range(first, first + channels):
-        pivot = job.partial[PIVOT * C + c]
-        delta = job.partial[DELTA * C + c]
+    for c in range(channels):
+        pivot = merged[PIVOT * C + c]
+        delta = merged[DELTA * C + c]
         mean = pivot + delta
         back = mean - pivot
         s[MEAN * C + c] = mean
         s[MEAN_LOW * C + c] = (pivot - (mean - back)) + (delta - back)      # what the sum rounded off (Knuth's TwoSum)
-        s[VAR * C + c] = job.partial[M2 * C + c] / n
+        s[VAR * C + c] = merged[M2 * C + c] / n
     set_affine(job, first, channels)
 
 
@@ -589,40 +639,43 @@ cdef void finish_statistics(const Job *job, Py_ssize_t tile) noexcept nogil:
 cdef void finish_sums(const Job *job, Py_ssize_t tile) noexcept nogil:
     cdef Py_ssize_t c, C = job.C, first = tile * job.tile_channels
     cdef Py_ssize_t channels = min(job.tile_channels, C - first)
-    cdef double *s = job.statistics
-    cdef double *g = job.gradients
+    cdef const double *restrict merged = job.partial + first
+    cdef const double *restrict s = job.statistics + first
+    cdef double *restrict g = job.gradients + first
     merge_blocks(job, first, channels, False)
-    for c in range(first, first + channels):
-        g[SUM_DY * C + c] = job.partial[SUM_DY * C + c]
-        g[SUM_DY_XMU * C + c] = job.partial[SUM_DY_XMU * C + c] - s[MEAN_LOW * C + c] * g[SUM_DY * C + c]
+    for c in range(channels):
+        g[SUM_DY * C + c] = merged[SUM_DY * C + c]
+        g[SUM_DY_XMU * C + c] = merged[SUM_DY_XMU * C + c] - s[MEAN_LOW * C + c] * merged[SUM_DY * C + c]
         g[DGAMMA * C + c] = g[SUM_DY_XMU * C + c] * s[RSTD * C + c]
 
 
 cdef void set_gradient(const Job *job, Py_ssize_t tile) noexcept nogil:
     """Coefficients of dx = dy·scale + (x − mean)·slope + shift, the paper's three terms gathered by what they multiply."""
     cdef Py_ssize_t c, C = job.C, first = tile * job.tile_channels
-    cdef double *s = job.statistics
-    cdef double *g = job.gradients
+    cdef const double *restrict s = job.statistics + first
+    cdef const double *restrict g = job.gradients + first
+    cdef double *restrict to = job.coefficient + first
     cdef double n = job.N * job.S
     cdef double scale, slope
-    for c in range(first, min(first + job.tile_channels, C)):
+    for c in range(min(job.tile_channels, C - first)):
         scale = s[GAMMA * C + c] * s[RSTD * C + c]
         slope = -scale * (s[RSTD * C + c] * (g[DGAMMA * C + c] / n))
-        job.coefficient[CENTRE * C + c] = s[MEAN * C + c]
-        job.coefficient[SCALE * C + c] = scale
-        job.coefficient[SLOPE * C + c] = slope
-        job.coefficient[SHIFT * C + c] = -scale * (g[SUM_DY * C + c] / n) - s[MEAN_LOW * C + c] * slope
+        to[CENTRE * C + c] = s[MEAN * C + c]
+        to[SCALE * C + c] = scale
+        to[SLOPE * C + c] = slope
+        to[SHIFT * C + c] = -scale * (g[SUM_DY * C + c] / n) - s[MEAN_LOW * C + c] * slope
 
 
 cdef void finish_inference_backward(const Job *job, Py_ssize_t tile) noexcept nogil:
     """With fixed statistics only the direct path is left: dx = dy·gamma·rstd."""
     cdef Py_ssize_t c, C = job.C, first = tile * job.tile_channels
-    cdef double *s = job.statistics
-    for c in range(first, min(first + job.tile_channels, C)):
-        job.coefficient[CENTRE * C + c] = 0
-        job.coefficient[SCALE * C + c] = s[GAMMA * C + c] * s[RSTD * C + c]
-        job.coefficient[SHIFT * C + c] = 0
+    cdef const double *restrict s = job.statistics + first
+    cdef double *restrict to = job.coefficient + first
     finish_sums(job, tile)
+    for c in range(min(job.tile_channels, C - first)):
+        to[CENTRE * C + c] = 0
+        to[SCALE * C + c] = s[GAMMA * C + c] * s[RSTD * C + c]
+        to[SHIFT * C + c] = 0
 
 
 cdef void finish_backward(const Job *job, Py_ssize_t tile) noexcept nogil:
@@ -635,19 +688,20 @@ cdef void finish_backward(const Job *job, Py_ssize_t tile) noexcept nogil:
 cdef void affine_block(const floating *x, const floating *dy, floating *out, const Job *job, Py_ssize_t tile,
                        Py_ssize_t b) noexcept nogil:
     cdef Block block = block_of(job, tile, b)
-    cdef double column[3][WIDTH]
-    cdef const double *centre = job.coefficient + CENTRE * job.C
-    cdef const double *scale = job.coefficient + SCALE * job.C
-    cdef const double *shift = job.coefficient + SHIFT * job.C
-    cdef Py_ssize_t c = block.channel
+    cdef const double *of = job.coefficient + block.channel
+    cdef double centre[ROOM]
+    cdef double scale[ROOM]
+    cdef double shift[ROOM]
+    cdef Py_ssize_t C = job.C
     x += block.first
     out += block.first
     if not job.columns:
-        affine_lanes(x, out, block.rows, block.stride, block.length, centre[c], scale[c], shift[c])
+        affine_lanes(x, out, block.rows, block.stride, block.length,
+                     of[CENTRE * C], of[SCALE * C], of[SHIFT * C])
         return
-    centre = spread(centre, &block, job, column[0])
-    scale = spread(scale, &block, job, column[1])
-    shift = spread(shift, &block, job, column[2])
+    spread(of + CENTRE * C, &block, job, centre)
+    spread(of + SCALE * C, &block, job, scale)
+    spread(of + SHIFT * C, &block, job, shift)
     affine_columns(x, out, block.wide_rows, block.wide_stride, block.width, centre, scale, shift)
     affine_columns(x + block.rest, out + block.rest, block.rest_rows, 0, block.rest_width, centre, scale, shift)
 
@@ -655,22 +709,23 @@ cdef void affine_block(const floating *x, const floating *dy, floating *out, con
 cdef void grad_affine_block(const floating *x, const floating *dy, floating *out, const Job *job, Py_ssize_t tile,
                             Py_ssize_t b) noexcept nogil:
     cdef Block block = block_of(job, tile, b)
-    cdef double column[4][WIDTH]
-    cdef const double *centre = job.coefficient + CENTRE * job.C
-    cdef const double *scale = job.coefficient + SCALE * job.C
-    cdef const double *slope = job.coefficient + SLOPE * job.C
-    cdef const double *shift = job.coefficient + SHIFT * job.C
-    cdef Py_ssize_t c = block.channel
+    cdef const double *of = job.coefficient + block.channel
+    cdef double centre[ROOM]
+    cdef double scale[ROOM]
+    cdef double slope[ROOM]
+    cdef double shift[ROOM]
+    cdef Py_ssize_t C = job.C
     x += block.first
     dy += block.first
     out += block.first
     if not job.columns:
-        grad_affine_lanes(dy, x, out, block.rows, block.stride, block.length, centre[c], scale[c], slope[c], shift[c])
+        grad_affine_lanes(dy, x, out, block.rows, block.stride, block.length,
+                          of[CENTRE * C], of[SCALE * C], of[SLOPE * C], of[SHIFT * C])
         return
-    centre = spread(centre, &block, job, column[0])
-    scale = spread(scale, &block, job, column[1])
-    slope = spread(slope, &block, job, column[2])
-    shift = spread(shift, &block, job, column[3])
+    spread(of + CENTRE * C, &block, job, centre)
+    spread(of + SCALE * C, &block, job, scale)
+    spread(of + SLOPE * C, &block, job, slope)
+    spread(of + SHIFT * C, &block, job, shift)
     grad_affine_columns(dy, x, out, block.wide_rows, block.wide_stride, block.width, centre, scale, slope, shift)
     grad_affine_columns(dy + block.rest, x + block.rest, out + block.rest, block.rest_rows, 0, block.rest_width,
                         centre, scale, slope, shift)
@@ -821,10 +876,13 @@ def inference_backward(const floating[:, :, ::1] dy, const floating[:, :, ::1] x
 
 
 def fill_rstd(double[:, ::1] statistics, double eps):
-    """rstd of each channel from the var in `statistics`."""
-    cdef Py_ssize_t c
-    for c in range(statistics.shape[1]):
+    """rstd of each channel from the var in `statistics`; the first channel with a negative var, or -1."""
+    cdef Py_ssize_t c, negative = -1
+    for c in range(statistics.shape[1] - 1, -1, -1):
         statistics[RSTD, c] = rstd_of(statistics[VAR, c], eps)
+        if statistics[VAR, c] < 0:
+            negative = c
+    return negative
 
 
 def update_running(floating[:] running_mean, floating[:] running_var, const double[:, ::1] statistics,

@@ -12,7 +12,6 @@ import math
 import operator
 import os
 import sys
-from pathlib import Path
 
 from . import _dispatch
 
@@ -49,35 +48,37 @@ def _environment(name: str) -> int | None:
     return int(text) if text.isdecimal() and int(text) > 0 else None
 
 
-def _quota(root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> int | None:
-    """Processors that the cgroup's quota pays for, rounded up: the smallest on the way up the hierarchy."""
+def _read(*path: str) -> str | None:
     try:
-        lines = [line.split(":", 2) for line in membership.read_text().splitlines()]
-    except OSError:
+        with open(os.path.join(*path), encoding="ascii") as file:
+            return file.read()
+    except (OSError, UnicodeDecodeError):
         return None
+
+
+def _quota(root: str = "/sys/fs/cgroup", membership: str = "/proc/self/cgroup") -> int | None:
+    """Processors that the cgroup's quota pays for, rounded up: the smallest on the way up the hierarchy."""
     found = []
-    for _, controllers, group in (line for line in lines if len(line) == 3):
-        base = root if not controllers else root / "cpu"
+    for line in (_read(membership) or "").splitlines():
+        _, _, rest = line.partition(":")
+        controllers, _, group = rest.partition(":")
         if controllers and "cpu" not in controllers.split(","):
             continue
-        here = base / group.lstrip("/")
-        for folder in [here, *here.parents]:
-            found.append(_folder_quota(folder))
-            if folder == base:
-                break
+        base = os.path.join(root, "cpu") if controllers else root
+        parts = [part for part in group.split("/") if part]
+        found += [_folder_quota(os.path.join(base, *parts[:depth])) for depth in range(len(parts) + 1)]
     return min((math.ceil(quota) for quota in found if quota), default=None)
 
 
-def _folder_quota(folder: Path) -> float | None:
-    try:
-        if (folder / "cpu.max").exists():
-            quota, period = (folder / "cpu.max").read_text().split()
-        else:
-            quota = (folder / "cpu.cfs_quota_us").read_text()
-            period = (folder / "cpu.cfs_period_us").read_text()
-        return float(quota) / float(period) if float(quota) > 0 else None
-    except (OSError, ValueError, ZeroDivisionError):
-        return None
+def _folder_quota(folder: str) -> float | None:
+    """The quota in `cpu.max` (version 2) or `cpu.cfs_quota_us` and `cpu.cfs_period_us` (version 1), in processors."""
+    words = (_read(folder, "cpu.max") or "").split() or [
+        (_read(folder, "cpu.cfs_quota_us") or "").strip(),
+        (_read(folder, "cpu.cfs_period_us") or "").strip(),
+    ]
+    if len(words) == 2 and words[0].isdecimal() and words[1].isdecimal() and int(words[1]) > 0:
+        return int(words[0]) / int(words[1]) or None
+    return None
 
 
 _quota_at_import = _quota() if sys.platform == "linux" else None

@@ -60,13 +60,6 @@ class Saved:
 
     __slots__ = ("_axis", "_dtypes", "_eps", "_layout", "_statistics", "_x")
 
-    _x: Array
-    _axis: int
-    _eps: float
-    _layout: Layout
-    _statistics: NDArray[np.float64]
-    _dtypes: tuple[DTypeLike | None, DTypeLike | None]
-
     def __init__(
         self,
         x: Array,
@@ -77,19 +70,12 @@ class Saved:
         dtypes: tuple[DTypeLike | None, DTypeLike | None],
     ) -> None:
         statistics.flags.writeable = False
-        keep = object.__setattr__
-        keep(self, "_x", x)
-        keep(self, "_axis", axis)
-        keep(self, "_eps", eps)
-        keep(self, "_layout", layout)
-        keep(self, "_statistics", statistics)
-        keep(self, "_dtypes", dtypes)
-
-    def __setattr__(self, name: str, value: object) -> None:
-        raise AttributeError(f"saved cannot be changed: {name}")
-
-    def __delattr__(self, name: str) -> None:
-        raise AttributeError(f"saved cannot be changed: {name}")
+        self._x = x
+        self._axis = axis
+        self._eps = eps
+        self._layout = layout
+        self._statistics = statistics
+        self._dtypes = dtypes
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Saved, (self._x, self._axis, self._eps, self._layout, self._statistics, self._dtypes)
@@ -409,7 +395,13 @@ def update_running(
 
 
 def _fixed_statistics(
-    x: ArrayLike, mean: ArrayLike, var: ArrayLike, gamma: ArrayLike | None, beta: ArrayLike | None, axis: int
+    x: ArrayLike,
+    mean: ArrayLike,
+    var: ArrayLike,
+    gamma: ArrayLike | None,
+    beta: ArrayLike | None,
+    axis: int,
+    eps: float,
 ) -> tuple[Array, Layout, NDArray[np.float64], dict[str, Array | None]]:
     """x, its layout, the table of given statistics and parameters, and the arrays it was filled from."""
     given: dict[str, Array | None] = {"x": _arrays.as_float(x, "x")}
@@ -421,10 +413,9 @@ def _fixed_statistics(
     statistics[_MEAN] = given["mean"]
     statistics[_MEAN_LOW] = 0
     statistics[_VAR] = given["var"]
-    negative = statistics[_VAR] < 0
-    if negative.any():
-        channel = int(negative.argmax())
-        raise ValueError(f"var must not be negative, got {statistics[_VAR, channel]} in channel {channel}")
+    negative = _dispatch.kernels.fill_rstd(statistics, _arrays.as_eps(eps))
+    if negative >= 0:
+        raise ValueError(f"var must not be negative, got {statistics[_VAR, negative]} in channel {negative}")
     return x, layout, statistics, given
 
 
@@ -482,8 +473,7 @@ def inference(
     array([[-0.5,  2. ],
            [ 0.5,  6. ]])
     """
-    x, layout, statistics, given = _fixed_statistics(x, mean, var, gamma, beta, axis)
-    eps = _arrays.as_eps(eps)
+    x, layout, statistics, given = _fixed_statistics(x, mean, var, gamma, beta, axis, eps)
     threads = _threads.threads_for(x.size, num_threads)
     if out is not None:
         _arrays.check_out(out, x.shape, x.dtype)
@@ -546,12 +536,10 @@ def inference_backward(
     >>> dx.ravel(), dgamma, dbeta
     (array([1.5, 3. ]), array([0.5]), array([3.]))
     """
-    x, layout, statistics, given = _fixed_statistics(x, mean, var, gamma, None, axis)
-    eps = _arrays.as_eps(eps)
+    x, layout, statistics, given = _fixed_statistics(x, mean, var, gamma, None, axis, eps)
     if out is not None:
         for name, other in given.items():
             _arrays.check_overlap(out, name, other)
-    _dispatch.kernels.fill_rstd(statistics, eps)
     dtype = x.dtype if given["gamma"] is None else given["gamma"].dtype
     saved = Saved(x, axis % x.ndim, eps, layout, statistics, (dtype, dtype))
     return _backward(dy, saved, need, out, num_threads, batch_statistics=False)

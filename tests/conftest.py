@@ -1,0 +1,36 @@
+"""Every test runs once on every level of kernels that this processor has."""
+
+import numpy as np
+import pytest
+from hypothesis import settings
+
+import batchnorm as bn
+from batchnorm import _dispatch, _threads
+
+settings.register_profile("house", deadline=None, print_blob=True)
+settings.load_profile("house")
+
+
+def pytest_report_header():
+    config = bn.show_config(mode="dicts")
+    return [f"batchnorm {config['versions']}", f"kernels {config['kernels']}", f"threads {config['threads']}"]
+
+
+@pytest.fixture(params=_dispatch.available(), autouse=True, scope="session")
+def level(request):
+    """Make the package use this level; the façade asks for the kernels on every call."""
+    before = _dispatch.kernels
+    _dispatch.kernels = _dispatch.Kernels(request.param)
+    yield request.param
+    _dispatch.kernels = before
+
+
+@pytest.fixture
+def always_threaded(monkeypatch):
+    """Let small arrays use threads too."""
+    monkeypatch.setattr(_threads, "SERIAL_VALUES", 0)
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(20150211)

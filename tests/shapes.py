@@ -1,0 +1,25 @@
+"""Views (N, C, S) that take every way through the kernels: both families, tiled and split, short, odd and wide."""
+
+VIEWS = {
+    "one value": (1, 1, 1),
+    "two values": (2, 1, 1),
+    "vector of channels": (2, 67, 1),
+    "small batch": (32, 64, 1),
+    "odd batch": (33, 7, 1),
+    "few channels, rows side by side": (3001, 3, 1),
+    "one channel in columns": (5003, 1, 1),
+    "split rows of columns": (2500, 130, 1),
+    "wide tiles": (70, 1100, 1),
+    "wide tiles, split": (1300, 520, 1),
+    "short rows": (65, 5, 9),
+    "short rows, one batch": (1, 40, 49),
+    "short rows, few channels": (700, 2, 4),
+    "short rows, tiles": (33, 300, 49),
+    "rows of lanes": (5, 20, 100),
+    "rows of whole lanes": (9, 17, 96),
+    "few channels in lanes": (300, 3, 100),
+    "one channel in lanes": (3, 1, 5000),
+    "segments": (2, 3, 20011),
+    "segments, short last": (1, 2, 3 * 8192 + 5),
+    "segments, many channels": (2, 18, 9001),
+}
