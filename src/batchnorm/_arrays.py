@@ -86,10 +86,7 @@ def lay_out(x: Array, axis: int) -> tuple[Array, Layout]:
     """Find the (N, C, S) view of x; a copy of x where it has none."""
     if x.ndim < 2:
         raise ValueError(f"x must have at least 2 dimensions, got shape {x.shape}")
-    try:
-        channel = operator.index(axis)
-    except TypeError:
-        raise TypeError(f"axis must be an integer, got {type(axis).__name__}") from None
+    channel = as_index(axis, "axis")
     if not -x.ndim <= channel < x.ndim:
         raise ValueError(f"axis must be between {-x.ndim} and {x.ndim - 1} for shape {x.shape}, got {channel}")
     flags = x.flags
@@ -106,6 +103,13 @@ def as_channels(value: ArrayLike, name: str, channels: int) -> Array:
     if array.shape != (channels,):
         raise ValueError(f"{name} must have shape ({channels},), got {array.shape}")
     return array
+
+
+def as_index(value: int, name: str) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__}") from None
 
 
 def _as_number(value: float, name: str) -> float:

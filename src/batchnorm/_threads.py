@@ -9,11 +9,10 @@ threads of its parent do not exist in it and OpenMP would wait for them for ever
 """
 
 import math
-import operator
 import os
 import sys
 
-from . import _dispatch
+from . import _arrays, _dispatch
 
 SERIAL_VALUES = 24_000
 """Arrays with fewer values are worked on by the calling thread (measured: bench/README.md)."""
@@ -32,13 +31,10 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_note_fork)
 
 
-def _checked(num_threads: int, name: str) -> int:
-    try:
-        count = operator.index(num_threads)
-    except TypeError:
-        raise TypeError(f"{name} must be an integer, got {type(num_threads).__name__}") from None
+def _checked(num_threads: int) -> int:
+    count = _arrays.as_index(num_threads, "num_threads")
     if not 1 <= count <= 4096:
-        raise ValueError(f"{name} must be between 1 and 4096, got {count}")
+        raise ValueError(f"num_threads must be between 1 and 4096, got {count}")
     return count
 
 
@@ -115,7 +111,7 @@ def decide() -> tuple[int, str]:
 def threads_for(values: int, num_threads: int | None) -> int:
     """Threads of a call on an array with so many values."""
     if num_threads is not None:
-        num_threads = _checked(num_threads, "num_threads")
+        num_threads = _checked(num_threads)
     if values < SERIAL_VALUES or _forked:
         return 1
     return decide()[0] if num_threads is None else num_threads
@@ -144,7 +140,7 @@ def set_num_threads(num_threads: int) -> None:
     >>> bn.set_num_threads(before)
     """
     global _asked
-    _asked = _checked(num_threads, "num_threads")
+    _asked = _checked(num_threads)
 
 
 def get_num_threads() -> int:

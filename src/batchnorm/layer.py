@@ -5,8 +5,8 @@ parameters, running statistics and the counter as they were.
 """
 
 import math
-import operator
 from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -92,10 +92,10 @@ class BatchNorm:
         track_running_stats: bool = True,
         dtype: DTypeLike = np.float32,
     ) -> None:
-        self.num_features = operator.index(num_features)
+        self.num_features = _arrays.as_index(num_features, "num_features")
         if self.num_features < 0:
             raise ValueError(f"num_features must be at least 0, got {self.num_features}")
-        self.axis = operator.index(axis)
+        self.axis = _arrays.as_index(axis, "axis")
         self.eps = _arrays.as_eps(eps)
         self.momentum = None if momentum is None else _arrays.as_momentum(momentum)
         self.affine = bool(affine)
@@ -159,13 +159,15 @@ class BatchNorm:
             out=out,
             num_threads=num_threads,
         )
-        mean, var = self.running_mean.copy(), self.running_var.copy()
-        gamma = None if self.gamma is None else self.gamma.copy()
-
-        def gradients(dy: ArrayLike, **how: Any) -> Gradients:
-            return functional.inference_backward(dy, x, mean, var, gamma, axis=self.axis, eps=self.eps, **how)
-
-        self._backward = gradients
+        self._backward = partial(
+            functional.inference_backward,
+            x=x,
+            mean=self.running_mean.copy(),
+            var=self.running_var.copy(),
+            gamma=None if self.gamma is None else self.gamma.copy(),
+            axis=self.axis,
+            eps=self.eps,
+        )
         return y
 
     def _check_channels(self, x: Array) -> None:
@@ -186,10 +188,7 @@ class BatchNorm:
             functional.update_running(self.running_mean, self.running_var, saved, momentum=momentum)
             self.num_batches_tracked += 1
 
-        def gradients(dy: ArrayLike, **how: Any) -> Gradients:
-            return functional.backward(dy, saved, **how)
-
-        self._backward = gradients
+        self._backward = partial(functional.backward, saved=saved)
         return y
 
     def backward(

@@ -1,0 +1,120 @@
+"""The same input gives the same bits: any number of threads, any level, fused or in steps, run after run."""
+
+import hashlib
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from shapes import VIEWS
+
+import batchnorm as bn
+from batchnorm import _dispatch
+
+THREADS = [1, 2, 3, 5, 8, 64]
+DTYPES = ["float32", "float64"]
+
+
+def everything(view, dtype, num_threads=None):
+    """The bytes of all results for one view."""
+    rng = np.random.default_rng(7)
+    x, dy = (rng.standard_normal(view) + 2).astype(dtype), rng.standard_normal(view).astype(dtype)
+    gamma, beta = (rng.standard_normal(view[1]).astype(dtype) for _ in range(2))
+    running = np.zeros(view[1], dtype), np.ones(view[1], dtype)
+    y, saved = bn.forward(x, gamma, beta, num_threads=num_threads)
+    bn.update_running(*running, saved, unbiased=saved.count > 1)
+    gradients = bn.backward(dy, saved, num_threads=num_threads)
+    inference = bn.inference(x, *running, gamma, beta, num_threads=num_threads)
+    fixed = bn.inference_backward(dy, x, *running, gamma, num_threads=num_threads)
+    arrays = [y, saved.mean, saved.var, saved.rstd, *running, *gradients, inference, *fixed]
+    return b"".join(array.tobytes() for array in arrays)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
+def test_any_number_of_threads(view, dtype, always_threaded):
+    one = everything(view, dtype, 1)
+    for threads in THREADS[1:]:
+        assert everything(view, dtype, threads) == one, f"{threads} threads"
+    assert everything(view, dtype) == one
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
+def test_any_level(view, dtype, level, monkeypatch):
+    here = everything(view, dtype)
+    monkeypatch.setattr(_dispatch, "kernels", _dispatch.Kernels(_dispatch.available()[-1]))
+    assert everything(view, dtype) == here, f"{_dispatch.kernels.level} against {level}"
+
+
+def digest(environment):
+    """Digest of all results, calculated by a new process."""
+    run = subprocess.run(
+        [sys.executable, "-c", "import test_bits; print(test_bits.digest_here())"],
+        env={**os.environ, "PYTHONPATH": os.path.dirname(__file__), **environment},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=300,
+    )
+    return run.stdout.strip()
+
+
+def digest_here():
+    total = hashlib.sha256()
+    for view in VIEWS.values():
+        for dtype in DTYPES:
+            total.update(everything(view, dtype))
+    return total.hexdigest()
+
+
+def test_a_process_of_its_own(level):
+    """The level by the environment, as a user sets it; and the settings of OpenMP that could change an order."""
+    expected = digest_here()
+    assert digest({"BATCHNORM_ISA": level}) == expected
+    assert digest({"BATCHNORM_ISA": level, "OMP_NUM_THREADS": "1"}) == expected
+    assert digest({"BATCHNORM_ISA": level, "BATCHNORM_NUM_THREADS": "3", "OMP_DYNAMIC": "true"}) == expected
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
+def test_steps_are_the_fused_call(view, dtype, rng):
+    """moments then normalize is forward, grad_sums then grad_apply is backward: the seam for merging over machines."""
+    kernels = _dispatch.kernels
+    code = np.dtype(dtype).char
+    x, dy = (rng.standard_normal(view) + 2).astype(dtype), rng.standard_normal(view).astype(dtype)
+    y, dx = np.empty_like(x), np.empty_like(x)
+    statistics = np.zeros((6, view[1]))
+    statistics[4:] = rng.standard_normal((2, view[1]))
+    gamma, beta = statistics[4:].copy()
+    gradients = np.zeros((3, view[1]))
+    kernels.moments[code](x, statistics, 1e-5, 2)
+    kernels.normalize[code](x, y, statistics, 1e-5, 2)
+    kernels.grad_sums[code](dy, x, statistics, gradients, 2)
+    kernels.grad_apply[code](dy, x, dx, statistics, gradients, 2)
+    fused_y, saved = bn.forward(x, gamma, beta)
+    fused = bn.backward(dy, saved)
+    assert y.tobytes() == fused_y.tobytes()
+    assert statistics[3].tobytes() == saved.rstd.tobytes()
+    assert dx.tobytes() == fused.dx.tobytes()
+    assert gradients[2].tobytes() == fused.dgamma.tobytes()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
+def test_in_place_is_out_of_place(view, dtype, rng, always_threaded):
+    x, dy = (rng.standard_normal(view) + 2).astype(dtype), rng.standard_normal(view).astype(dtype)
+    mean, var = rng.standard_normal(view[1]), rng.random(view[1])
+    expected = bn.inference(x, mean, var)
+    _, saved = bn.forward(x.copy())
+    expected_dx = bn.backward(dy, saved).dx
+    fixed_dx = bn.inference_backward(dy, x, mean, var).dx
+    assert bn.inference(x.copy(), mean, var, out=None).tobytes() == expected.tobytes()
+    fixed = dy.copy()
+    assert bn.inference_backward(fixed, x, mean, var, out=fixed, num_threads=2).dx is fixed
+    assert fixed.tobytes() == fixed_dx.tobytes()
+    assert bn.inference(x, mean, var, out=x, num_threads=2) is x
+    assert x.tobytes() == expected.tobytes()
+    assert bn.backward(dy, saved, out=dy, num_threads=2).dx is dy
+    assert dy.tobytes() == expected_dx.tobytes()

@@ -1,0 +1,103 @@
+"""The package as a user meets it: what it exports, how it chooses its kernels, what it prints, what its documentation claims."""
+
+import doctest
+import importlib
+import os
+import pkgutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import batchnorm as bn
+from batchnorm import _cpu, _dispatch
+
+DOCUMENTED = ["functional", "layer", "reference", "_threads", "_config"]
+
+
+@pytest.mark.parametrize("name", DOCUMENTED)
+def test_examples_in_docstrings(name):
+    failed, tried = doctest.testmod(importlib.import_module(f"batchnorm.{name}"))
+    assert tried > 0
+    assert failed == 0
+
+
+def test_all_public_names_are_documented():
+    for name in bn.__all__:
+        assert getattr(bn, name).__doc__, name
+    for function in (bn.forward, bn.backward, bn.inference, bn.inference_backward, bn.update_running, bn.BatchNorm):
+        for section in ("Parameters", "Examples"):
+            assert f"{section}\n" in function.__doc__, (function, section)
+
+
+def python(program, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", program], env={**os.environ, **environment}, capture_output=True, text=True, timeout=60
+    )
+
+
+def test_the_environment_chooses_the_level(level):
+    program = "import batchnorm as bn; print(bn.show_config(mode='dicts')['kernels']['level'])"
+    run = python(program, BATCHNORM_ISA=level)
+    assert run.stdout.strip() == level, run.stderr
+
+
+def test_by_default_the_best_level_is_used():
+    environment = {name: value for name, value in os.environ.items() if name != "BATCHNORM_ISA"}
+    program = "import batchnorm as bn; print(bn.show_config(mode='dicts')['kernels']['level'])"
+    run = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=60)
+    assert run.stdout.strip() == _dispatch.available()[0], run.stderr
+
+
+@pytest.mark.parametrize("named", ["v5", "avx2", "", "V4"])
+def test_an_unknown_level_is_an_error(named):
+    run = python("import batchnorm", BATCHNORM_ISA=named)
+    assert run.returncode != 0
+    last = run.stderr.strip().splitlines()[-1]
+    assert last.startswith("ImportError: the kernel level must be one of ")
+    assert last.endswith(f"got {named!r}")
+
+
+def test_a_level_this_processor_cannot_run_is_an_error(monkeypatch):
+    monkeypatch.setattr(_cpu, "supported", lambda: ("v2", "baseline"))
+    refused = next(name for name in _cpu.built() if name not in ("v2", "baseline"))
+    with pytest.raises(ImportError, match=f"this processor cannot run the kernel level '{refused}', only v2"):
+        _dispatch.Kernels(refused)
+
+
+def test_a_processor_below_all_levels_is_an_error(monkeypatch):
+    monkeypatch.setattr(_cpu, "supported", lambda: ())
+    monkeypatch.delenv("BATCHNORM_ISA", raising=False)
+    with pytest.raises(ImportError, match="this processor runs none of the kernel levels built here"):
+        _dispatch.chosen_level()
+
+
+def test_show_config(capsys):
+    assert bn.show_config() is None
+    printed = capsys.readouterr().out
+    for word in ("batchnorm: ", "level: ", "decided by: ", "OpenMP"):
+        assert word in printed
+    with pytest.raises(ValueError, match="mode must be 'stdout' or 'dicts', got 'yaml'"):
+        bn.show_config(mode="yaml")
+
+
+def test_nothing_but_numpy_is_imported():
+    program = (
+        "import sys, numpy; before = set(sys.modules); import batchnorm; "
+        "names = {name.partition('.')[0] for name in set(sys.modules) - before} - set(sys.stdlib_module_names); "
+        "print(*sorted(name for name in names if 'cython' not in name))"
+    )
+    assert python(program).stdout.split() == ["batchnorm", "numpy"]
+
+
+def test_floating_point_environment_is_untouched():
+    bn.forward(np.ones((300, 200), np.float32), num_threads=2)
+    tiny = np.array([np.finfo(np.float32).smallest_subnormal])
+    assert (tiny * np.float32(1) > 0).all()
+
+
+def test_every_module_imports():
+    for module in pkgutil.iter_modules(bn.__path__):
+        if not module.name.startswith(("_kernels", "__main__")):
+            importlib.import_module(f"batchnorm.{module.name}")
