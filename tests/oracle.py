@@ -1,14 +1,15 @@
 """What the results ought to be, in long double, written without a look at the package; and how far off they may be.
 
-Deviations are taken from the first value before anything is added up, so that the oracle keeps its digits at any offset.
+Deviations are taken from the first value before anything is added up, so that the oracle keeps its digits at any
+offset.
 """
 
 from typing import NamedTuple
 
 import numpy as np
 
-# Largest error allowed, in ulps (of the result's dtype) of the largest term of the channel. float32 is worked on in float64 and rounded
-# once; float64 has no wider type to lean on.
+# Largest error allowed, in ulps (of the result's dtype) of the largest term of the channel. float32 is worked on in
+# float64 and rounded once; float64 has no wider type to lean on.
 ULPS = {
     "y": {"float32": 2, "float64": 8},
     "dx": {"float32": 4, "float64": 8},

@@ -171,7 +171,7 @@ def test_a_constant_channel_gives_beta(view, dtype, eps, value, rng):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
 def test_data_with_exact_statistics_gives_exact_results(view, dtype, rng):
-    """Each value m + d has a neighbour m − d: mean m and variance d² without rounding, however rows are cut into blocks."""
+    """Each value m + d has a neighbour m − d: mean m, variance d², without rounding, however rows are cut."""
     N, C, S = view if view[2] < 8192 else (*view[:2], view[2] + view[2] % 2)
     view = (N, C, S)
     m, d = rng.integers(-8, 9, C) * 0.5, 2.0 ** rng.integers(-3, 4, C)

@@ -38,7 +38,9 @@ def test_momentum_none_is_the_mean_of_all_batches(batches):
         layer(x)
     wide = [x.astype(np.float64) for x in batches]
     np.testing.assert_allclose(layer.running_mean, np.mean([x.mean(axis=(0, 2)) for x in wide], axis=0), rtol=1e-13)
-    np.testing.assert_allclose(layer.running_var, np.mean([x.var(axis=(0, 2), ddof=1) for x in wide], axis=0), rtol=1e-13)
+    np.testing.assert_allclose(
+        layer.running_var, np.mean([x.var(axis=(0, 2), ddof=1) for x in wide], axis=0), rtol=1e-13
+    )
 
 
 def test_biased_running_variance_is_a_choice(batches):
@@ -203,7 +205,11 @@ BAD_STATES = {
     ),
     "counter negative": (lambda s: s.update(num_batches_tracked=-1), ValueError, "num_batches_tracked must be one"),
     "counter an array": (lambda s: s.update(num_batches_tracked=[1, 2]), ValueError, "num_batches_tracked must be one"),
-    "counter a float": (lambda s: s.update(num_batches_tracked=1.0), TypeError, "num_batches_tracked must be an integer"),
+    "counter a float": (
+        lambda s: s.update(num_batches_tracked=1.0),
+        TypeError,
+        "num_batches_tracked must be an integer",
+    ),
 }
 
 

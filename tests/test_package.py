@@ -1,4 +1,4 @@
-"""The package as a user meets it: what it exports, how it chooses its kernels, what it prints, what its documentation claims."""
+"""The package as a user meets it: what it exports, how it chooses its kernels, what it prints and documents."""
 
 import doctest
 import importlib

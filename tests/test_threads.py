@@ -92,7 +92,9 @@ import numpy as np
 import batchnorm as bn
 from batchnorm import _threads
 x = np.random.default_rng(0).standard_normal((64, 32, 20, 20)).astype(np.float32)
-results = lambda: b"".join(a.tobytes() for a in (lambda y, s: (y, s.var, *bn.backward(x, s)[:1]))(*bn.forward(x, num_threads=2)))
+def results():
+    y, saved = bn.forward(x, num_threads=2)
+    return y.tobytes() + bn.backward(x, saved).dx.tobytes()
 expected = results()
 child = os.fork()
 if child == 0:

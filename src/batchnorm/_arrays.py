@@ -1,8 +1,9 @@
 """What an array must be, and how it is seen by the kernels.
 
 Everything is checked here before anything is written, and every message says which argument, what was wanted and what
-came. An array that is dense in memory is used where it lies, whatever the order of its axes: its axes are put in the order of its memory,
-and the result gets the same order. Only other arrays (gaps, negative strides, foreign byte order, misaligned) are copied.
+came. An array that is dense in memory is used where it lies, whatever the order of its axes: its axes are put in the
+order of its memory, and the result gets the same order. Only other arrays (gaps, negative strides, foreign byte order,
+misaligned) are copied.
 """
 
 import math

@@ -7,15 +7,16 @@ a) One view. Any array is (N, C, S): N the product of the dimensions before the 
    accumulators carried over the rows. *Columns* run down a block of rows with one accumulator for every column;
    a column is a channel when S = 1, one of S columns of a channel when rows are short, and one of G copies of the
    channels when channels are few. The columns of a channel are added up at the end of the block.
-b) One partition. `lay_out` cuts the view into tiles of whole channels and each tile into blocks of rows, from the shape and the
-   item size alone. Sums inside a block have a fixed order, blocks are merged by a fixed tree. Threads only decide who
-   computes a block, so the bits do not depend on them. Nor on the processor: no reassociation, no contraction, and
-   the number of lanes is written here instead of being taken from the width of a register.
+b) One partition. `lay_out` cuts the view into tiles of whole channels and each tile into blocks of rows, from the
+   shape and the item size alone. Sums inside a block have a fixed order, blocks are merged by a fixed tree. Threads
+   only decide who computes a block, so the bits do not depend on them. Nor on the processor: nothing is
+   reassociated or contracted, and the number of lanes is fixed, whatever the width of a register.
 c) float64 inside. A float32 value is widened when read and the result rounded once when written. Statistics are
    shifted by a pivot, the mean of a few values of the block itself, so that a block loses no digits to the size of
-   the mean, and blocks are merged by Chan's rule (Chan, Golub, LeVeque 1983). Never E[x²] − E[x]².
-d) The mean is a pair, `mean + mean_low`, because near a large mean the float64 result alone would cost float64 input its
-   last digits. The low part is folded into a coefficient of each channel, so it costs nothing for each value.
+   the mean; float64 input, which has no wider type, is shifted once more by the mean of the block. Blocks are
+   merged by Chan's rule (Chan, Golub, LeVeque 1983). Never E[x²] − E[x]².
+d) The mean is a pair, `mean + mean_low`, because near a large mean one float64 would cost float64 input its last
+   digits. The low part is folded into a coefficient of each channel, so it costs nothing for each value.
 e) Steps are separate: reduce → finish → apply. `sweep` runs the three tile by tile when a tile stays in cache,
    and one after the other over all blocks when there are too few tiles to share among threads.
 f) `each` has the only parallel loop. With one thread it is an ordinary loop that never enters OpenMP.
@@ -96,8 +97,8 @@ cdef struct Block:
     Py_ssize_t channel, channels
     Py_ssize_t first        # offset of its first value
     Py_ssize_t rows, stride, length
-    Py_ssize_t wide_rows, wide_stride, width            # the same block, `group` rows side by side as one row of columns
-    Py_ssize_t rest, rest_rows, rest_width              # and the rows that do not fill a group, as one shorter row
+    Py_ssize_t wide_rows, wide_stride, width        # the same block, `group` rows side by side as one row of columns
+    Py_ssize_t rest, rest_rows, rest_width          # and the rows that do not fill a group, as one shorter row
 
 
 # ---- Partition ------------------------------------------------------------------------------------------------------
@@ -207,11 +208,11 @@ cdef void moments_lanes(const floating *x, Py_ssize_t rows, Py_ssize_t stride, P
     cdef vec s2[VECS]
     cdef vec d
     cdef double counts[LANES]
-    cdef Py_ssize_t r, i, k, whole = length - length % LANES
+    cdef Py_ssize_t _, i, k, whole = length - length % LANES
     count_rest(length, counts)
     for k in range(VECS):
         s1[k] = s2[k] = zero_vec()
-    for r in range(rows):
+    for _ in range(rows):
         for i from 0 <= i < whole by LANES:
             prefetch(x + stride + i)
             prefetch(x + stride + i + LANES // 2)
@@ -236,11 +237,11 @@ cdef void grad_sums_lanes(const floating *dy, const floating *x, Py_ssize_t rows
     cdef vec s2[VECS]
     cdef vec g
     cdef double counts[LANES]
-    cdef Py_ssize_t r, i, k, whole = length - length % LANES
+    cdef Py_ssize_t _, i, k, whole = length - length % LANES
     count_rest(length, counts)
     for k in range(VECS):
         s1[k] = s2[k] = zero_vec()
-    for r in range(rows):
+    for _ in range(rows):
         for i from 0 <= i < whole by LANES:
             prefetch(dy + stride + i)
             prefetch(dy + stride + i + LANES // 2)
@@ -264,8 +265,8 @@ cdef void grad_sums_lanes(const floating *dy, const floating *x, Py_ssize_t rows
 cdef void affine_lanes(const floating *x, floating *y, Py_ssize_t rows, Py_ssize_t stride, Py_ssize_t length,
                        double centre, double scale, double shift) noexcept nogil:
     """y = (x − centre)·scale + shift."""
-    cdef Py_ssize_t r, i, whole = length - length % VEC
-    for r in range(rows):
+    cdef Py_ssize_t _, i, whole = length - length % VEC
+    for _ in range(rows):
         for i from 0 <= i < whole by VEC:
             store(y + i, (load(x + i) - centre) * scale + shift)
         for i in range(whole, length):
@@ -277,8 +278,8 @@ cdef void affine_lanes(const floating *x, floating *y, Py_ssize_t rows, Py_ssize
 cdef void grad_affine_lanes(const floating *dy, const floating *x, floating *dx, Py_ssize_t rows, Py_ssize_t stride,
                             Py_ssize_t length, double centre, double scale, double slope, double shift) noexcept nogil:
     """dx = dy·scale + (x − centre)·slope + shift."""
-    cdef Py_ssize_t r, i, whole = length - length % VEC
-    for r in range(rows):
+    cdef Py_ssize_t _, i, whole = length - length % VEC
+    for _ in range(rows):
         for i from 0 <= i < whole by VEC:
             store(dx + i, load(dy + i) * scale + (load(x + i) - centre) * slope + shift)
         for i in range(whole, length):
@@ -390,8 +391,8 @@ cdef void grad_sums_columns(const floating *dy, const floating *x, Py_ssize_t ro
 cdef void affine_columns(const floating *x, floating *y, Py_ssize_t rows, Py_ssize_t stride, Py_ssize_t width,
                          const double *centre, const double *scale, const double *shift) noexcept nogil:
     """y = (x − centre)·scale + shift, with the coefficients of each column."""
-    cdef Py_ssize_t r, j, whole = width - width % VEC
-    for r in range(rows):
+    cdef Py_ssize_t _, j, whole = width - width % VEC
+    for _ in range(rows):
         for j from 0 <= j < whole by VEC:
             store(y + j, (load(x + j) - load_double(centre + j)) * load_double(scale + j) + load_double(shift + j))
         for j in range(whole, width):
@@ -404,8 +405,8 @@ cdef void grad_affine_columns(const floating *dy, const floating *x, floating *d
                               Py_ssize_t width, const double *centre, const double *scale, const double *slope,
                               const double *shift) noexcept nogil:
     """dx = dy·scale + (x − centre)·slope + shift, with the coefficients of each column."""
-    cdef Py_ssize_t r, j, whole = width - width % VEC
-    for r in range(rows):
+    cdef Py_ssize_t _, j, whole = width - width % VEC
+    for _ in range(rows):
         for j from 0 <= j < whole by VEC:
             store(dx + j, load(dy + j) * load_double(scale + j)
                   + (load(x + j) - load_double(centre + j)) * load_double(slope + j) + load_double(shift + j))
@@ -537,7 +538,6 @@ cdef void grad_sums_block(const floating *x, const floating *dy, floating *out, 
     cdef double centre[ROOM]
     cdef double sum1[ROOM]
     cdef double sum2[ROOM]
-    cdef Py_ssize_t c
     x += block.first
     dy += block.first
     if not job.columns:
@@ -650,7 +650,7 @@ cdef void finish_sums(const Job *job, Py_ssize_t tile) noexcept nogil:
 
 
 cdef void set_gradient(const Job *job, Py_ssize_t tile) noexcept nogil:
-    """Coefficients of dx = dy·scale + (x − mean)·slope + shift, the paper's three terms gathered by what they multiply."""
+    """Coefficients of dx = dy·scale + (x − mean)·slope + shift: the paper's three terms by what they multiply."""
     cdef Py_ssize_t c, C = job.C, first = tile * job.tile_channels
     cdef const double *restrict s = job.statistics + first
     cdef const double *restrict g = job.gradients + first
@@ -738,10 +738,13 @@ cdef void scale_block(const floating *x, const floating *dy, floating *out, cons
 
 # ---- Drive ----------------------------------------------------------------------------------------------------------
 
-cdef void item(void (*reduce)(const floating *, const floating *, floating *, const Job *, Py_ssize_t, Py_ssize_t) noexcept nogil,
-               void (*finish)(const Job *, Py_ssize_t) noexcept nogil,
-               void (*apply)(const floating *, const floating *, floating *, const Job *, Py_ssize_t, Py_ssize_t) noexcept nogil,
-               const floating *x, const floating *dy, floating *out, const Job *job, bint by_tile, Py_ssize_t i) noexcept nogil:
+ctypedef void (*BlockStep)(const floating *x, const floating *dy, floating *out, const Job *job, Py_ssize_t tile,
+                           Py_ssize_t b) noexcept nogil
+ctypedef void (*TileStep)(const Job *job, Py_ssize_t tile) noexcept nogil
+
+
+cdef void item(BlockStep reduce, TileStep finish, BlockStep apply, const floating *x, const floating *dy, floating *out,
+               const Job *job, bint by_tile, Py_ssize_t i) noexcept nogil:
     """A whole tile, or one block; blocks are counted in the order of memory."""
     cdef Py_ssize_t tile, b, first, last
     if by_tile:
@@ -759,10 +762,8 @@ cdef void item(void (*reduce)(const floating *, const floating *, floating *, co
             apply(x, dy, out, job, tile, b)
 
 
-cdef void each(void (*reduce)(const floating *, const floating *, floating *, const Job *, Py_ssize_t, Py_ssize_t) noexcept nogil,
-               void (*finish)(const Job *, Py_ssize_t) noexcept nogil,
-               void (*apply)(const floating *, const floating *, floating *, const Job *, Py_ssize_t, Py_ssize_t) noexcept nogil,
-               const floating *x, const floating *dy, floating *out, const Job *job, bint by_tile, int num_threads) noexcept nogil:
+cdef void each(BlockStep reduce, TileStep finish, BlockStep apply, const floating *x, const floating *dy, floating *out,
+               const Job *job, bint by_tile, int num_threads) noexcept nogil:
     cdef Py_ssize_t i, items = job.tiles if by_tile else job.tiles * job.blocks
     if num_threads == 1:
         for i in range(items):
@@ -772,10 +773,8 @@ cdef void each(void (*reduce)(const floating *, const floating *, floating *, co
             item(reduce, finish, apply, x, dy, out, job, by_tile, i)
 
 
-cdef void sweep(void (*reduce)(const floating *, const floating *, floating *, const Job *, Py_ssize_t, Py_ssize_t) noexcept nogil,
-                void (*finish)(const Job *, Py_ssize_t) noexcept nogil,
-                void (*apply)(const floating *, const floating *, floating *, const Job *, Py_ssize_t, Py_ssize_t) noexcept nogil,
-                const floating *x, const floating *dy, floating *out, const Job *job, int num_threads) noexcept nogil:
+cdef void sweep(BlockStep reduce, TileStep finish, BlockStep apply, const floating *x, const floating *dy,
+                floating *out, const Job *job, int num_threads) noexcept nogil:
     """reduce → finish → apply over all tiles, in one parallel region where tiles stay in cache."""
     cdef Py_ssize_t tile
     if job.by_tile and reduce != NULL and apply != NULL:
@@ -793,7 +792,7 @@ cdef int prepare(Job *job, Py_ssize_t N, Py_ssize_t C, Py_ssize_t S, Py_ssize_t 
                  const double *statistics, double *gradients) except -1:
     """Lay out the work and get the scratch for it: a few numbers a block and channel."""
     lay_out(job, N, C, S, itemsize)
-    job.statistics = <double *> statistics                  # `finish` writes to it only where the caller's table is not const
+    job.statistics = <double *> statistics      # written to only by steps whose caller's table is not const
     job.gradients = gradients
     job.coefficient = <double *> malloc((COEFFICIENT_ROWS + PARTIAL_ROWS * job.blocks) * C * sizeof(double))
     if job.coefficient == NULL:
@@ -812,7 +811,8 @@ def moments(const floating[:, :, ::1] x, double[:, ::1] statistics, double eps, 
         free(job.coefficient)
 
 
-def forward(const floating[:, :, ::1] x, floating[:, :, ::1] y, double[:, ::1] statistics, double eps, int num_threads):
+def forward(const floating[:, :, ::1] x, floating[:, :, ::1] y, double[:, ::1] statistics, double eps,
+            int num_threads):
     """`moments`, then y = gamma·(x − mean)·rstd + beta."""
     cdef Job job
     job.eps = eps
@@ -823,7 +823,8 @@ def forward(const floating[:, :, ::1] x, floating[:, :, ::1] y, double[:, ::1] s
         free(job.coefficient)
 
 
-def normalize(const floating[:, :, ::1] x, floating[:, :, ::1] y, double[:, ::1] statistics, double eps, int num_threads):
+def normalize(const floating[:, :, ::1] x, floating[:, :, ::1] y, double[:, ::1] statistics, double eps,
+              int num_threads):
     """y = gamma·(x − mean)·rstd + beta with the mean and var in `statistics`."""
     cdef Job job
     job.eps = eps
@@ -849,7 +850,8 @@ def grad_apply(const floating[:, :, ::1] dy, const floating[:, :, ::1] x, floati
     cdef Job job
     prepare(&job, x.shape[0], x.shape[1], x.shape[2], sizeof(floating), &statistics[0, 0], &gradients[0, 0])
     with nogil:
-        sweep(NULL, set_gradient, grad_affine_block[floating], &x[0, 0, 0], &dy[0, 0, 0], &dx[0, 0, 0], &job, num_threads)
+        sweep(NULL, set_gradient, grad_affine_block[floating], &x[0, 0, 0], &dy[0, 0, 0], &dx[0, 0, 0], &job,
+              num_threads)
         free(job.coefficient)
 
 

@@ -96,17 +96,21 @@ class Saved:
     def count(self) -> int:
         return self._layout.values
 
+    def _row(self, row: int) -> NDArray[np.float64]:
+        array: NDArray[np.float64] = self._statistics[row]
+        return array
+
     @property
     def mean(self) -> NDArray[np.float64]:
-        return self._statistics[_MEAN]
+        return self._row(_MEAN)
 
     @property
     def var(self) -> NDArray[np.float64]:
-        return self._statistics[_VAR]
+        return self._row(_VAR)
 
     @property
     def rstd(self) -> NDArray[np.float64]:
-        return self._statistics[_RSTD]
+        return self._row(_RSTD)
 
     def __repr__(self) -> str:
         return f"Saved(x={_shape_and_dtype(self._x)}, axis={self._axis}, eps={self._eps}, count={self.count})"
@@ -251,8 +255,8 @@ def backward(
     Returns
     -------
     Gradients
-        A named tuple (dx, dgamma, dbeta). dx has x's dtype and order in memory; dgamma and dbeta have the dtypes of gamma and
-        beta, and are None where those were None.
+        A named tuple (dx, dgamma, dbeta). dx has x's dtype and order in memory; dgamma and dbeta have the dtypes of
+        gamma and beta, and are None where those were None.
 
     Raises
     ------
@@ -350,8 +354,8 @@ def update_running(
     TypeError
         If an argument has the wrong type or dtype.
     ValueError
-        If a shape or `momentum` does not fit, an array is read-only, both share memory, or n = 1 with `unbiased`. Nothing is
-        written then.
+        If a shape or `momentum` does not fit, an array is read-only, both share memory, or n = 1 with `unbiased`.
+        Nothing is written then.
 
     References
     ----------
@@ -377,7 +381,9 @@ def update_running(
         if not array.flags.writeable:
             raise ValueError(f"{name} must be writeable, got a read-only array")
     if running_mean.dtype != running_var.dtype:
-        raise TypeError(f"running_var must have the dtype of running_mean, {running_mean.dtype}, got {running_var.dtype}")
+        raise TypeError(
+            f"running_var must have the dtype of running_mean, {running_mean.dtype}, got {running_var.dtype}"
+        )
     if np.shares_memory(running_mean, running_var):
         raise ValueError("running_mean and running_var must not overlap")
     momentum = _arrays.as_momentum(momentum)
@@ -404,8 +410,9 @@ def _fixed_statistics(
     eps: float,
 ) -> tuple[Array, Layout, NDArray[np.float64], dict[str, Array | None]]:
     """x, its layout, the table of given statistics and parameters, and the arrays it was filled from."""
-    given: dict[str, Array | None] = {"x": _arrays.as_float(x, "x")}
-    x, layout = _arrays.lay_out(given["x"], axis)
+    array = _arrays.as_float(x, "x")
+    given: dict[str, Array | None] = {"x": array}
+    x, layout = _arrays.lay_out(array, axis)
     channels = layout.view[1]
     for name, value in (("mean", mean), ("var", var), ("gamma", gamma), ("beta", beta)):
         given[name] = None if value is None else _arrays.as_channels(value, name, channels)
@@ -413,7 +420,7 @@ def _fixed_statistics(
     statistics[_MEAN] = given["mean"]
     statistics[_MEAN_LOW] = 0
     statistics[_VAR] = given["var"]
-    negative = _dispatch.kernels.fill_rstd(statistics, _arrays.as_eps(eps))
+    negative: int = _dispatch.kernels.fill_rstd(statistics, _arrays.as_eps(eps))
     if negative >= 0:
         raise ValueError(f"var must not be negative, got {statistics[_VAR, negative]} in channel {negative}")
     return x, layout, statistics, given

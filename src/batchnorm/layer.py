@@ -32,13 +32,13 @@ class BatchNorm:
     eps : float, default 1e-5
         Added to the variance, under the root.
     momentum : float or None, default 0.1
-        Weight of the NEW batch in the running statistics, as in PyTorch (Keras and Flax name the weight of the old value). None keeps
-        the cumulative mean of all batches.
+        Weight of the NEW batch in the running statistics, as in PyTorch (Keras and Flax name the weight of the old
+        value). None keeps the cumulative mean of all batches.
     affine : bool, default True
         Whether there are gamma (created as 1) and beta (as 0).
     track_running_stats : bool, default True
-        Whether there are running_mean (created as 0), running_var (as 1) and num_batches_tracked. Without them evaluation uses the
-        statistics of the batch too.
+        Whether there are running_mean (created as 0), running_var (as 1) and num_batches_tracked. Without them
+        evaluation uses the statistics of the batch too.
     dtype : float32 or float64, default float32
         Of parameters, their gradients and running statistics. x may have either dtype.
 
@@ -261,7 +261,8 @@ class BatchNorm:
         Raises
         ------
         ValueError
-            If a name is missing or unknown, a shape differs, a value is not finite, a variance or the counter is negative.
+            If a name is missing or unknown, a shape differs, a value is not finite, a variance or the counter is
+            negative.
         TypeError
             If a dtype differs.
         """

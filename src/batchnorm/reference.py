@@ -1,8 +1,8 @@
 """The textbook: batch normalization in plain NumPy, the baseline that everything is profiled and tested against.
 
-Nothing is clever here. The forward pass keeps a cache; the backward pass adds up the three terms through which x reaches the loss:
-directly, through the mean and through the variance. Work is done in the dtype of x, as people write it; note that
-NumPy adds float32 values along the first axes one after the other, so a large batch loses digits.
+Nothing is clever here. The forward pass keeps a cache; the backward pass adds up the three terms through which x
+reaches the loss: directly, through the mean and through the variance. Work is done in the dtype of x, as people write
+it; note that NumPy adds float32 values along the first axes one after the other, so a large batch loses digits.
 """
 
 from typing import Any, NamedTuple
