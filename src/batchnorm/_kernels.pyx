@@ -31,6 +31,8 @@ cdef extern from "_vector.h" nogil:
         LANES                       # accumulators along a row, on every processor
         VEC                         # float64 values in a vector: 8, 4 or 2
         VECS                        # vectors that hold the lanes
+        UNROLLED                    # rows of columns taken together
+        PADDED                      # UNROLLED vectors
     ctypedef double vec             # VEC of them; Cython only has to know that it can calculate with it
     vec load_float(const float *) noexcept
     vec load_double(const double *) noexcept
@@ -57,14 +59,13 @@ ctypedef fused floating:
     double
 
 cdef enum:
-    UNROLLED = 8            # rows of columns taken together, so that an accumulator is loaded once for eight values
     WIDTH = 256             # the most columns of a tile: 1 KiB of float32, and its accumulators stay in L1
     BLOCK = 8192            # values of a block of lanes
-    ROOM = WIDTH + 8        # and a vector more, for columns that do not fill one
+    ROOM = 264              # WIDTH and a vector more, for columns that do not fill one
     COLUMN_ROWS = 128       # rows of a block of columns
     SHORT_ROW = 64          # shorter rows are taken as columns
     FEW_TILES = 16          # fewer tiles of lanes than this are cut into blocks to be shared
-    CACHE = 1 << 19         # bytes of a tile that stay in a core's cache between two passes
+    CACHE = 524288          # bytes of a tile that stay in a core's cache between two passes
 
 # Rows of the tables that the façade allocates, one column a channel.
 cdef enum:
@@ -354,7 +355,7 @@ cdef inline void pad(const floating *x, Py_ssize_t rows, Py_ssize_t stride, Py_s
 cdef void moments_columns(const floating *x, Py_ssize_t rows, Py_ssize_t stride, Py_ssize_t width,
                           const double *pivot, double *sum1, double *sum2) noexcept nogil:
     """Add Σ(x − pivot) and Σ(x − pivot)² of each column to sum1 and sum2."""
-    cdef floating padded[UNROLLED * VEC]
+    cdef floating padded[PADDED]
     cdef double padded_pivot[VEC]
     cdef Py_ssize_t j, taken, whole = width - width % VEC
     while rows > 0:
@@ -372,8 +373,8 @@ cdef void moments_columns(const floating *x, Py_ssize_t rows, Py_ssize_t stride,
 cdef void grad_sums_columns(const floating *dy, const floating *x, Py_ssize_t rows, Py_ssize_t stride, Py_ssize_t width,
                             const double *mean, double *sum1, double *sum2) noexcept nogil:
     """Add Σ dy and Σ dy·(x − mean) of each column to sum1 and sum2."""
-    cdef floating padded_dy[UNROLLED * VEC]
-    cdef floating padded[UNROLLED * VEC]
+    cdef floating padded_dy[PADDED]
+    cdef floating padded[PADDED]
     cdef Py_ssize_t j, taken, whole = width - width % VEC
     while rows > 0:
         taken = min(rows, UNROLLED)

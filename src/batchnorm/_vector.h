@@ -22,6 +22,10 @@
 #define LANES 32
 #define VECS (LANES / VEC)
 
+/* Rows of columns taken together, so that an accumulator is loaded once for eight values. */
+#define UNROLLED 8
+#define PADDED (UNROLLED * VEC)
+
 typedef double vec __attribute__((vector_size(8 * VEC)));
 typedef float narrow_vec __attribute__((vector_size(4 * VEC)));
 
