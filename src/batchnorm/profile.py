@@ -116,7 +116,7 @@ class Problem(NamedTuple):
         return float(abs(self.first_channels(array) - exact).max() / (abs(exact).max() or 1))
 
 
-def _activations(shape: Shape, axis: int, dtype: str) -> Problem:
+def activations(shape: Shape, axis: int, dtype: str) -> Problem:
     """Random numbers that look like the inside of a network: each channel has an offset and a spread of its own."""
     rng = np.random.default_rng(0)
     channels, column = shape[axis], (shape[axis],) + (1,) * (len(shape) - axis - 1)
@@ -265,7 +265,7 @@ def profile(
     """Measure every pass over every layer, each with every number of threads."""
     with ThreadPoolExecutor(max(threads)) as pool:
         for shape, count in layers.items():
-            problem = _activations(shape, axis % len(shape), dtype)
+            problem = activations(shape, axis % len(shape), dtype)
             exact = {name: call() for name, call in _numpy(problem.widened()).items()}
             for team, (name, reads) in itertools.product(threads, PASSES.items()):
                 calls = {rival: CONTESTANTS[rival].prepare(problem, team)[name] for rival in names}
@@ -355,7 +355,7 @@ def _processor() -> str:
     return next(models, platform.processor() or platform.machine())
 
 
-def _machine(names: Sequence[str]) -> dict[str, Any]:
+def machine_facts(names: Sequence[str]) -> dict[str, Any]:
     machine = {"processor": _processor(), "load": os.getloadavg()[0], **show_config(mode="dicts")}
     if "torch" in names:
         machine["versions"]["torch"] = str(_import("torch", "torch").__version__)
@@ -428,14 +428,14 @@ def run(arguments: argparse.Namespace, error: Callable[[str], NoReturn]) -> int:
             error(f"argument --axis: must be from {-len(shape)} to {len(shape) - 1} for shape {label}, got {axis}")
     if arguments.batch and not arguments.network:
         error(f"argument --batch: must come with --network, got {arguments.batch[0]} alone")
-    console, progress, machine = _import("rich.console"), _import("rich.progress"), _machine(names)
+    console, progress, about = _import("rich.console"), _import("rich.progress"), machine_facts(names)
     if arguments.plot:
         _import("matplotlib").use("Agg")
     cells = len(layers) * len(arguments.threads) * len(PASSES)
     seconds = SECONDS_QUICK if arguments.quick else min(SECONDS, SECONDS_IN_ALL / cells)
-    versions = ", ".join(f"{name} {machine['versions'][name]}" for name in dict.fromkeys(["numpy", *names]))
-    settings = f"{_threads(arguments.threads)}, load {machine['load']:.1f}, {arguments.dtype}, axis {axis}"
-    facts = f"{machine['processor']}, {machine['kernels']['level']} kernels, {settings}, {versions}"
+    versions = ", ".join(f"{name} {about['versions'][name]}" for name in dict.fromkeys(["numpy", *names]))
+    settings = f"{_threads(arguments.threads)}, load {about['load']:.1f}, {arguments.dtype}, axis {axis}"
+    facts = f"{about['processor']}, {about['kernels']['level']} kernels, {settings}, {versions}"
     results: list[Result] = []
     measured = profile(layers, axis, arguments.dtype, arguments.threads, names, seconds)
     bars = console.Console(stderr=True)
@@ -450,7 +450,7 @@ def run(arguments: argparse.Namespace, error: Callable[[str], NoReturn]) -> int:
             _print(screen, results, names, [NOTES.format(exact=exact), facts])
     if arguments.json:
         command = {name: value for name, value in vars(arguments).items() if not isinstance(value, Path)}
-        report = {"machine": machine, "command": command, "results": [row.as_json() for row in results]}
+        report = {"machine": about, "command": command, "results": [row.as_json() for row in results]}
         arguments.json.write_text(json.dumps(report, indent=2) + "\n")
     if arguments.plot:
         _draw(arguments.plot, results, names, facts)
