@@ -118,3 +118,25 @@ def test_in_place_is_out_of_place(view, dtype, rng, always_threaded):
     assert x.tobytes() == expected.tobytes()
     assert bn.backward(dy, saved, out=dy, num_threads=2).dx is dy
     assert dy.tobytes() == expected_dx.tobytes()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("view", [(4200, 1029, 1), (70000, 61, 1), (21, 50, 4099), (32, 2700, 49)], ids=str)
+def test_a_result_written_around_the_cache(view, dtype, rng):
+    """Gradients of 16 MiB and more are streamed to memory where their address allows it."""
+    x, dy = (rng.standard_normal(view, np.float32).astype(dtype, copy=False) for _ in range(2))
+    assert x.nbytes >= 1 << 24
+    _, saved = bn.forward(x)
+    expected = bn.backward(dy, saved).dx
+    some = np.s_[:, ::97]
+    _, saved_some = bn.forward(np.ascontiguousarray(x[some]))
+    terms = abs(dy).max() * saved.rstd.max()
+    np.testing.assert_allclose(
+        expected[some], bn.backward(dy[some], saved_some).dx, rtol=0, atol=4 * np.spacing(terms.astype(dtype))
+    )
+    for shift in (1, 2, 3):
+        room = np.empty(x.size + 4, dtype)
+        out = room[shift : shift + x.size].reshape(view)
+        assert bn.backward(dy, saved, out=out, num_threads=shift).dx is out
+        assert out.tobytes() == expected.tobytes()
+    assert bn.backward(dy, saved, out=dy).dx.tobytes() == expected.tobytes()

@@ -38,6 +38,10 @@ cdef extern from "_vector.h" nogil:
     vec load_double(const double *) noexcept
     void store_float(float *, vec) noexcept
     void store_double(double *, vec) noexcept
+    bint can_stream(const void *) noexcept
+    void stream_float(float *, vec) noexcept
+    void stream_double(double *, vec) noexcept
+    void finish_streaming() noexcept
     vec zero_vec() noexcept
     void prefetch(const void *) noexcept
 
@@ -65,6 +69,7 @@ cdef enum:
     COLUMN_ROWS = 128       # rows of a block of columns
     SHORT_ROW = 64          # shorter rows are taken as columns
     FEW_TILES = 16          # fewer tiles of lanes than this are cut into blocks to be shared
+    STREAM = 16777216       # bytes of a dx that is written around the cache
     CACHE = 524288          # bytes of a tile that stay in a core's cache between two passes
 
 # Rows of the tables that the façade allocates, one column a channel.
@@ -85,6 +90,7 @@ cdef struct Job:
     Py_ssize_t N, C, S
     bint columns            # which family
     bint by_tile            # all three steps tile by tile
+    bint stream             # dx goes around the cache
     Py_ssize_t tiles, tile_channels
     Py_ssize_t blocks, block_rows, segments, segment
     Py_ssize_t group        # G: rows of columns laid side by side
@@ -112,6 +118,7 @@ cdef void lay_out(Job *job, Py_ssize_t N, Py_ssize_t C, Py_ssize_t S, Py_ssize_t
     """Cut the view into tiles and blocks. Only the shape and the item size may be asked here."""
     cdef Py_ssize_t row_blocks, whole
     job.N, job.C, job.S = N, C, S
+    job.stream = N * C * S * itemsize >= STREAM
     job.columns = S < SHORT_ROW
     job.segments, job.segment, job.group = 1, S, 1
     if job.columns:
@@ -178,9 +185,18 @@ cdef inline void store(floating *p, vec v) noexcept nogil:
         store_double(p, v)
 
 
+cdef inline void write(floating *p, vec v, bint stream) noexcept nogil:
+    if not stream:
+        store(p, v)
+    elif floating is float:
+        stream_float(p, v)
+    else:
+        stream_double(p, v)
+
+
 # ---- Lanes: along the rows of one channel ---------------------------------------------------------------------------
-# The values that do not fill the lanes are read as the end of the last LANES values of the row, those already counted
-# multiplied by 0. Rows have at least SHORT_ROW values, and a shorter last segment has others of its row before it.
+# Where values are summed, those that do not fill the lanes are the end of the last LANES values of the row, those
+# already counted multiplied by 0. Rows have at least SHORT_ROW values, and a short last segment has others before it.
 
 cdef double fold(const vec *lanes) noexcept nogil:
     """Sum of the lanes by halving."""
@@ -210,6 +226,7 @@ cdef void moments_lanes(const floating *x, Py_ssize_t rows, Py_ssize_t stride, P
     cdef vec d
     cdef double counts[LANES]
     cdef Py_ssize_t _, i, k, whole = length - length % LANES
+    cdef Py_ssize_t untouched = (LANES - length % LANES) // VEC     # vectors without a rest
     count_rest(length, counts)
     for k in range(VECS):
         s1[k] = s2[k] = zero_vec()
@@ -221,8 +238,8 @@ cdef void moments_lanes(const floating *x, Py_ssize_t rows, Py_ssize_t stride, P
                 d = load(x + i + k * VEC) - pivot
                 s1[k] += d
                 s2[k] += d * d
-        if whole < length:
-            for k in range(VECS):
+        for k in range(VECS):
+            if k >= untouched:
                 d = (load(x + length - LANES + k * VEC) - pivot) * load_double(counts + k * VEC)
                 s1[k] += d
                 s2[k] += d * d
@@ -239,6 +256,7 @@ cdef void grad_sums_lanes(const floating *dy, const floating *x, Py_ssize_t rows
     cdef vec g
     cdef double counts[LANES]
     cdef Py_ssize_t _, i, k, whole = length - length % LANES
+    cdef Py_ssize_t untouched = (LANES - length % LANES) // VEC     # vectors without a rest
     count_rest(length, counts)
     for k in range(VECS):
         s1[k] = s2[k] = zero_vec()
@@ -252,8 +270,8 @@ cdef void grad_sums_lanes(const floating *dy, const floating *x, Py_ssize_t rows
                 g = load(dy + i + k * VEC)
                 s1[k] += g
                 s2[k] += g * (load(x + i + k * VEC) - mean)
-        if whole < length:
-            for k in range(VECS):
+        for k in range(VECS):
+            if k >= untouched:
                 g = load(dy + length - LANES + k * VEC) * load_double(counts + k * VEC)
                 s1[k] += g
                 s2[k] += g * (load(x + length - LANES + k * VEC) - mean)
@@ -263,28 +281,44 @@ cdef void grad_sums_lanes(const floating *dy, const floating *x, Py_ssize_t rows
     sum2[0] = fold(s2)
 
 
+# Where values are written, those that do not fill a vector are the end of the last VEC values of the row. These are
+# read before the row is written, so that out may be the input.
+
 cdef void affine_lanes(const floating *x, floating *y, Py_ssize_t rows, Py_ssize_t stride, Py_ssize_t length,
                        double centre, double scale, double shift) noexcept nogil:
     """y = (x − centre)·scale + shift."""
-    cdef Py_ssize_t _, i, whole = length - length % VEC
+    cdef Py_ssize_t _, i, last = length - VEC
+    cdef vec end
     for _ in range(rows):
-        for i from 0 <= i < whole by VEC:
-            store(y + i, (load(x + i) - centre) * scale + shift)
-        for i in range(whole, length):
-            y[i] = <floating> ((x[i] - centre) * scale + shift)
+        if last < 0:
+            for i in range(length):
+                y[i] = <floating> ((x[i] - centre) * scale + shift)
+        else:
+            end = (load(x + last) - centre) * scale + shift
+            for i from 0 <= i < last by VEC:
+                store(y + i, (load(x + i) - centre) * scale + shift)
+            store(y + last, end)
         x += stride
         y += stride
 
 
 cdef void grad_affine_lanes(const floating *dy, const floating *x, floating *dx, Py_ssize_t rows, Py_ssize_t stride,
-                            Py_ssize_t length, double centre, double scale, double slope, double shift) noexcept nogil:
+                            Py_ssize_t length, double centre, double scale, double slope, double shift,
+                            bint stream) noexcept nogil:
     """dx = dy·scale + (x − centre)·slope + shift."""
-    cdef Py_ssize_t _, i, whole = length - length % VEC
+    cdef Py_ssize_t _, i, last = length - VEC
+    cdef vec end
+    cdef bint around
     for _ in range(rows):
-        for i from 0 <= i < whole by VEC:
-            store(dx + i, load(dy + i) * scale + (load(x + i) - centre) * slope + shift)
-        for i in range(whole, length):
-            dx[i] = <floating> (dy[i] * scale + (x[i] - centre) * slope + shift)
+        if last < 0:
+            for i in range(length):
+                dx[i] = <floating> (dy[i] * scale + (x[i] - centre) * slope + shift)
+        else:
+            around = stream and can_stream(dx)
+            end = load(dy + last) * scale + (load(x + last) - centre) * slope + shift
+            for i from 0 <= i < last by VEC:
+                write(dx + i, load(dy + i) * scale + (load(x + i) - centre) * slope + shift, around)
+            write(dx + last, end, around and can_stream(dx + last))
         dy += stride
         x += stride
         dx += stride
@@ -352,15 +386,30 @@ cdef inline void pad(const floating *x, Py_ssize_t rows, Py_ssize_t stride, Py_s
             padded[r * VEC + j] = x[r * stride + j] if j < width else 0
 
 
+cdef inline Py_ssize_t rows_ahead(Py_ssize_t width) noexcept nogil:
+    """How far ahead to fetch when rows follow each other in memory: about 1000 values, at least the next rows."""
+    return UNROLLED * (1 + 128 // (width + 1))
+
+
+cdef inline void fetch_rows(const floating *row, Py_ssize_t stride) noexcept nogil:
+    """Ask for a cache line of each of UNROLLED rows: eight streams at once are more than the processor foresees."""
+    cdef Py_ssize_t r
+    for r in range(UNROLLED):
+        prefetch(row + r * stride)
+
+
 cdef void moments_columns(const floating *x, Py_ssize_t rows, Py_ssize_t stride, Py_ssize_t width,
                           const double *pivot, double *sum1, double *sum2) noexcept nogil:
     """Add Σ(x − pivot) and Σ(x − pivot)² of each column to sum1 and sum2."""
     cdef floating padded[PADDED]
     cdef double padded_pivot[VEC]
     cdef Py_ssize_t j, taken, whole = width - width % VEC
+    cdef Py_ssize_t ahead = rows_ahead(width) * stride
     while rows > 0:
         taken = min(rows, UNROLLED)
         for j from 0 <= j < whole by VEC:
+            if stride == width and j % 16 == 0:
+                fetch_rows(x + ahead + j, stride)
             moments_rows(x + j, taken, stride, pivot + j, sum1 + j, sum2 + j)
         if whole < width:
             pad(x + whole, taken, stride, width - whole, padded)
@@ -376,9 +425,13 @@ cdef void grad_sums_columns(const floating *dy, const floating *x, Py_ssize_t ro
     cdef floating padded_dy[PADDED]
     cdef floating padded[PADDED]
     cdef Py_ssize_t j, taken, whole = width - width % VEC
+    cdef Py_ssize_t ahead = rows_ahead(width) * stride
     while rows > 0:
         taken = min(rows, UNROLLED)
         for j from 0 <= j < whole by VEC:
+            if stride == width and j % 16 == 0:
+                fetch_rows(x + ahead + j, stride)
+                fetch_rows(dy + ahead + j, stride)
             grad_sums_rows(dy + j, x + j, taken, stride, mean + j, sum1 + j, sum2 + j)
         if whole < width:
             pad(dy + whole, taken, stride, width - whole, padded_dy)
@@ -392,30 +445,52 @@ cdef void grad_sums_columns(const floating *dy, const floating *x, Py_ssize_t ro
 cdef void affine_columns(const floating *x, floating *y, Py_ssize_t rows, Py_ssize_t stride, Py_ssize_t width,
                          const double *centre, const double *scale, const double *shift) noexcept nogil:
     """y = (x − centre)·scale + shift, with the coefficients of each column."""
-    cdef Py_ssize_t _, j, whole = width - width % VEC
+    cdef Py_ssize_t _, j, last = width - VEC
+    cdef vec end
     for _ in range(rows):
-        for j from 0 <= j < whole by VEC:
-            store(y + j, (load(x + j) - load_double(centre + j)) * load_double(scale + j) + load_double(shift + j))
-        for j in range(whole, width):
-            y[j] = <floating> ((x[j] - centre[j]) * scale[j] + shift[j])
+        if last < 0:
+            for j in range(width):
+                y[j] = <floating> ((x[j] - centre[j]) * scale[j] + shift[j])
+        else:
+            end = affine_vec(x, last, centre, scale, shift)
+            for j from 0 <= j < last by VEC:
+                store(y + j, affine_vec(x, j, centre, scale, shift))
+            store(y + last, end)
         x += stride
         y += stride
 
 
+cdef inline vec affine_vec(const floating *x, Py_ssize_t j, const double *centre, const double *scale,
+                           const double *shift) noexcept nogil:
+    return (load(x + j) - load_double(centre + j)) * load_double(scale + j) + load_double(shift + j)
+
+
 cdef void grad_affine_columns(const floating *dy, const floating *x, floating *dx, Py_ssize_t rows, Py_ssize_t stride,
                               Py_ssize_t width, const double *centre, const double *scale, const double *slope,
-                              const double *shift) noexcept nogil:
+                              const double *shift, bint stream) noexcept nogil:
     """dx = dy·scale + (x − centre)·slope + shift, with the coefficients of each column."""
-    cdef Py_ssize_t _, j, whole = width - width % VEC
+    cdef Py_ssize_t _, j, last = width - VEC
+    cdef vec end
+    cdef bint around
     for _ in range(rows):
-        for j from 0 <= j < whole by VEC:
-            store(dx + j, load(dy + j) * load_double(scale + j)
-                  + (load(x + j) - load_double(centre + j)) * load_double(slope + j) + load_double(shift + j))
-        for j in range(whole, width):
-            dx[j] = <floating> (dy[j] * scale[j] + (x[j] - centre[j]) * slope[j] + shift[j])
+        if last < 0:
+            for j in range(width):
+                dx[j] = <floating> (dy[j] * scale[j] + (x[j] - centre[j]) * slope[j] + shift[j])
+        else:
+            around = stream and can_stream(dx)
+            end = grad_affine_vec(dy, x, last, centre, scale, slope, shift)
+            for j from 0 <= j < last by VEC:
+                write(dx + j, grad_affine_vec(dy, x, j, centre, scale, slope, shift), around)
+            write(dx + last, end, around and can_stream(dx + last))
         dy += stride
         x += stride
         dx += stride
+
+
+cdef inline vec grad_affine_vec(const floating *dy, const floating *x, Py_ssize_t j, const double *centre,
+                                const double *scale, const double *slope, const double *shift) noexcept nogil:
+    return (load(dy + j) * load_double(scale + j)
+            + (load(x + j) - load_double(centre + j)) * load_double(slope + j) + load_double(shift + j))
 
 
 cdef void spread(const double *value, const Block *block, const Job *job, double *column) noexcept nogil:
@@ -721,15 +796,18 @@ cdef void grad_affine_block(const floating *x, const floating *dy, floating *out
     out += block.first
     if not job.columns:
         grad_affine_lanes(dy, x, out, block.rows, block.stride, block.length,
-                          of[CENTRE * C], of[SCALE * C], of[SLOPE * C], of[SHIFT * C])
+                          of[CENTRE * C], of[SCALE * C], of[SLOPE * C], of[SHIFT * C], job.stream)
+        finish_streaming()
         return
     spread(of + CENTRE * C, &block, job, centre)
     spread(of + SCALE * C, &block, job, scale)
     spread(of + SLOPE * C, &block, job, slope)
     spread(of + SHIFT * C, &block, job, shift)
-    grad_affine_columns(dy, x, out, block.wide_rows, block.wide_stride, block.width, centre, scale, slope, shift)
+    grad_affine_columns(dy, x, out, block.wide_rows, block.wide_stride, block.width, centre, scale, slope, shift,
+                        job.stream)
     grad_affine_columns(dy + block.rest, x + block.rest, out + block.rest, block.rest_rows, 0, block.rest_width,
-                        centre, scale, slope, shift)
+                        centre, scale, slope, shift, job.stream)
+    finish_streaming()
 
 
 cdef void scale_block(const floating *x, const floating *dy, floating *out, const Job *job, Py_ssize_t tile,

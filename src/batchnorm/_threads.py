@@ -14,7 +14,7 @@ import sys
 
 from . import _arrays, _dispatch
 
-SERIAL_VALUES = 24_000
+SERIAL_VALUES = 65_536
 """Arrays with fewer values are worked on by the calling thread (measured: bench/README.md)."""
 
 _asked: int | None = None

@@ -8,6 +8,7 @@
 #ifndef BATCHNORM_VECTOR_H
 #define BATCHNORM_VECTOR_H
 
+#include <stdint.h>
 #include <string.h>
 
 #if defined(__AVX512F__)
@@ -58,6 +59,63 @@ static inline void store_double(double *p, vec v)
 {
     memcpy(p, &v, sizeof v);
 }
+
+/* Stores that go around the cache, in pieces of 16 bytes, for results larger than any cache: an ordinary store reads
+ * the line first. They need an aligned address; where there are none they are ordinary stores. */
+#if defined(__SSE2__) && VEC > 2
+#include <xmmintrin.h>
+
+static inline int can_stream(const void *p)
+{
+    return (uintptr_t)p % 16 == 0;
+}
+
+static inline void stream_pieces(void *p, const void *bytes, size_t size)
+{
+    for (size_t at = 0; at < size; at += 16) {
+        __m128 piece;
+        memcpy(&piece, (const char *)bytes + at, 16);
+        _mm_stream_ps((float *)((char *)p + at), piece);
+    }
+}
+
+static inline void stream_float(float *p, vec v)
+{
+    narrow_vec n = __builtin_convertvector(v, narrow_vec);
+    stream_pieces(p, &n, sizeof n);
+}
+
+static inline void stream_double(double *p, vec v)
+{
+    stream_pieces(p, &v, sizeof v);
+}
+
+/* Before another thread may read what was streamed. */
+static inline void finish_streaming(void)
+{
+    _mm_sfence();
+}
+#else
+static inline int can_stream(const void *p)
+{
+    (void)p;
+    return 0;
+}
+
+static inline void stream_float(float *p, vec v)
+{
+    store_float(p, v);
+}
+
+static inline void stream_double(double *p, vec v)
+{
+    store_double(p, v);
+}
+
+static inline void finish_streaming(void)
+{
+}
+#endif
 
 static inline vec zero_vec(void)
 {
