@@ -68,6 +68,7 @@ cdef enum:
     ROOM = 264              # WIDTH and a vector more, for columns that do not fill one
     COLUMN_ROWS = 128       # rows of a block of columns
     SHORT_ROW = 64          # shorter rows are taken as columns
+    LONG_ROW = 512          # a row worth a call of its own
     FEW_TILES = 16          # fewer tiles of lanes than this are cut into blocks to be shared
     STREAM = 16777216       # bytes of a dx that is written around the cache
     CACHE = 524288          # bytes of a tile that stay in a core's cache between two passes
@@ -856,6 +857,7 @@ cdef void sweep(BlockStep reduce, TileStep finish, BlockStep apply, const floati
                 floating *out, const Job *job, int num_threads) noexcept nogil:
     """reduce → finish → apply over all tiles, in one parallel region where tiles stay in cache."""
     cdef Py_ssize_t tile
+    cdef Job in_order = job[0]
     if job.by_tile and reduce != NULL and apply != NULL:
         each(reduce, finish, apply, x, dy, out, job, True, num_threads)
         return
@@ -864,7 +866,10 @@ cdef void sweep(BlockStep reduce, TileStep finish, BlockStep apply, const floati
     for tile in range(job.tiles):
         finish(job, tile)
     if apply != NULL:
-        each(NULL, NULL, apply, x, dy, out, job, False, num_threads)
+        if not job.columns and job.S >= LONG_ROW:       # nothing is summed any more, so blocks may follow the memory
+            in_order.block_rows = 1
+            in_order.blocks = job.N * job.segments
+        each(NULL, NULL, apply, x, dy, out, &in_order, False, num_threads)
 
 
 cdef int prepare(Job *job, Py_ssize_t N, Py_ssize_t C, Py_ssize_t S, Py_ssize_t itemsize,
