@@ -59,6 +59,18 @@ class Layout(NamedTuple):
         inverse = sorted(range(len(self.order)), key=self.order.__getitem__)
         return np.empty([self.shape[axis] for axis in self.order], dtype).transpose(inverse)
 
+    def room(self, out: Array | None, dtype: np.dtype[Any]) -> Array:
+        """Where a kernel can write a result: `out` if it fits, else a new array."""
+        return self.empty(dtype) if out is None or not self.fits(out) else out
+
+
+def deliver(result: Array, out: Array | None) -> Array:
+    """The result where the caller wants it."""
+    if out is None or out is result:
+        return result
+    np.copyto(out, result)
+    return out
+
 
 @lru_cache(maxsize=256)
 def _layout(shape: tuple[int, ...], channel: int, order: tuple[int, ...] | None) -> Layout:

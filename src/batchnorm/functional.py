@@ -213,15 +213,13 @@ def forward(
         _arrays.check_out(out, x.shape, x.dtype)
         for name, other in (("x", given), ("gamma", gamma), ("beta", beta)):
             _arrays.check_overlap(out, name, other)
-    y = layout.empty(x.dtype) if out is None or not layout.fits(out) else out
+    y = layout.room(out, x.dtype)
     statistics = _statistics_table(channels, gamma, beta)
     if x.size:
         _dispatch.kernels.forward[x.dtype.char](layout.see(x), layout.see(y), statistics, eps, threads)
     else:
         statistics[: _RSTD + 1] = 0
-    if out is not None and out is not y:
-        np.copyto(out, y)
-        y = out
+    y = _arrays.deliver(y, out)
     dtypes = (None if gamma is None else gamma.dtype, None if beta is None else beta.dtype)
     return y, Saved(x, axis % x.ndim, eps, layout, statistics, dtypes)
 
@@ -307,13 +305,11 @@ def _backward(
     gradients = np.zeros((_GRADIENT_ROWS, layout.view[1]))
     dx = None
     if "dx" in need:
-        dx = layout.empty(x.dtype) if out is None or not layout.fits(out) else out
+        dx = layout.room(out, x.dtype)
         if x.size:
             step = kernels.backward if batch_statistics else kernels.inference_backward
             step[x.dtype.char](layout.bring(dy), layout.see(x), layout.see(dx), statistics, gradients, threads)
-        if out is not None and out is not dx:
-            np.copyto(out, dx)
-            dx = out
+        dx = _arrays.deliver(dx, out)
     elif x.size:
         kernels.grad_sums[x.dtype.char](layout.bring(dy), layout.see(x), statistics, gradients, threads)
     gamma_dtype, beta_dtype = saved._dtypes
@@ -486,13 +482,10 @@ def inference(
         _arrays.check_out(out, x.shape, x.dtype)
         for name, other in given.items():
             _arrays.check_overlap(out, name, other, may_be_same=name == "x")
-    y = layout.empty(x.dtype) if out is None or not layout.fits(out) else out
+    y = layout.room(out, x.dtype)
     if x.size:
         _dispatch.kernels.normalize[x.dtype.char](layout.see(x), layout.see(y), statistics, eps, threads)
-    if out is not None and out is not y:
-        np.copyto(out, y)
-        y = out
-    return y
+    return _arrays.deliver(y, out)
 
 
 def inference_backward(
