@@ -106,6 +106,12 @@ BACKWARD = {
     ),
 }
 INFERENCE = {
+    "mean None": (
+        lambda: bn.inference(X, None, ONES),
+        TypeError,
+        "mean must have dtype float32 or float64, got object",
+    ),
+    "var None": (lambda: bn.inference(X, ONES, None), TypeError, "var must have dtype float32 or float64, got object"),
     "mean too short": (
         lambda: bn.inference(X, np.ones(2), ONES),
         ValueError,

@@ -407,10 +407,14 @@ def _fixed_statistics(
 ) -> tuple[Array, Layout, NDArray[np.float64], dict[str, Array | None]]:
     """x, its layout, the table of given statistics and parameters, and the arrays it was filled from."""
     array = _arrays.as_float(x, "x")
-    given: dict[str, Array | None] = {"x": array}
     x, layout = _arrays.lay_out(array, axis)
     channels = layout.view[1]
-    for name, value in (("mean", mean), ("var", var), ("gamma", gamma), ("beta", beta)):
+    given: dict[str, Array | None] = {
+        "x": array,
+        "mean": _arrays.as_channels(mean, "mean", channels),
+        "var": _arrays.as_channels(var, "var", channels),
+    }
+    for name, value in (("gamma", gamma), ("beta", beta)):
         given[name] = None if value is None else _arrays.as_channels(value, name, channels)
     statistics = _statistics_table(channels, given["gamma"], given["beta"])
     statistics[_MEAN] = given["mean"]
