@@ -17,6 +17,8 @@ VIEWS = {
     "short rows, tiles": (33, 300, 49),
     "rows of lanes": (5, 20, 100),
     "rows of whole lanes": (9, 17, 96),
+    "lanes of neighbours": (13, 150, 70),
+    "lanes of neighbours, blocks of rows": (190, 33, 101),
     "few channels in lanes": (300, 3, 100),
     "one channel in lanes": (3, 1, 5000),
     "segments": (2, 3, 20011),

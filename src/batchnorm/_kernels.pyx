@@ -68,6 +68,8 @@ cdef enum:
     ROOM = 264              # WIDTH and a vector more, for columns that do not fill one
     COLUMN_ROWS = 128       # rows of a block of columns
     SHORT_ROW = 64          # shorter rows are taken as columns
+    RUN = 2048              # values of neighbouring short rows of lanes, so that memory is visited in longer runs
+    TOGETHER = 8            # the most channels of a tile of lanes
     LONG_ROW = 512          # a row worth a call of its own
     FEW_TILES = 16          # fewer tiles of lanes than this are cut into blocks to be shared
     STREAM = 16777216       # bytes of a dx that is written around the cache
@@ -104,7 +106,9 @@ cdef struct Job:
 cdef struct Block:
     Py_ssize_t channel, channels
     Py_ssize_t first        # offset of its first value
-    Py_ssize_t rows, stride, length
+    Py_ssize_t rows, stride
+    Py_ssize_t run, length  # values of a row, of one channel and of all
+    Py_ssize_t visit        # rows of lanes of one channel before those of its neighbour
     Py_ssize_t wide_rows, wide_stride, width        # the same block, `group` rows side by side as one row of columns
     Py_ssize_t rest, rest_rows, rest_width          # and the rows that do not fill a group, as one shorter row
 
@@ -135,7 +139,9 @@ cdef void lay_out(Job *job, Py_ssize_t N, Py_ssize_t C, Py_ssize_t S, Py_ssize_t
         row_blocks = ceil_div(N, job.block_rows)
         job.by_tile = (job.tiles >= 4 and N * job.tile_channels * S * itemsize <= CACHE) or row_blocks * job.tiles == 1
     else:
-        job.tiles, job.tile_channels = C, 1
+        job.tile_channels = min(min(TOGETHER, RUN // S), min(C // FEW_TILES, CACHE // (2 * N * S * itemsize)))
+        job.tile_channels = max(1, job.tile_channels)
+        job.tiles = ceil_div(C, job.tile_channels)
         if S >= BLOCK:
             job.segment = LANES * ceil_div(ceil_div(S, ceil_div(S, BLOCK)), LANES)
             job.segments = ceil_div(S, job.segment)
@@ -160,7 +166,9 @@ cdef Block block_of(const Job *job, Py_ssize_t tile, Py_ssize_t b) noexcept nogi
     block.rows = min(job.block_rows, job.N - row)
     block.stride = job.C * job.S
     block.first = row * block.stride + block.channel * job.S + start
-    block.length = min(job.segment, job.S - start) * block.channels
+    block.run = min(job.segment, job.S - start)
+    block.length = block.run * block.channels
+    block.visit = block.rows if block.channels == 1 else 2
     block.wide_rows = block.rows // job.group
     block.wide_stride = block.stride * job.group
     block.width = block.length * job.group
@@ -220,8 +228,8 @@ cdef void count_rest(Py_ssize_t length, double *counts) noexcept nogil:
 
 
 cdef void moments_lanes(const floating *x, Py_ssize_t rows, Py_ssize_t stride, Py_ssize_t length,
-                        double pivot, double *sum1, double *sum2) noexcept nogil:
-    """Σ(x − pivot) and Σ(x − pivot)²."""
+                        double pivot, vec *lanes1, vec *lanes2) noexcept nogil:
+    """Add Σ(x − pivot) and Σ(x − pivot)² to the lanes."""
     cdef vec s1[VECS]
     cdef vec s2[VECS]
     cdef vec d
@@ -230,7 +238,7 @@ cdef void moments_lanes(const floating *x, Py_ssize_t rows, Py_ssize_t stride, P
     cdef Py_ssize_t untouched = (LANES - length % LANES) // VEC     # vectors without a rest
     count_rest(length, counts)
     for k in range(VECS):
-        s1[k] = s2[k] = zero_vec()
+        s1[k], s2[k] = lanes1[k], lanes2[k]
     for _ in range(rows):
         for i from 0 <= i < whole by LANES:
             prefetch(x + stride + i)
@@ -245,13 +253,13 @@ cdef void moments_lanes(const floating *x, Py_ssize_t rows, Py_ssize_t stride, P
                 s1[k] += d
                 s2[k] += d * d
         x += stride
-    sum1[0] = fold(s1)
-    sum2[0] = fold(s2)
+    for k in range(VECS):
+        lanes1[k], lanes2[k] = s1[k], s2[k]
 
 
 cdef void grad_sums_lanes(const floating *dy, const floating *x, Py_ssize_t rows, Py_ssize_t stride, Py_ssize_t length,
-                          double mean, double *sum1, double *sum2) noexcept nogil:
-    """Σ dy and Σ dy·(x − mean)."""
+                          double mean, vec *lanes1, vec *lanes2) noexcept nogil:
+    """Add Σ dy and Σ dy·(x − mean) to the lanes."""
     cdef vec s1[VECS]
     cdef vec s2[VECS]
     cdef vec g
@@ -260,7 +268,7 @@ cdef void grad_sums_lanes(const floating *dy, const floating *x, Py_ssize_t rows
     cdef Py_ssize_t untouched = (LANES - length % LANES) // VEC     # vectors without a rest
     count_rest(length, counts)
     for k in range(VECS):
-        s1[k] = s2[k] = zero_vec()
+        s1[k], s2[k] = lanes1[k], lanes2[k]
     for _ in range(rows):
         for i from 0 <= i < whole by LANES:
             prefetch(dy + stride + i)
@@ -278,8 +286,8 @@ cdef void grad_sums_lanes(const floating *dy, const floating *x, Py_ssize_t rows
                 s2[k] += g * (load(x + length - LANES + k * VEC) - mean)
         dy += stride
         x += stride
-    sum1[0] = fold(s1)
-    sum2[0] = fold(s2)
+    for k in range(VECS):
+        lanes1[k], lanes2[k] = s1[k], s2[k]
 
 
 # Where values are written, those that do not fill a vector are the end of the last VEC values of the row. These are
@@ -555,10 +563,10 @@ cdef void choose_pivots(const floating *x, const Block *block, double *pivot) no
     The mean of p of n values is within sqrt(n / p) standard deviations of their mean, which bounds the digits that
     the shifted sums can lose whatever the data.
     """
-    cdef Py_ssize_t c, step = block.stride, length = block.length // block.channels
-    if length > 1:
+    cdef Py_ssize_t c, step = block.stride
+    if block.run > 1:
         for c in range(block.channels):
-            pivot[c] = mean_of_first(x + c * length, length)
+            pivot[c] = mean_of_first(x + c * block.run, block.run)
     elif block.rows >= 4:
         for c in range(block.channels):
             pivot[c] = ((0.25 * x[c] + 0.25 * x[c + step])
@@ -574,8 +582,18 @@ cdef void shifted_sums(const floating *x, const Block *block, const Job *job, co
     cdef double centre[ROOM]
     cdef double column1[ROOM]
     cdef double column2[ROOM]
+    cdef vec lanes1[TOGETHER * VECS]
+    cdef vec lanes2[TOGETHER * VECS]
+    cdef Py_ssize_t c, r
     if not job.columns:
-        moments_lanes(x, block.rows, block.stride, block.length, pivot[0], sum1, sum2)
+        for c in range(block.channels * VECS):
+            lanes1[c] = lanes2[c] = zero_vec()
+        for r from 0 <= r < block.rows by block.visit:
+            for c in range(block.channels):
+                moments_lanes(x + r * block.stride + c * block.run, min(block.visit, block.rows - r), block.stride,
+                              block.run, pivot[c], lanes1 + c * VECS, lanes2 + c * VECS)
+        for c in range(block.channels):
+            sum1[c], sum2[c] = fold(lanes1 + c * VECS), fold(lanes2 + c * VECS)
         return
     spread(pivot, block, job, centre)
     memset(column1, 0, (block.width + VEC) * sizeof(double))
@@ -615,11 +633,22 @@ cdef void grad_sums_block(const floating *x, const floating *dy, floating *out, 
     cdef double centre[ROOM]
     cdef double sum1[ROOM]
     cdef double sum2[ROOM]
+    cdef vec lanes1[TOGETHER * VECS]
+    cdef vec lanes2[TOGETHER * VECS]
+    cdef Py_ssize_t c, r, at
     x += block.first
     dy += block.first
     if not job.columns:
-        grad_sums_lanes(dy, x, block.rows, block.stride, block.length, mean[0],
-                        partial + SUM_DY * job.C, partial + SUM_DY_XMU * job.C)
+        for c in range(block.channels * VECS):
+            lanes1[c] = lanes2[c] = zero_vec()
+        for r from 0 <= r < block.rows by block.visit:
+            for c in range(block.channels):
+                at = r * block.stride + c * block.run
+                grad_sums_lanes(dy + at, x + at, min(block.visit, block.rows - r), block.stride, block.run, mean[c],
+                                lanes1 + c * VECS, lanes2 + c * VECS)
+        for c in range(block.channels):
+            partial[SUM_DY * job.C + c] = fold(lanes1 + c * VECS)
+            partial[SUM_DY_XMU * job.C + c] = fold(lanes2 + c * VECS)
         return
     spread(mean, &block, job, centre)
     memset(sum1, 0, (block.width + VEC) * sizeof(double))
@@ -769,12 +798,15 @@ cdef void affine_block(const floating *x, const floating *dy, floating *out, con
     cdef double centre[ROOM]
     cdef double scale[ROOM]
     cdef double shift[ROOM]
-    cdef Py_ssize_t C = job.C
+    cdef Py_ssize_t c, r, at, C = job.C
     x += block.first
     out += block.first
     if not job.columns:
-        affine_lanes(x, out, block.rows, block.stride, block.length,
-                     of[CENTRE * C], of[SCALE * C], of[SHIFT * C])
+        for r from 0 <= r < block.rows by block.visit:
+            for c in range(block.channels):
+                at = r * block.stride + c * block.run
+                affine_lanes(x + at, out + at, min(block.visit, block.rows - r), block.stride, block.run,
+                             of[CENTRE * C + c], of[SCALE * C + c], of[SHIFT * C + c])
         return
     spread(of + CENTRE * C, &block, job, centre)
     spread(of + SCALE * C, &block, job, scale)
@@ -791,13 +823,17 @@ cdef void grad_affine_block(const floating *x, const floating *dy, floating *out
     cdef double scale[ROOM]
     cdef double slope[ROOM]
     cdef double shift[ROOM]
-    cdef Py_ssize_t C = job.C
+    cdef Py_ssize_t c, r, at, C = job.C
     x += block.first
     dy += block.first
     out += block.first
     if not job.columns:
-        grad_affine_lanes(dy, x, out, block.rows, block.stride, block.length,
-                          of[CENTRE * C], of[SCALE * C], of[SLOPE * C], of[SHIFT * C], job.stream)
+        for r from 0 <= r < block.rows by block.visit:
+            for c in range(block.channels):
+                at = r * block.stride + c * block.run
+                grad_affine_lanes(dy + at, x + at, out + at, min(block.visit, block.rows - r), block.stride, block.run,
+                                  of[CENTRE * C + c], of[SCALE * C + c], of[SLOPE * C + c], of[SHIFT * C + c],
+                                  job.stream)
         finish_streaming()
         return
     spread(of + CENTRE * C, &block, job, centre)
