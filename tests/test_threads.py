@@ -18,9 +18,9 @@ pytestmark = pytest.mark.skipif(_dispatch.kernels.openmp() == 0, reason="a seria
 @pytest.fixture
 def undecided(monkeypatch):
     """No number from the environment, from an earlier call or from a quota."""
-    for name in ("BATCHNORM_NUM_THREADS", "OMP_NUM_THREADS"):
-        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(_threads, "_asked", None)
+    monkeypatch.setattr(_threads, "_named_at_import", None)
+    monkeypatch.setattr(_threads, "_omp_named_at_import", False)
     monkeypatch.setattr(_threads, "_quota_at_import", None)
     monkeypatch.setattr(_threads, "_processors", lambda: 6)
     monkeypatch.setattr(_threads, "_openmp_at_import", _dispatch.kernels.max_threads())
@@ -30,9 +30,9 @@ def test_who_decides(undecided, monkeypatch):
     assert _threads.decide() == (6, "processors of this process")
     monkeypatch.setattr(_threads, "_quota_at_import", 4)
     assert _threads.decide() == (4, "cgroup quota")
-    monkeypatch.setenv("OMP_NUM_THREADS", "7,2")
+    monkeypatch.setattr(_threads, "_omp_named_at_import", True)
     assert _threads.decide() == (_dispatch.kernels.max_threads(), "OMP_NUM_THREADS")
-    monkeypatch.setenv("BATCHNORM_NUM_THREADS", "3")
+    monkeypatch.setattr(_threads, "_named_at_import", 3)
     assert _threads.decide() == (3, "BATCHNORM_NUM_THREADS")
     bn.set_num_threads(5)
     assert _threads.decide() == (5, "set_num_threads")
@@ -42,10 +42,32 @@ def test_who_decides(undecided, monkeypatch):
     assert _threads.threads_for(10, 9) == 1
 
 
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({"BATCHNORM_NUM_THREADS": "3"}, "3 BATCHNORM_NUM_THREADS"),
+        ({"BATCHNORM_NUM_THREADS": "3", "OMP_NUM_THREADS": "2"}, "3 BATCHNORM_NUM_THREADS"),
+        ({"OMP_NUM_THREADS": "7,2"}, "7 OMP_NUM_THREADS"),
+    ],
+    ids=str,
+)
+def test_the_environment_decides(environment, expected):
+    assert decided_with(environment) == expected
+
+
 @pytest.mark.parametrize("text", ["", "0", "-2", "many", "1.5"])
-def test_a_useless_variable_decides_nothing(undecided, monkeypatch, text):
-    monkeypatch.setenv("BATCHNORM_NUM_THREADS", text)
-    assert _threads.decide() == (6, "processors of this process")
+def test_a_useless_variable_decides_nothing(text):
+    assert decided_with({"BATCHNORM_NUM_THREADS": text}) == decided_with({})
+
+
+def decided_with(environment):
+    """What a new process decides."""
+    inherited = {name: value for name, value in os.environ.items() if not name.endswith("_NUM_THREADS")}
+    program = "from batchnorm import _threads; print(*_threads.decide())"
+    run = subprocess.run(
+        [sys.executable, "-c", program], env=inherited | environment, capture_output=True, text=True, timeout=60
+    )
+    return run.stdout.strip()
 
 
 def test_limits_of_threadpoolctl_are_obeyed(undecided):

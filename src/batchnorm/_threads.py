@@ -17,10 +17,6 @@ from . import _arrays, _dispatch
 SERIAL_VALUES = 65_536
 """Arrays with fewer values are worked on by the calling thread (measured: bench/README.md)."""
 
-_asked: int | None = None
-_forked = False
-_openmp_at_import = _dispatch.kernels.max_threads()
-
 
 def _note_fork() -> None:
     global _forked
@@ -77,6 +73,12 @@ def _folder_quota(folder: str) -> float | None:
     return None
 
 
+# Like OpenMP, the environment and the quota are read once; affinity and OpenMP's own limit are asked for on every call.
+_asked: int | None = None
+_forked = False
+_named_at_import = _environment("BATCHNORM_NUM_THREADS")
+_omp_named_at_import = _environment("OMP_NUM_THREADS") is not None
+_openmp_at_import = _dispatch.kernels.max_threads()
 _quota_at_import = _quota() if sys.platform == "linux" else None
 
 
@@ -95,9 +97,9 @@ def decide() -> tuple[int, str]:
         return 1, "forked child"
     if _asked is not None:
         count, reason = _asked, "set_num_threads"
-    elif (named := _environment("BATCHNORM_NUM_THREADS")) is not None:
-        count, reason = named, "BATCHNORM_NUM_THREADS"
-    elif _environment("OMP_NUM_THREADS") is not None:
+    elif _named_at_import is not None:
+        count, reason = _named_at_import, "BATCHNORM_NUM_THREADS"
+    elif _omp_named_at_import:
         count, reason = openmp, "OMP_NUM_THREADS"
     else:
         count, reason = _processors(), "processors of this process"

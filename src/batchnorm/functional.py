@@ -124,7 +124,7 @@ def _statistics_table(channels: int, gamma: Array | None, beta: Array | None) ->
 
 
 def _needed(need: Collection[str]) -> Collection[str]:
-    if isinstance(need, str) or not all(name in _NEED for name in need):
+    if need is not _NEED and (isinstance(need, str) or not all(name in _NEED for name in need)):
         raise ValueError(f"need must be a collection of names out of {_NEED}, got {need!r}")
     return need
 
