@@ -94,6 +94,7 @@ cdef struct Job:
     bint columns            # which family
     bint by_tile            # all three steps tile by tile
     bint stream             # dx goes around the cache
+    bint whole_shift        # the mean in the gradient is part of its shift
     Py_ssize_t tiles, tile_channels
     Py_ssize_t blocks, block_rows, segments, segment
     Py_ssize_t group        # G: rows of columns laid side by side
@@ -124,6 +125,7 @@ cdef void lay_out(Job *job, Py_ssize_t N, Py_ssize_t C, Py_ssize_t S, Py_ssize_t
     cdef Py_ssize_t row_blocks, whole
     job.N, job.C, job.S = N, C, S
     job.stream = N * C * S * itemsize >= STREAM
+    job.whole_shift = itemsize == sizeof(float)
     job.columns = S < SHORT_ROW
     job.segments, job.segment, job.group = 1, S, 1
     if job.columns:
@@ -311,10 +313,18 @@ cdef void affine_lanes(const floating *x, floating *y, Py_ssize_t rows, Py_ssize
         y += stride
 
 
+cdef inline vec offset(const floating *x, double centre) noexcept nogil:
+    """x − centre, for the gradient: float64 has the digits to take float32's centre in the shift instead."""
+    if floating is float:
+        return load(x)
+    else:
+        return load(x) - centre
+
+
 cdef void grad_affine_lanes(const floating *dy, const floating *x, floating *dx, Py_ssize_t rows, Py_ssize_t stride,
                             Py_ssize_t length, double centre, double scale, double slope, double shift,
                             bint stream) noexcept nogil:
-    """dx = dy·scale + (x − centre)·slope + shift."""
+    """dx = dy·scale + (x − centre)·slope + shift; for float32 the centre is 0."""
     cdef Py_ssize_t _, i, last = length - VEC
     cdef vec end
     cdef bint around
@@ -324,9 +334,9 @@ cdef void grad_affine_lanes(const floating *dy, const floating *x, floating *dx,
                 dx[i] = <floating> (dy[i] * scale + (x[i] - centre) * slope + shift)
         else:
             around = stream and can_stream(dx)
-            end = load(dy + last) * scale + (load(x + last) - centre) * slope + shift
+            end = load(dy + last) * scale + offset(x + last, centre) * slope + shift
             for i from 0 <= i < last by VEC:
-                write(dx + i, load(dy + i) * scale + (load(x + i) - centre) * slope + shift, around)
+                write(dx + i, load(dy + i) * scale + offset(x + i, centre) * slope + shift, around)
             write(dx + last, end, around and can_stream(dx + last))
         dy += stride
         x += stride
@@ -477,7 +487,7 @@ cdef inline vec affine_vec(const floating *x, Py_ssize_t j, const double *centre
 cdef void grad_affine_columns(const floating *dy, const floating *x, floating *dx, Py_ssize_t rows, Py_ssize_t stride,
                               Py_ssize_t width, const double *centre, const double *scale, const double *slope,
                               const double *shift, bint stream) noexcept nogil:
-    """dx = dy·scale + (x − centre)·slope + shift, with the coefficients of each column."""
+    """`grad_affine_lanes` with the coefficients of each column."""
     cdef Py_ssize_t _, j, last = width - VEC
     cdef vec end
     cdef bint around
@@ -498,8 +508,10 @@ cdef void grad_affine_columns(const floating *dy, const floating *x, floating *d
 
 cdef inline vec grad_affine_vec(const floating *dy, const floating *x, Py_ssize_t j, const double *centre,
                                 const double *scale, const double *slope, const double *shift) noexcept nogil:
-    return (load(dy + j) * load_double(scale + j)
-            + (load(x + j) - load_double(centre + j)) * load_double(slope + j) + load_double(shift + j))
+    cdef vec offset = load(x + j)
+    if floating is double:
+        offset -= load_double(centre + j)
+    return load(dy + j) * load_double(scale + j) + offset * load_double(slope + j) + load_double(shift + j)
 
 
 cdef void spread(const double *value, const Block *block, const Job *job, double *column) noexcept nogil:
@@ -762,14 +774,16 @@ cdef void set_gradient(const Job *job, Py_ssize_t tile) noexcept nogil:
     cdef const double *restrict g = job.gradients + first
     cdef double *restrict to = job.coefficient + first
     cdef double n = job.N * job.S
-    cdef double scale, slope
+    cdef double scale, slope, centre
+    cdef bint whole_shift = job.whole_shift
     for c in range(min(job.tile_channels, C - first)):
         scale = s[GAMMA * C + c] * s[RSTD * C + c]
         slope = -scale * (s[RSTD * C + c] * (g[DGAMMA * C + c] / n))
-        to[CENTRE * C + c] = s[MEAN * C + c]
+        centre = 0 if whole_shift else s[MEAN * C + c]
+        to[CENTRE * C + c] = centre
         to[SCALE * C + c] = scale
         to[SLOPE * C + c] = slope
-        to[SHIFT * C + c] = -scale * (g[SUM_DY * C + c] / n) - s[MEAN_LOW * C + c] * slope
+        to[SHIFT * C + c] = -scale * (g[SUM_DY * C + c] / n) - (s[MEAN * C + c] - centre + s[MEAN_LOW * C + c]) * slope
 
 
 cdef void finish_inference_backward(const Job *job, Py_ssize_t tile) noexcept nogil:
