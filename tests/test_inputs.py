@@ -215,14 +215,11 @@ def overlaps(x):
     return {
         "shifted": (view, flat[4 : x.size + 4].reshape(x.shape)),
         "reversed": (view, view[::-1]),
-        "a transpose": (
-            view,
-            view.swapaxes(0, 2).reshape(x.shape) if view.shape[0] == view.shape[2] else view[:, ::-1],
-        ),
+        "channels reversed": (view, view[:, ::-1]),
     }
 
 
-@pytest.mark.parametrize("how", ["shifted", "reversed", "a transpose"])
+@pytest.mark.parametrize("how", ["shifted", "reversed", "channels reversed"])
 def test_overlapping_out(how):
     calls = {
         "x": lambda x, out: bn.forward(x, out=out),
@@ -333,7 +330,7 @@ def test_empty_arrays(shape, dtype):
     dx, dgamma, dbeta = bn.backward(x, saved)
     assert y.shape == dx.shape == shape
     assert y.dtype == dx.dtype == dtype
-    assert saved.count == (0 if 0 in (shape[0], *shape[2:]) else int(np.prod(shape)) // max(channels, 1) or saved.count)
+    assert saved.count == int(np.prod([shape[0], *shape[2:]]))
     assert not dgamma.any()
     assert not dbeta.any()
     assert not saved.mean.any()

@@ -65,7 +65,12 @@ def decided_with(environment):
     inherited = {name: value for name, value in os.environ.items() if not name.endswith("_NUM_THREADS")}
     program = "from batchnorm import _threads; print(*_threads.decide())"
     run = subprocess.run(
-        [sys.executable, "-c", program], env=inherited | environment, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", program],
+        env=inherited | environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
     )
     return run.stdout.strip()
 

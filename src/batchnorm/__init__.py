@@ -7,6 +7,7 @@ any number of threads and any processor.
 
 from ._config import show_config
 from ._threads import get_num_threads, set_num_threads
+from ._version import __version__
 from .functional import (
     Gradients,
     Saved,
@@ -18,12 +19,11 @@ from .functional import (
 )
 from .layer import BatchNorm
 
-__version__ = "0.1.0"
-
 __all__ = [
     "BatchNorm",
     "Gradients",
     "Saved",
+    "__version__",
     "backward",
     "forward",
     "get_num_threads",

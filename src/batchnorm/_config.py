@@ -6,6 +6,7 @@ from typing import Any, Literal, overload
 import numpy as np
 
 from . import _cpu, _dispatch, _threads
+from ._version import __version__
 
 
 @overload
@@ -36,7 +37,7 @@ def show_config(mode: str = "stdout") -> dict[str, Any] | None:
     threads, reason = _threads.decide()
     openmp = _dispatch.kernels.openmp()
     config: dict[str, Any] = {
-        "versions": {"batchnorm": _version(), "numpy": np.__version__, "python": sys.version.split()[0]},
+        "versions": {"batchnorm": __version__, "numpy": np.__version__, "python": sys.version.split()[0]},
         "kernels": {
             "level": _dispatch.kernels.level,
             "usable": list(_dispatch.available()),
@@ -57,9 +58,3 @@ def show_config(mode: str = "stdout") -> dict[str, Any] | None:
         for name, value in entries.items():
             print(f"  {name}: {', '.join(value) if isinstance(value, list) else value}")
     return None
-
-
-def _version() -> str:
-    from . import __version__
-
-    return __version__

@@ -515,7 +515,7 @@ cdef inline vec grad_affine_vec(const floating *dy, const floating *x, Py_ssize_
 
 
 cdef void spread(const double *value, const Block *block, const Job *job, double *column) noexcept nogil:
-    """The value of each channel at every column of a (grouped) row, and anything finite in the room after them."""
+    """The value of each channel at every column of a (grouped) row, and 0 in the room after them."""
     cdef Py_ssize_t c, j
     if job.S == 1:
         memcpy(column, value, block.channels * sizeof(double))

@@ -1,8 +1,8 @@
 /* A vector of float64 as wide as a register, the one thing the kernels need that Cython cannot say.
  *
- * Written with the vector extensions of GCC and Clang: operations go lane by lane and nothing is reassociated. The kernels keep a
- * fixed number of lanes whatever VEC is, so every width gives the same bits. The compiler is not left to decide
- * whether a loop becomes vector code: with plain loops a small change nearby could make a row kernel four times slower.
+ * Written with the vector extensions of GCC and Clang: operations go lane by lane and nothing is reassociated. The
+ * kernels keep a fixed number of lanes whatever VEC is, so every width gives the same bits. The compiler is not left to
+ * decide whether a loop becomes vector code, which depends on details of the code around it.
  * float32 is widened when loaded and rounded once when stored.
  */
 #ifndef BATCHNORM_VECTOR_H
