@@ -1,126 +1,144 @@
-"""`python -m bench`: batchnorm against torch and the NumPy baseline, on the same arrays, in one run.
+"""`python -m bench`: batchnorm against the frameworks, numba and NumPy, on the same arrays, in one run.
 
-- Each contestant has a process of its own, because OpenMP runtimes in one process disturb each other.
+- Each contestant has a process of its own, because OpenMP runtimes in one process disturb each other. It may run on as
+  many processors as it has threads.
 - They take turns, a short burst each, round after round: the machine's cache and memory are shared with strangers,
   and a slow second must hit everybody. The best time of all rounds is reported, the median beside it in the JSON.
-- The copy limit takes its turns too: `np.copyto` for forward and inference, `np.add` for backward, on as many threads.
+- The limit takes its turns too, in batchnorm's process and on its very arrays, whose pages decide much.
 - Every result is held against the reference in float64 before it is timed.
-- batchnorm is measured twice: writing into `out=`, and allocating its result on every call as torch and NumPy do.
+- `--build DIRECTORY` lets another build of batchnorm take part (`pip install --target DIRECTORY`), which is how a
+  change of a kernel is measured.
 - This is a command and not pytest-benchmark, because that one times its cases one after the other in one process.
 """
 
 import argparse
 import itertools
 import json
-import math
 import multiprocessing
+import shlex
 import statistics
+import sys
+from importlib import metadata
 from pathlib import Path
 
 from rich.progress import track
 
 from batchnorm import profile
 
-from .contestants import CONTESTANTS, serve
+from . import report
+from .cases import SETS
+from .contestants import LIMITS, MODULES, OURS, PASSES, PROCESSES, missing, serve
 
-CASES = {
-    "(32, 64, 56, 56) NCHW": ((32, 64, 56, 56), 1),
-    "(32, 256, 14, 14) NCHW": ((32, 256, 14, 14), 1),
-    "(8, 64, 112, 112) NCHW": ((8, 64, 112, 112), 1),
-    "(32, 64, 56, 56) NHWC": ((32, 56, 56, 64), 3),
-    "(32, 256, 14, 14) NHWC": ((32, 14, 14, 256), 3),
-    "(8, 64, 112, 112) NHWC": ((8, 112, 112, 64), 3),
-    "(256, 1024)": ((256, 1024), 1),
-    "(32, 64)": ((32, 64), 1),
-}
-QUICK = {"(4, 8, 14, 14) NCHW": ((4, 8, 14, 14), 1), "(32, 64)": ((32, 64), 1)}
-PASSES = ("forward", "backward", "inference")
-MOST_ERROR = {"float32": 2e-5, "float64": 1e-13}  # that of torch in channels-last memory is the largest
+# What others leave: NumPy's sums over a million rows, torch's with the channels last; ONNX Runtime's eps is a float32.
+MOST_ERROR = {"float32": 1e-3, "float64": 1e-12}
 
 
-def measure(cases, threads, dtypes, names, rounds):
-    context = multiprocessing.get_context("spawn")
-    pipes = {}
-    for name in names:
-        pipes[name], far = context.Pipe()
-        context.Process(target=serve, args=(name, far), daemon=True).start()
-        far.close()
+class Team:
+    """The contestants' processes, for one number of threads."""
+
+    def __init__(self, names, builds, threads):
+        context = multiprocessing.get_context("spawn")
+        self.processes, self.pipes = [], {}
+        places = {name: (name, []) for name in names} | {f"{OURS} {path.name}": (OURS, [str(path)]) for path in builds}
+        before = sys.path
+        for label, (name, place) in places.items():
+            self.pipes[label], far = context.Pipe()
+            process = context.Process(target=serve, args=(name, far, threads), daemon=True)
+            try:
+                sys.path = [*place, *before]  # a spawned process gets the path of its parent
+                process.start()
+            finally:
+                sys.path = before
+            far.close()
+            self.processes.append(process)
+
+    def ask(self, label, *request):
+        self.pipes[label].send(request)
+        try:
+            answer = self.pipes[label].recv()
+        except EOFError:
+            raise SystemExit(f"{label} has died at {request}") from None
+        if label == OURS or not label.startswith(OURS):
+            return answer
+        return {label: answer[OURS]}  # another build is measured as batchnorm is, under its own name
+
+    def measure(self, case, dtype, which, rounds):
+        """The times of each contestant."""
+        request = (case.shape, case.axis % len(case.shape), dtype, which)
+        times = {}
+        for label in self.pipes:
+            for name, error in self.ask(label, *request, True).items():
+                if not error <= MOST_ERROR[dtype]:
+                    raise SystemExit(f"{name} is wrong in {which} of {case.label} {dtype}: error {error}")
+        for _, label in itertools.product(range(rounds), self.pipes):
+            for name, taken in self.ask(label, *request, False).items():
+                times.setdefault(name, []).extend(taken)
+        return times
+
+    def close(self):
+        for pipe in self.pipes.values():
+            pipe.close()
+        for process in self.processes:
+            process.join()
+
+
+def row_of(case, dtype, which, threads, times):
+    best = {name: min(taken) for name, taken in times.items()}
+    best["limit"] = min(best.pop(name) for name in LIMITS)
+    median = {name: statistics.median(taken) for name, taken in times.items()}
+    facts = {"case": case.label, "layout": case.layout, "dtype": dtype, "pass": which, "threads": threads}
+    return report.Row(**facts, megabytes=case.megabytes(dtype), best=best, median=median)
+
+
+def measure(cases, threads, dtypes, names, builds, rounds):
+    cells = [cell for cell in itertools.product(dtypes, cases, PASSES) if cell[0] in cell[1].dtypes]
     rows = []
-    for (case, (shape, axis)), team, dtype, which in track(
-        list(itertools.product(cases.items(), threads, dtypes, PASSES)), description="measuring"
-    ):
-        request = (shape, axis, dtype, team, which)
-        times = {name: [] for name in names}
-        for name in set(names) - {"limit"}:
-            pipes[name].send((*request, True))
-            if not (error := pipes[name].recv()) <= MOST_ERROR[dtype]:
-                raise SystemExit(f"{name} is wrong in {which} of {case} {dtype}: error {error}")
-        for _, name in itertools.product(range(rounds), names):
-            pipes[name].send((*request, False))
-            times[name] += pipes[name].recv()
-        best = {name: min(taken) for name, taken in times.items()}
-        median = {name: statistics.median(taken) for name, taken in times.items()}
-        rows.append({"case": case, "threads": team, "dtype": dtype, "pass": which, "best": best, "median": median})
+    for count in threads:
+        team = Team(names, builds, count)
+        for dtype, case, which in track(cells, description=f"measuring, {count} threads"):
+            rows.append(row_of(case, dtype, which, count, team.measure(case, dtype, which, rounds)))
+        team.close()
     return rows
 
 
-def table(rows, names):
-    """Markdown: microseconds, and how many times as long as batchnorm the others take."""
-    rivals = [name for name in names if name in ("NumPy", "torch")]
-    header = ["shape", "pass", "dtype", "threads", *(f"{name} µs" for name in names if name != "limit")]
-    header += [f"{rival} / batchnorm" for rival in rivals] + ["over limit"]
-    lines = [header, ["---"] * 4 + ["---:"] * (len(header) - 4)]
-    for row in rows:
-        best = row["best"]
-        ours = min(best["batchnorm"], best["batchnorm, out="])
-        lines.append(
-            [row["case"], row["pass"], row["dtype"], str(row["threads"])]
-            + [f"{best[name] * 1e6:.{1 if best[name] < 1e-4 else 0}f}" for name in names if name != "limit"]
-            + [f"{best[rival] / best['batchnorm']:.2f}" for rival in rivals]
-            + [f"{ours / best['limit']:.2f}"]
-        )
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def means(rows, names):
-    """Geometric means of the ratios, by pass and number of threads."""
-    for (team, which), group in itertools.groupby(
-        sorted(rows, key=lambda row: (row["threads"], PASSES.index(row["pass"]))),
-        key=lambda row: (row["threads"], row["pass"]),
-    ):
-        logs = [row["best"] for row in group]
-        ratios = {
-            rival: math.exp(statistics.mean(math.log(best[rival] / best["batchnorm"]) for best in logs))
-            for rival in names
-            if rival in ("NumPy", "torch")
-        }
-        yield f"- {which}, {team} threads: " + ", ".join(f"{rival} {ratio:.2f} ×" for rival, ratio in ratios.items())
-
-
-def main():
+def parse():
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__.partition("\n")[0])
+    parser.add_argument("--set", choices=SETS, default="core", help="the shapes (default %(default)s)")
     parser.add_argument("--threads", type=lambda text: [int(part) for part in text.split(",")], default=[2])
     parser.add_argument("--dtype", type=lambda text: text.split(","), default=["float32"])
     parser.add_argument("--rounds", type=int, default=8, help="turns of each contestant (default %(default)s)")
     parser.add_argument("--quick", action="store_true", help="small shapes, two rounds, to see that it works")
-    parser.add_argument("--without", default="", help="contestants to leave out, such as torch,NumPy")
-    parser.add_argument("--output", type=Path, help="write the tables to this Markdown file and the figures beside it")
-    arguments = parser.parse_args()
-    names = [name for name in CONTESTANTS if name not in arguments.without.split(",")]
-    cases, rounds = (QUICK, 2) if arguments.quick else (CASES, arguments.rounds)
-    rows = measure(cases, arguments.threads, arguments.dtype, names, rounds)
-    machine = profile.machine_facts([name for name in names if name == "torch"])
+    parser.add_argument("--only", help="shapes whose name holds this text")
+    parser.add_argument("--without", default="", help=f"contestants to leave out: {', '.join(['NumPy', *MODULES])}")
+    parser.add_argument("--build", type=Path, action="append", default=[], help="directory of another build")
+    parser.add_argument("--output", type=Path, help="write to this Markdown file, the figures and a plot beside it")
+    return parser.parse_args()
+
+
+def main():
+    arguments = parse()
+    names = [name for name in PROCESSES if name not in arguments.without.split(",")]
+    for name in names:
+        if missing(name):
+            raise SystemExit(f"{name} needs {', '.join(missing(name))}; install it or leave it out: --without '{name}'")
+    cases = SETS["quick" if arguments.quick else arguments.set]
+    cases = [case for case in cases if not arguments.only or arguments.only in case.label]
+    rounds = 2 if arguments.quick else arguments.rounds
+    rows = measure(cases, arguments.threads, arguments.dtype, names, arguments.build, rounds)
+    machine = profile.machine_facts([])
+    machine["versions"] |= {module: metadata.version(module) for name in names for module in MODULES.get(name, ())}
     facts = f"{machine['processor']}, {machine['kernels']['level']} kernels, " + ", ".join(
         f"{name} {version}" for name, version in machine["versions"].items()
     )
-    text = "\n".join(
-        [facts, "", table(rows, names), "", "Time of the others over that of batchnorm:", "", *means(rows, names), ""]
-    )
+    shown = [name for name in dict.fromkeys(name for row in rows for name in row.best) if name != "limit"]
+    text = report.markdown(rows, shown, facts, shlex.join(["python", "-m", "bench", *sys.argv[1:]]))
     print(text)
     if arguments.output:
         arguments.output.write_text(text)
-        report = json.dumps({"machine": machine, "rows": rows}, indent=1)
-        arguments.output.with_suffix(".json").write_text(report + "\n")
+        arguments.output.with_suffix(".json").write_text(
+            json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n"
+        )
+        report.draw(arguments.output.with_suffix(".png"), rows, shown, facts)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,15 @@
-"""The contestants, each served by a process of its own."""
+"""The contestants, each with a process of its own.
 
+- torch, JAX, ONNX Runtime, numba and NumPy allocate their results. batchnorm is timed doing so, and writing to `out=`.
+- torch: `native_batch_norm` and its backward pass.
+- JAX: jitted. Its backward pass is the formula with saved statistics; differentiating the forward pass takes longer.
+- ONNX Runtime has inference alone, and that with the channels second.
+- numba: the loops one would write, parallel over channels, with its fast mathematics.
+- The limit: `np.copyto` (backward: `np.add`) on the arrays of batchnorm, in its process, cut for as many threads.
+"""
+
+import importlib.util
+import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -8,7 +18,9 @@ import numpy as np
 import batchnorm as bn
 from batchnorm import profile, reference
 
-BURST = 0.03
+BURST, REST = 0.03, 0.003
+PASSES = ("forward", "backward", "inference")
+EPS = profile.EPS
 
 
 def allocating(problem, threads):
@@ -31,53 +43,213 @@ def limit(problem, threads):
         for other in others:
             other.result()
 
+    def copy():
+        split(lambda part: np.copyto(out[part], x[part]))
+
+    def add():
+        split(lambda part: np.add(x[part], dy[part], out=out[part]))
+
+    return {"forward": copy, "backward": add, "inference": copy}
+
+
+def limit_alone(problem, _threads):
+    return limit(problem, 1)
+
+
+def jax(problem, _threads):
+    import jax
+    from jax import numpy as jnp
+
+    jax.config.update("jax_enable_x64", True)
+    axis = problem.axis
+    others = tuple(i for i in range(problem.x.ndim) if i != axis)
+    column = [-1 if i == axis else 1 for i in range(problem.x.ndim)]
+    x, dy, gamma, beta, mean, var = (jnp.asarray(array) for array in problem[:6])
+    gamma, beta, mean, var = (array.reshape(column) for array in (gamma, beta, mean, var))
+    rstd = jax.lax.rsqrt(var + EPS)
+
+    @jax.jit
+    def forward(x, gamma, beta):
+        mean = jnp.mean(x, others, keepdims=True)
+        var = jnp.var(x, others, keepdims=True)
+        return (x - mean) * (gamma * jax.lax.rsqrt(var + EPS)) + beta, mean, var
+
+    @jax.jit
+    def backward(dy, x, gamma, mean, rstd):
+        xhat = (x - mean) * rstd
+        dbeta = jnp.sum(dy, others, keepdims=True)
+        dgamma = jnp.sum(dy * xhat, others, keepdims=True)
+        n = x.size // gamma.size
+        return gamma * rstd * (dy - dbeta / n - xhat * (dgamma / n)), dgamma, dbeta
+
+    @jax.jit
+    def inference(x, mean, var, gamma, beta):
+        return (x - mean) * (gamma * jax.lax.rsqrt(var + EPS)) + beta
+
     return {
-        "forward": lambda: split(lambda part: np.copyto(out[part], x[part])),
-        "backward": lambda: split(lambda part: np.add(x[part], dy[part], out=out[part])),
-        "inference": lambda: split(lambda part: np.copyto(out[part], x[part])),
+        "forward": lambda: jax.block_until_ready(forward(x, gamma, beta))[0],
+        "backward": lambda: jax.block_until_ready(backward(dy, x, gamma, mean, rstd))[0],
+        "inference": lambda: jax.block_until_ready(inference(x, mean, var, gamma, beta)),
     }
 
 
-CONTESTANTS = {
-    "limit": limit,
-    "NumPy": profile.CONTESTANTS["numpy"].prepare,
-    "torch": profile.CONTESTANTS["torch"].prepare,
-    "batchnorm": allocating,
-    "batchnorm, out=": profile.CONTESTANTS["batchnorm"].prepare,
+def onnx_runtime(problem, threads):
+    import onnx
+    import onnxruntime
+
+    if problem.axis != 1:
+        return {}
+    x, _, *parameters, _, _ = problem
+    names = ("x", "gamma", "beta", "mean", "var")
+    kind = onnx.helper.np_dtype_to_tensor_dtype(x.dtype)
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("BatchNormalization", names, ["y"], epsilon=EPS)],
+        "batch_normalization",
+        [onnx.helper.make_tensor_value_info("x", kind, x.shape)],
+        [onnx.helper.make_tensor_value_info("y", kind, x.shape)],
+        [onnx.numpy_helper.from_array(array, name) for name, array in zip(names[1:], parameters, strict=True)],
+    )
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 15)], ir_version=9)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return {"inference": lambda: session.run(None, {"x": x})[0]}
+
+
+def numba(problem, threads):
+    import numba
+
+    numba.set_num_threads(threads)
+    shape, axis = problem.x.shape, problem.axis
+    view = (int(np.prod(shape[:axis])), shape[axis], int(np.prod(shape[axis + 1 :])))
+    x, dy = (array.reshape(view) for array in (problem.x, problem.dy))
+    _, _, gamma, beta, mean, var, _, _ = problem
+    eps = x.dtype.type(EPS)
+    compiled = numba.njit(parallel=True, fastmath=True)
+
+    @compiled
+    def apply(x, mean, rstd, gamma, beta):
+        y = np.empty_like(x)
+        for c in numba.prange(x.shape[1]):
+            scale = gamma[c] * rstd[c]
+            for n in range(x.shape[0]):
+                for s in range(x.shape[2]):
+                    y[n, c, s] = (x[n, c, s] - mean[c]) * scale + beta[c]
+        return y
+
+    @compiled
+    def statistics(x, eps):
+        n_values = x.shape[0] * x.shape[2]
+        mean, rstd = np.empty_like(x[0, :, 0]), np.empty_like(x[0, :, 0])
+        for c in numba.prange(x.shape[1]):
+            total = 0.0
+            for n in range(x.shape[0]):
+                for s in range(x.shape[2]):
+                    total += x[n, c, s]
+            centre = x.dtype.type(total / n_values)
+            spread = 0.0
+            for n in range(x.shape[0]):
+                for s in range(x.shape[2]):
+                    spread += (x[n, c, s] - centre) ** 2
+            mean[c], rstd[c] = centre, 1 / np.sqrt(spread / n_values + eps)
+        return mean, rstd
+
+    @compiled
+    def backward(dy, x, gamma, mean, rstd):
+        dx, dgamma, dbeta = np.empty_like(x), np.empty_like(gamma), np.empty_like(gamma)
+        n_values = x.shape[0] * x.shape[2]
+        for c in numba.prange(x.shape[1]):
+            sum_dy, sum_dy_xmu = 0.0, 0.0
+            for n in range(x.shape[0]):
+                for s in range(x.shape[2]):
+                    sum_dy += dy[n, c, s]
+                    sum_dy_xmu += dy[n, c, s] * (x[n, c, s] - mean[c])
+            dbeta[c], dgamma[c] = sum_dy, sum_dy_xmu * rstd[c]
+            scale, offset = gamma[c] * rstd[c], dbeta[c] / n_values
+            slope = dgamma[c] * rstd[c] / n_values
+            for n in range(x.shape[0]):
+                for s in range(x.shape[2]):
+                    dx[n, c, s] = scale * (dy[n, c, s] - offset - (x[n, c, s] - mean[c]) * slope)
+        return dx, dgamma, dbeta
+
+    def forward():
+        batch_mean, rstd = statistics(x, eps)
+        return apply(x, batch_mean, rstd, gamma, beta).reshape(shape)
+
+    rstd = 1 / np.sqrt(var + eps)
+    return {
+        "forward": forward,
+        "backward": lambda: backward(dy, x, gamma, mean, rstd)[0].reshape(shape),
+        "inference": lambda: apply(x, mean, 1 / np.sqrt(var + eps), gamma, beta).reshape(shape),
+    }
+
+
+OURS, OURS_OUT, LIMITS = "batchnorm", "batchnorm, out=", ("limit", "limit alone")
+
+# A process, and what it measures.
+PROCESSES = {
+    OURS: {
+        OURS: allocating,
+        OURS_OUT: profile.CONTESTANTS["batchnorm"].prepare,
+        "limit": limit,
+        "limit alone": limit_alone,
+    },
+    "NumPy": {"NumPy": profile.CONTESTANTS["numpy"].prepare},
+    "torch": {"torch": profile.CONTESTANTS["torch"].prepare},
+    "JAX": {"JAX": jax},
+    "ONNX Runtime": {"ONNX Runtime": onnx_runtime},
+    "numba": {"numba": numba},
 }
+FRAMEWORKS = ("torch", "JAX", "ONNX Runtime")
+MODULES = {"torch": ("torch",), "JAX": ("jax",), "ONNX Runtime": ("onnx", "onnxruntime"), "numba": ("numba",)}
 
 
-def serve(name, pipe):
-    """One contestant: measures a burst whenever it is asked to, until the other end closes."""
-    prepared = {}
+def missing(name):
+    """Modules that a contestant would need."""
+    return [module for module in MODULES.get(name, ()) if importlib.util.find_spec(module) is None]
+
+
+def serve(process, pipe, threads):
+    """Measures a burst of each of the process's contestants whenever it is asked to, until the other end closes."""
+    if hasattr(os, "sched_setaffinity"):  # the only limit that all of them obey
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
+    key = problem = calls = None
     while True:
         try:
-            request = pipe.recv()
+            shape, axis, dtype, which, check = pipe.recv()
         except EOFError:
             return
-        shape, axis, dtype, threads, which, check = request
-        if prepared.get("key") != request[:4]:
-            problem = profile.activations(shape, axis, dtype)
-            prepared = {"key": request[:4], "problem": problem, "calls": CONTESTANTS[name](problem, threads)}
-        call, problem = prepared["calls"][which], prepared["problem"]
+        if key != (shape, axis, dtype):
+            key, problem, calls = (shape, axis, dtype), None, None
+            problem = profile.activations(*key)
+            calls = {name: prepare(problem, threads) for name, prepare in PROCESSES[process].items()}
+        mine = {name: passes[which] for name, passes in calls.items() if which in passes}
         if check:
-            pipe.send(error_of(problem, which, call()))
-            continue
-        taken = []
-        end = time.perf_counter() + BURST
-        while not taken or time.perf_counter() < end:
-            start = time.perf_counter()
-            call()
-            taken.append(time.perf_counter() - start)
-        pipe.send(taken)
+            exact = exactly(problem, which)
+            results = {name: call() for name, call in mine.items() if name not in LIMITS}
+            if process != "torch":  # whose results have the channels second, which `error` knows
+                results = {name: np.asarray(result) for name, result in results.items()}
+            pipe.send({name: problem.error(result, exact) for name, result in results.items()})
+        else:
+            pipe.send({name: burst(call) for name, call in mine.items()})
 
 
-def error_of(problem, which, result):
-    """Largest error over the largest value, against the reference in float64 or wider."""
+def burst(call):
+    time.sleep(REST)  # the threads of the one before may still be spinning
+    taken = []
+    stop, end = 0.0, time.perf_counter() + BURST
+    while stop < end:
+        start = time.perf_counter()
+        call()
+        stop = time.perf_counter()
+        taken.append(stop - start)
+    return taken
+
+
+def exactly(problem, which):
+    """The result in float64 or wider, of the first channels."""
     wide = problem.widened()
     if which == "inference":
-        exact = reference.inference(wide.x, wide.mean, wide.var, wide.gamma, wide.beta, wide.axis)
-    else:
-        exact, cache = reference.forward(wide.x, wide.gamma, wide.beta, wide.axis)
-        exact = reference.backward(wide.dy, cache)[0] if which == "backward" else exact
-    return problem.error(result, exact)
+        return reference.inference(wide.x, wide.mean, wide.var, wide.gamma, wide.beta, wide.axis)
+    exact, cache = reference.forward(wide.x, wide.gamma, wide.beta, wide.axis)
+    return reference.backward(wide.dy, cache)[0] if which == "backward" else exact

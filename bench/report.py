@@ -1,0 +1,172 @@
+"""What was measured, as Markdown and as a picture."""
+
+import itertools
+import math
+import statistics
+
+from .contestants import FRAMEWORKS, OURS, OURS_OUT, PASSES
+
+COLOURS = {
+    "NumPy": "#999999",
+    "torch": "#d55e00",
+    "JAX": "#009e73",
+    "ONNX Runtime": "#cc79a7",
+    "numba": "#e69f00",
+    OURS: "#56b4e9",
+    OURS_OUT: "#0072b2",
+}
+LARGE, IN_CACHE = 1.0, 26.0  # megabytes
+
+
+class Row(dict):
+    """One pass over one case: facts, and the best time of each contestant."""
+
+    @property
+    def best(self):
+        return self["best"]
+
+    def ratio(self, rival):
+        """Its time over ours; both allocate the result."""
+        return self.best[rival] / self.best[OURS] if rival in self.best else None
+
+    @property
+    def frameworks(self):
+        """The time of the quickest framework over ours."""
+        return min((self.ratio(name) for name in FRAMEWORKS if name in self.best), default=None)
+
+    @property
+    def over_limit(self):
+        return min(self.best[OURS], self.best[OURS_OUT]) / self.best["limit"]
+
+    @property
+    def gigabytes_per_second(self):
+        arrays = 3 if self["pass"] == "backward" else 2
+        return arrays * self["megabytes"] / 1e3 / min(self.best[OURS], self.best[OURS_OUT])
+
+
+def mean(values):
+    """Geometric."""
+    logs = [math.log(value) for value in values if value is not None]
+    return math.exp(statistics.mean(logs)) if logs else None
+
+
+def number(value, digits=2):
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def table(header, lines, left):
+    rule = ["---" if i < left else "---:" for i in range(len(header))]
+    return "\n".join("| " + " | ".join(line) + " |" for line in [header, rule, *lines])
+
+
+def summary(rows):
+    """Geometric means by dtype, pass and number of threads."""
+    header = ["dtype", "pass", "threads", "NumPy, 1 MB and more", "best framework, channels first and (N, C)"]
+    header += ["best framework, channels last", "slowest against a framework", "over limit, 1 MB and more"]
+    header += ["one thread over this"]
+    lines = []
+    for (dtype, which, threads), found in grouped(rows, "dtype", "pass", "threads"):
+        large = [row for row in found if row["megabytes"] >= LARGE]
+        last = [row for row in found if row["layout"] == "channels-last"]
+        first = [row for row in found if row not in last]
+        alone = {
+            row["case"]: row.best[OURS_OUT]
+            for row in rows
+            if (row["dtype"], row["pass"], row["threads"]) == (dtype, which, 1)
+        }
+        gains = [
+            alone[row["case"]] / row.best[OURS_OUT]
+            for row in large
+            if row["case"] in alone and row["megabytes"] <= IN_CACHE and threads > 1
+        ]
+        slowest = min((row.frameworks for row in found if row.frameworks), default=None)
+        lines.append(
+            [dtype, which, str(threads), number(mean(row.ratio("NumPy") for row in large))]
+            + [number(mean(row.frameworks for row in group)) for group in (first, last)]
+            + [number(slowest), number(mean(row.over_limit for row in large)), number(mean(gains))]
+        )
+    return table(header, lines, 3)
+
+
+def grouped(rows, *names):
+    def key(row):
+        return tuple(row[name] for name in names)
+
+    order = list(dict.fromkeys(map(key, rows)))
+    return itertools.groupby(sorted(rows, key=lambda row: order.index(key(row))), key)
+
+
+def slower(rows):
+    """Where a framework is quicker."""
+    for row in rows:
+        if row.frameworks is not None and row.frameworks < 1:
+            rival = min((name for name in FRAMEWORKS if name in row.best), key=row.ratio)
+            yield (
+                f"- {row['case']} {row['pass']}, {row['dtype']}, {row['threads']} threads: "
+                f"{rival} takes {row.ratio(rival):.2f} of the time"
+            )
+
+
+def tables(rows, names):
+    rivals = [name for name in names if name not in (OURS, OURS_OUT)]
+    for (dtype, threads), found in grouped(rows, "dtype", "threads"):
+        header = ["shape", "pass", "batchnorm µs", "out= µs", "GB/s", "over limit", *rivals]
+        lines = [
+            [row["case"], row["pass"]]
+            + [number(row.best[name] * 1e6, 1 if row.best[name] < 1e-3 else 0) for name in (OURS, OURS_OUT)]
+            + [number(row.gigabytes_per_second, 1), number(row.over_limit)]
+            + [number(row.ratio(name)) for name in rivals]
+            for row in found
+        ]
+        yield f"## {dtype}, {threads} thread{'s' if threads > 1 else ''}\n\n{table(header, lines, 2)}"
+
+
+def markdown(rows, names, facts, command):
+    parts = [f"{facts}\n\n```sh\n{command}\n```"]
+    parts.append(
+        "Shapes are those of memory; `last` has the channels last. µs: best time. The columns under a rival's name: "
+        "its time over that of batchnorm, both allocating the result. GB/s: x and y (backward: x, dy and dx) over the "
+        "time of batchnorm. Over limit: that time over `np.copyto` (backward: `np.add`), same threads, same arrays."
+    )
+    parts.append(f"Geometric means:\n\n{summary(rows)}")
+    parts.append("A framework is quicker at:\n\n" + ("\n".join(slower(rows)) or "- none of these"))
+    return "\n\n".join([*parts, *tables(rows, names)]) + "\n"
+
+
+def draw(path, rows, names, facts):
+    """Time over limit with the most threads, a panel for each pass; the first dtype measured."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot, ticker
+
+    dtype, threads = rows[0]["dtype"], max(row["threads"] for row in rows)
+    shown = [row for row in rows if row["dtype"] == dtype and row["threads"] == threads and row["megabytes"] >= LARGE]
+    shown = shown or rows
+    cases = list(dict.fromkeys(row["case"] for row in shown))
+    figure, panels = pyplot.subplots(
+        1, len(PASSES), figsize=(13, 1.8 + 0.27 * len(cases)), sharey=True, layout="constrained"
+    )
+    for panel, which in zip(panels, PASSES, strict=True):
+        found = [row for row in shown if row["pass"] == which]
+        for name in names:
+            points = [
+                (row.best[name] / row.best["limit"], cases.index(row["case"])) for row in found if name in row.best
+            ]
+            if points:
+                panel.plot(*zip(*points, strict=True), "o", color=COLOURS.get(name), label=name, markersize=5.5)
+        panel.axvline(1, color="0.3", linewidth=1, linestyle="--")
+        panel.set(xscale="log", title=which, xlabel="time over limit", axisbelow=True)
+        panel.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        panel.xaxis.set_major_formatter(ticker.FormatStrFormatter("%g×"))
+        panel.xaxis.set_minor_formatter(ticker.NullFormatter())
+        panel.grid(color="0.93")
+        panel.tick_params(axis="y", length=0)
+        panel.spines[["top", "right", "left"]].set_visible(False)
+    panels[0].set_yticks(range(len(cases)), cases)
+    panels[0].set_ylim(len(cases) - 0.5, -0.5)
+    handles, labels = panels[-1].get_legend_handles_labels()  # of inference, in which all take part
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    figure.suptitle(f"Time over the copy limit, {dtype}, {threads} threads\n{facts}", fontsize="medium")
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
