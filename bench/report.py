@@ -93,7 +93,8 @@ def grouped(rows, *names):
         return tuple(row[name] for name in names)
 
     order = list(dict.fromkeys(map(key, rows)))
-    return itertools.groupby(sorted(rows, key=lambda row: order.index(key(row))), key)
+    ordered = sorted(rows, key=lambda row: order.index(key(row)))
+    return [(values, list(found)) for values, found in itertools.groupby(ordered, key)]
 
 
 def slower(rows):

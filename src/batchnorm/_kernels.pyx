@@ -33,12 +33,17 @@ cdef extern from "_vector.h" nogil:
         VECS                        # vectors that hold the lanes
         UNROLLED                    # rows of columns taken together
         PADDED                      # UNROLLED vectors
+        WIDEST                      # the most columns of a tile, which tiles of short rows have
+        PIECE                       # bytes of a store around the cache
+        CAN_STREAM                  # whether there are stores around the cache
+    ctypedef struct Columns:
+        double *of
     ctypedef double vec             # VEC of them; Cython only has to know that it can calculate with it
     vec load_float(const float *) noexcept
     vec load_double(const double *) noexcept
     void store_float(float *, vec) noexcept
     void store_double(double *, vec) noexcept
-    bint can_stream(const void *) noexcept
+    Py_ssize_t to_piece(const void *) noexcept
     void stream_float(float *, vec) noexcept
     void stream_double(double *, vec) noexcept
     void finish_streaming() noexcept
@@ -63,16 +68,16 @@ ctypedef fused floating:
     double
 
 cdef enum:
-    WIDTH = 256             # the most columns of a tile: 1 KiB of float32, and its accumulators stay in L1
+    WIDTH = 512             # the most columns of a tile whose columns are channels: accumulators stay in L1
+    GROUPED = 256           # columns that few channels are made into
     BLOCK = 8192            # values of a block of lanes
-    ROOM = 264              # WIDTH and a vector more, for columns that do not fill one
     COLUMN_ROWS = 128       # rows of a block of columns
     SHORT_ROW = 64          # shorter rows are taken as columns
-    RUN = 2048              # values of neighbouring short rows of lanes, so that memory is visited in longer runs
-    TOGETHER = 8            # the most channels of a tile of lanes
-    LONG_ROW = 512          # a row worth a call of its own
+    RUN = 8192              # values of neighbouring short rows of lanes, so that memory is visited in longer runs
+    TOGETHER = 32           # the most channels of a tile of lanes
+    SHORTEST_RUN = 16       # a row of one channel worth a call of its own where nothing is summed
     FEW_TILES = 16          # fewer tiles of lanes than this are cut into blocks to be shared
-    STREAM = 16777216       # bytes of a dx that is written around the cache
+    STREAM = 33554432       # bytes read and written by a pass whose result goes around the cache
     CACHE = 524288          # bytes of a tile that stay in a core's cache between two passes
 
 # Rows of the tables that the façade allocates, one column a channel.
@@ -93,7 +98,7 @@ cdef struct Job:
     Py_ssize_t N, C, S
     bint columns            # which family
     bint by_tile            # all three steps tile by tile
-    bint stream             # dx goes around the cache
+    bint stream             # the result goes around the cache
     bint whole_shift        # the mean in the gradient is part of its shift
     Py_ssize_t tiles, tile_channels
     Py_ssize_t blocks, block_rows, segments, segment
@@ -109,6 +114,7 @@ cdef struct Block:
     Py_ssize_t first        # offset of its first value
     Py_ssize_t rows, stride
     Py_ssize_t run, length  # values of a row, of one channel and of all
+    bint more               # rows of the tile follow after it
     Py_ssize_t visit        # rows of lanes of one channel before those of its neighbour
     Py_ssize_t wide_rows, wide_stride, width        # the same block, `group` rows side by side as one row of columns
     Py_ssize_t rest, rest_rows, rest_width          # and the rows that do not fill a group, as one shorter row
@@ -120,19 +126,20 @@ cdef inline Py_ssize_t ceil_div(Py_ssize_t a, Py_ssize_t b) noexcept nogil:
     return (a + b - 1) // b
 
 
-cdef void lay_out(Job *job, Py_ssize_t N, Py_ssize_t C, Py_ssize_t S, Py_ssize_t itemsize) noexcept nogil:
-    """Cut the view into tiles and blocks. Only the shape and the item size may be asked here."""
+cdef void lay_out(Job *job, Py_ssize_t N, Py_ssize_t C, Py_ssize_t S, Py_ssize_t itemsize,
+                  Py_ssize_t arrays) noexcept nogil:
+    """Cut the view into tiles and blocks. Only the shape, the item size and the pass may be asked here."""
     cdef Py_ssize_t row_blocks, whole
     job.N, job.C, job.S = N, C, S
-    job.stream = N * C * S * itemsize >= STREAM
+    job.stream = CAN_STREAM and arrays * N * C * S * itemsize >= STREAM
     job.whole_shift = itemsize == sizeof(float)
     job.columns = S < SHORT_ROW
     job.segments, job.segment, job.group = 1, S, 1
     if job.columns:
-        job.tiles = ceil_div(C, max(1, WIDTH // S))
+        job.tiles = ceil_div(C, max(1, (WIDTH if S == 1 else WIDEST) // S))
         job.tile_channels = ceil_div(C, job.tiles)
-        if C * S < WIDTH // 2:
-            job.group = max(1, min(WIDTH // (C * S), N // UNROLLED))
+        if C * S < GROUPED // 2:
+            job.group = max(1, min(GROUPED // (C * S), N // UNROLLED))
         row_blocks = ceil_div(N, COLUMN_ROWS * job.group)
         if row_blocks > 2:
             row_blocks = 4 * ceil_div(row_blocks, 4)        # 2 and 4 threads share them evenly
@@ -141,7 +148,7 @@ cdef void lay_out(Job *job, Py_ssize_t N, Py_ssize_t C, Py_ssize_t S, Py_ssize_t
         row_blocks = ceil_div(N, job.block_rows)
         job.by_tile = (job.tiles >= 4 and N * job.tile_channels * S * itemsize <= CACHE) or row_blocks * job.tiles == 1
     else:
-        job.tile_channels = min(min(TOGETHER, RUN // S), min(C // FEW_TILES, CACHE // (2 * N * S * itemsize)))
+        job.tile_channels = min(min(TOGETHER, RUN // S), min(C // FEW_TILES, 2 * CACHE // (5 * N * S * itemsize)))
         job.tile_channels = max(1, job.tile_channels)
         job.tiles = ceil_div(C, job.tile_channels)
         if S >= BLOCK:
@@ -167,6 +174,7 @@ cdef Block block_of(const Job *job, Py_ssize_t tile, Py_ssize_t b) noexcept nogi
     block.channels = min(job.tile_channels, job.C - block.channel)
     block.rows = min(job.block_rows, job.N - row)
     block.stride = job.C * job.S
+    block.more = row + block.rows < job.N
     block.first = row * block.stride + block.channel * job.S + start
     block.run = min(job.segment, job.S - start)
     block.length = block.run * block.channels
@@ -229,22 +237,23 @@ cdef void count_rest(Py_ssize_t length, double *counts) noexcept nogil:
         counts[j] = 1 if j >= LANES - length % LANES else 0
 
 
-cdef void moments_lanes(const floating *x, Py_ssize_t rows, Py_ssize_t stride, Py_ssize_t length,
+cdef void moments_lanes(const floating *x, Py_ssize_t rows, Py_ssize_t stride, Py_ssize_t length, bint more,
                         double pivot, vec *lanes1, vec *lanes2) noexcept nogil:
     """Add Σ(x − pivot) and Σ(x − pivot)² to the lanes."""
     cdef vec s1[VECS]
     cdef vec s2[VECS]
     cdef vec d
     cdef double counts[LANES]
-    cdef Py_ssize_t _, i, k, whole = length - length % LANES
+    cdef Py_ssize_t r, i, k, ahead, whole = length - length % LANES
     cdef Py_ssize_t untouched = (LANES - length % LANES) // VEC     # vectors without a rest
     count_rest(length, counts)
     for k in range(VECS):
         s1[k], s2[k] = lanes1[k], lanes2[k]
-    for _ in range(rows):
+    for r in range(rows):
+        ahead = stride if more or r + 1 < rows else 0       # the next row, if there is one
         for i from 0 <= i < whole by LANES:
-            prefetch(x + stride + i)
-            prefetch(x + stride + i + LANES // 2)
+            prefetch(x + ahead + i)
+            prefetch(x + ahead + i + LANES // 2)
             for k in range(VECS):
                 d = load(x + i + k * VEC) - pivot
                 s1[k] += d
@@ -260,23 +269,24 @@ cdef void moments_lanes(const floating *x, Py_ssize_t rows, Py_ssize_t stride, P
 
 
 cdef void grad_sums_lanes(const floating *dy, const floating *x, Py_ssize_t rows, Py_ssize_t stride, Py_ssize_t length,
-                          double mean, vec *lanes1, vec *lanes2) noexcept nogil:
+                          bint more, double mean, vec *lanes1, vec *lanes2) noexcept nogil:
     """Add Σ dy and Σ dy·(x − mean) to the lanes."""
     cdef vec s1[VECS]
     cdef vec s2[VECS]
     cdef vec g
     cdef double counts[LANES]
-    cdef Py_ssize_t _, i, k, whole = length - length % LANES
+    cdef Py_ssize_t r, i, k, ahead, whole = length - length % LANES
     cdef Py_ssize_t untouched = (LANES - length % LANES) // VEC     # vectors without a rest
     count_rest(length, counts)
     for k in range(VECS):
         s1[k], s2[k] = lanes1[k], lanes2[k]
-    for _ in range(rows):
+    for r in range(rows):
+        ahead = stride if more or r + 1 < rows else 0       # the next row, if there is one
         for i from 0 <= i < whole by LANES:
-            prefetch(dy + stride + i)
-            prefetch(dy + stride + i + LANES // 2)
-            prefetch(x + stride + i)
-            prefetch(x + stride + i + LANES // 2)
+            prefetch(dy + ahead + i)
+            prefetch(dy + ahead + i + LANES // 2)
+            prefetch(x + ahead + i)
+            prefetch(x + ahead + i + LANES // 2)
             for k in range(VECS):
                 g = load(dy + i + k * VEC)
                 s1[k] += g
@@ -292,23 +302,58 @@ cdef void grad_sums_lanes(const floating *dy, const floating *x, Py_ssize_t rows
         lanes1[k], lanes2[k] = s1[k], s2[k]
 
 
-# Where values are written, those that do not fill a vector are the end of the last VEC values of the row. These are
-# read before the row is written, so that out may be the input.
+# Where values are written, those that do not fill a vector are the end of the last VEC values. These are read before
+# the row is written, so that out may be the input, which it never is where the result goes around the cache.
+
+cdef struct Span:
+    Py_ssize_t first, stop      # values of a row that go around the cache as vectors; the few others are written singly
+
+
+cdef inline Span span_of(const floating *out, Py_ssize_t length) noexcept nogil:
+    cdef Span span
+    span.first = to_piece(out) // sizeof(floating)
+    span.stop = length - (length - span.first) % (PIECE // sizeof(floating))
+    if span.stop - span.first < VEC:
+        span.first = span.stop = 0
+    return span
+
+
+cdef void affine_values(const floating *x, floating *y, Py_ssize_t first, Py_ssize_t stop, double centre,
+                        double scale, double shift) noexcept nogil:
+    cdef Py_ssize_t i
+    for i in range(first, stop):
+        y[i] = <floating> ((x[i] - centre) * scale + shift)
+
+
+cdef inline void affine_span(const floating *x, floating *y, Py_ssize_t first, Py_ssize_t stop, double centre,
+                             double scale, double shift, bint stream) noexcept nogil:
+    cdef Py_ssize_t i, last = stop - VEC
+    cdef vec end = (load(x + last) - centre) * scale + shift
+    for i from first <= i < last by VEC:
+        write(y + i, (load(x + i) - centre) * scale + shift, stream)
+    write(y + last, end, stream)
+
+
+cdef void affine_around(const floating *x, floating *y, Py_ssize_t length, double centre, double scale,
+                        double shift) noexcept nogil:
+    cdef Span span = span_of(y, length)
+    affine_values(x, y, 0, span.first, centre, scale, shift)
+    if span.stop:
+        affine_span(x, y, span.first, span.stop, centre, scale, shift, True)
+    affine_values(x, y, span.stop, length, centre, scale, shift)
+
 
 cdef void affine_lanes(const floating *x, floating *y, Py_ssize_t rows, Py_ssize_t stride, Py_ssize_t length,
-                       double centre, double scale, double shift) noexcept nogil:
+                       double centre, double scale, double shift, bint stream) noexcept nogil:
     """y = (x − centre)·scale + shift."""
-    cdef Py_ssize_t _, i, last = length - VEC
-    cdef vec end
+    cdef Py_ssize_t _
     for _ in range(rows):
-        if last < 0:
-            for i in range(length):
-                y[i] = <floating> ((x[i] - centre) * scale + shift)
+        if stream:
+            affine_around(x, y, length, centre, scale, shift)
+        elif length < VEC:
+            affine_values(x, y, 0, length, centre, scale, shift)
         else:
-            end = (load(x + last) - centre) * scale + shift
-            for i from 0 <= i < last by VEC:
-                store(y + i, (load(x + i) - centre) * scale + shift)
-            store(y + last, end)
+            affine_span(x, y, 0, length, centre, scale, shift, False)
         x += stride
         y += stride
 
@@ -321,23 +366,44 @@ cdef inline vec offset(const floating *x, double centre) noexcept nogil:
         return load(x) - centre
 
 
+cdef void grad_affine_values(const floating *dy, const floating *x, floating *dx, Py_ssize_t first, Py_ssize_t stop,
+                             double centre, double scale, double slope, double shift) noexcept nogil:
+    cdef Py_ssize_t i
+    for i in range(first, stop):
+        dx[i] = <floating> (dy[i] * scale + (x[i] - centre) * slope + shift)
+
+
+cdef inline void grad_affine_span(const floating *dy, const floating *x, floating *dx, Py_ssize_t first,
+                                  Py_ssize_t stop, double centre, double scale, double slope, double shift,
+                                  bint stream) noexcept nogil:
+    cdef Py_ssize_t i, last = stop - VEC
+    cdef vec end = load(dy + last) * scale + offset(x + last, centre) * slope + shift
+    for i from first <= i < last by VEC:
+        write(dx + i, load(dy + i) * scale + offset(x + i, centre) * slope + shift, stream)
+    write(dx + last, end, stream)
+
+
+cdef void grad_affine_around(const floating *dy, const floating *x, floating *dx, Py_ssize_t length, double centre,
+                             double scale, double slope, double shift) noexcept nogil:
+    cdef Span span = span_of(dx, length)
+    grad_affine_values(dy, x, dx, 0, span.first, centre, scale, slope, shift)
+    if span.stop:
+        grad_affine_span(dy, x, dx, span.first, span.stop, centre, scale, slope, shift, True)
+    grad_affine_values(dy, x, dx, span.stop, length, centre, scale, slope, shift)
+
+
 cdef void grad_affine_lanes(const floating *dy, const floating *x, floating *dx, Py_ssize_t rows, Py_ssize_t stride,
                             Py_ssize_t length, double centre, double scale, double slope, double shift,
                             bint stream) noexcept nogil:
     """dx = dy·scale + (x − centre)·slope + shift; for float32 the centre is 0."""
-    cdef Py_ssize_t _, i, last = length - VEC
-    cdef vec end
-    cdef bint around
+    cdef Py_ssize_t _
     for _ in range(rows):
-        if last < 0:
-            for i in range(length):
-                dx[i] = <floating> (dy[i] * scale + (x[i] - centre) * slope + shift)
+        if stream:
+            grad_affine_around(dy, x, dx, length, centre, scale, slope, shift)
+        elif length < VEC:
+            grad_affine_values(dy, x, dx, 0, length, centre, scale, slope, shift)
         else:
-            around = stream and can_stream(dx)
-            end = load(dy + last) * scale + offset(x + last, centre) * slope + shift
-            for i from 0 <= i < last by VEC:
-                write(dx + i, load(dy + i) * scale + offset(x + i, centre) * slope + shift, around)
-            write(dx + last, end, around and can_stream(dx + last))
+            grad_affine_span(dy, x, dx, 0, length, centre, scale, slope, shift, False)
         dy += stride
         x += stride
         dx += stride
@@ -461,49 +527,51 @@ cdef void grad_sums_columns(const floating *dy, const floating *x, Py_ssize_t ro
         rows -= taken
 
 
-cdef void affine_columns(const floating *x, floating *y, Py_ssize_t rows, Py_ssize_t stride, Py_ssize_t width,
-                         const double *centre, const double *scale, const double *shift) noexcept nogil:
-    """y = (x − centre)·scale + shift, with the coefficients of each column."""
-    cdef Py_ssize_t _, j, last = width - VEC
-    cdef vec end
-    for _ in range(rows):
-        if last < 0:
-            for j in range(width):
-                y[j] = <floating> ((x[j] - centre[j]) * scale[j] + shift[j])
-        else:
-            end = affine_vec(x, last, centre, scale, shift)
-            for j from 0 <= j < last by VEC:
-                store(y + j, affine_vec(x, j, centre, scale, shift))
-            store(y + last, end)
-        x += stride
-        y += stride
-
-
 cdef inline vec affine_vec(const floating *x, Py_ssize_t j, const double *centre, const double *scale,
                            const double *shift) noexcept nogil:
     return (load(x + j) - load_double(centre + j)) * load_double(scale + j) + load_double(shift + j)
 
 
-cdef void grad_affine_columns(const floating *dy, const floating *x, floating *dx, Py_ssize_t rows, Py_ssize_t stride,
-                              Py_ssize_t width, const double *centre, const double *scale, const double *slope,
-                              const double *shift, bint stream) noexcept nogil:
-    """`grad_affine_lanes` with the coefficients of each column."""
-    cdef Py_ssize_t _, j, last = width - VEC
-    cdef vec end
-    cdef bint around
+cdef void affine_column_values(const floating *x, floating *y, Py_ssize_t first, Py_ssize_t stop,
+                               const double *centre, const double *scale, const double *shift) noexcept nogil:
+    cdef Py_ssize_t j
+    for j in range(first, stop):
+        y[j] = <floating> ((x[j] - centre[j]) * scale[j] + shift[j])
+
+
+cdef inline void affine_columns_span(const floating *x, floating *y, Py_ssize_t first, Py_ssize_t stop,
+                                     const double *centre, const double *scale, const double *shift,
+                                     bint stream) noexcept nogil:
+    cdef Py_ssize_t j, last = stop - VEC
+    cdef vec end = affine_vec(x, last, centre, scale, shift)
+    for j from first <= j < last by VEC:
+        write(y + j, affine_vec(x, j, centre, scale, shift), stream)
+    write(y + last, end, stream)
+
+
+cdef void affine_columns_around(const floating *x, floating *y, Py_ssize_t width, const double *centre,
+                                const double *scale, const double *shift) noexcept nogil:
+    cdef Span span = span_of(y, width)
+    affine_column_values(x, y, 0, span.first, centre, scale, shift)
+    if span.stop:
+        affine_columns_span(x, y, span.first, span.stop, centre, scale, shift, True)
+    affine_column_values(x, y, span.stop, width, centre, scale, shift)
+
+
+cdef void affine_columns(const floating *x, floating *y, Py_ssize_t rows, Py_ssize_t stride, Py_ssize_t width,
+                         const double *centre, const double *scale, const double *shift,
+                         bint stream) noexcept nogil:
+    """`affine_lanes` with the coefficients of each column."""
+    cdef Py_ssize_t _
     for _ in range(rows):
-        if last < 0:
-            for j in range(width):
-                dx[j] = <floating> (dy[j] * scale[j] + (x[j] - centre[j]) * slope[j] + shift[j])
+        if stream:
+            affine_columns_around(x, y, width, centre, scale, shift)
+        elif width < VEC:
+            affine_column_values(x, y, 0, width, centre, scale, shift)
         else:
-            around = stream and can_stream(dx)
-            end = grad_affine_vec(dy, x, last, centre, scale, slope, shift)
-            for j from 0 <= j < last by VEC:
-                write(dx + j, grad_affine_vec(dy, x, j, centre, scale, slope, shift), around)
-            write(dx + last, end, around and can_stream(dx + last))
-        dy += stride
+            affine_columns_span(x, y, 0, width, centre, scale, shift, False)
         x += stride
-        dx += stride
+        y += stride
 
 
 cdef inline vec grad_affine_vec(const floating *dy, const floating *x, Py_ssize_t j, const double *centre,
@@ -512,6 +580,51 @@ cdef inline vec grad_affine_vec(const floating *dy, const floating *x, Py_ssize_
     if floating is double:
         offset -= load_double(centre + j)
     return load(dy + j) * load_double(scale + j) + offset * load_double(slope + j) + load_double(shift + j)
+
+
+cdef void grad_affine_column_values(const floating *dy, const floating *x, floating *dx, Py_ssize_t first,
+                                    Py_ssize_t stop, const double *centre, const double *scale, const double *slope,
+                                    const double *shift) noexcept nogil:
+    cdef Py_ssize_t j
+    for j in range(first, stop):
+        dx[j] = <floating> (dy[j] * scale[j] + (x[j] - centre[j]) * slope[j] + shift[j])
+
+
+cdef inline void grad_affine_columns_span(const floating *dy, const floating *x, floating *dx, Py_ssize_t first,
+                                          Py_ssize_t stop, const double *centre, const double *scale,
+                                          const double *slope, const double *shift, bint stream) noexcept nogil:
+    cdef Py_ssize_t j, last = stop - VEC
+    cdef vec end = grad_affine_vec(dy, x, last, centre, scale, slope, shift)
+    for j from first <= j < last by VEC:
+        write(dx + j, grad_affine_vec(dy, x, j, centre, scale, slope, shift), stream)
+    write(dx + last, end, stream)
+
+
+cdef void grad_affine_columns_around(const floating *dy, const floating *x, floating *dx, Py_ssize_t width,
+                                     const double *centre, const double *scale, const double *slope,
+                                     const double *shift) noexcept nogil:
+    cdef Span span = span_of(dx, width)
+    grad_affine_column_values(dy, x, dx, 0, span.first, centre, scale, slope, shift)
+    if span.stop:
+        grad_affine_columns_span(dy, x, dx, span.first, span.stop, centre, scale, slope, shift, True)
+    grad_affine_column_values(dy, x, dx, span.stop, width, centre, scale, slope, shift)
+
+
+cdef void grad_affine_columns(const floating *dy, const floating *x, floating *dx, Py_ssize_t rows, Py_ssize_t stride,
+                              Py_ssize_t width, const double *centre, const double *scale, const double *slope,
+                              const double *shift, bint stream) noexcept nogil:
+    """`grad_affine_lanes` with the coefficients of each column."""
+    cdef Py_ssize_t _
+    for _ in range(rows):
+        if stream:
+            grad_affine_columns_around(dy, x, dx, width, centre, scale, slope, shift)
+        elif width < VEC:
+            grad_affine_column_values(dy, x, dx, 0, width, centre, scale, slope, shift)
+        else:
+            grad_affine_columns_span(dy, x, dx, 0, width, centre, scale, slope, shift, False)
+        dy += stride
+        x += stride
+        dx += stride
 
 
 cdef void spread(const double *value, const Block *block, const Job *job, double *column) noexcept nogil:
@@ -591,29 +704,31 @@ cdef void choose_pivots(const floating *x, const Block *block, double *pivot) no
 cdef void shifted_sums(const floating *x, const Block *block, const Job *job, const double *pivot,
                        double *sum1, double *sum2) noexcept nogil:
     """Σ(x − pivot) and Σ(x − pivot)² of each channel of the block."""
-    cdef double centre[ROOM]
-    cdef double column1[ROOM]
-    cdef double column2[ROOM]
+    cdef Columns centre
+    cdef Columns column1
+    cdef Columns column2
     cdef vec lanes1[TOGETHER * VECS]
     cdef vec lanes2[TOGETHER * VECS]
     cdef Py_ssize_t c, r
+    cdef bint more
     if not job.columns:
         for c in range(block.channels * VECS):
             lanes1[c] = lanes2[c] = zero_vec()
         for r from 0 <= r < block.rows by block.visit:
+            more = block.more or r + block.visit < block.rows
             for c in range(block.channels):
                 moments_lanes(x + r * block.stride + c * block.run, min(block.visit, block.rows - r), block.stride,
-                              block.run, pivot[c], lanes1 + c * VECS, lanes2 + c * VECS)
+                              block.run, more, pivot[c], lanes1 + c * VECS, lanes2 + c * VECS)
         for c in range(block.channels):
             sum1[c], sum2[c] = fold(lanes1 + c * VECS), fold(lanes2 + c * VECS)
         return
-    spread(pivot, block, job, centre)
-    memset(column1, 0, (block.width + VEC) * sizeof(double))
-    memset(column2, 0, (block.width + VEC) * sizeof(double))
-    moments_columns(x, block.wide_rows, block.wide_stride, block.width, centre, column1, column2)
-    moments_columns(x + block.rest, block.rest_rows, 0, block.rest_width, centre, column1, column2)
-    gather(column1, block, job, sum1)
-    gather(column2, block, job, sum2)
+    spread(pivot, block, job, centre.of)
+    memset(column1.of, 0, (block.width + VEC) * sizeof(double))
+    memset(column2.of, 0, (block.width + VEC) * sizeof(double))
+    moments_columns(x, block.wide_rows, block.wide_stride, block.width, centre.of, column1.of, column2.of)
+    moments_columns(x + block.rest, block.rest_rows, 0, block.rest_width, centre.of, column1.of, column2.of)
+    gather(column1.of, block, job, sum1)
+    gather(column2.of, block, job, sum2)
 
 
 cdef void moments_block(const floating *x, const floating *dy, floating *out, const Job *job, Py_ssize_t tile,
@@ -642,33 +757,36 @@ cdef void grad_sums_block(const floating *x, const floating *dy, floating *out, 
     cdef Block block = block_of(job, tile, b)
     cdef double *partial = job.partial + b * PARTIAL_ROWS * job.C + block.channel
     cdef const double *mean = job.statistics + MEAN * job.C + block.channel
-    cdef double centre[ROOM]
-    cdef double sum1[ROOM]
-    cdef double sum2[ROOM]
+    cdef Columns centre
+    cdef Columns sum1
+    cdef Columns sum2
     cdef vec lanes1[TOGETHER * VECS]
     cdef vec lanes2[TOGETHER * VECS]
     cdef Py_ssize_t c, r, at
+    cdef bint more
     x += block.first
     dy += block.first
     if not job.columns:
         for c in range(block.channels * VECS):
             lanes1[c] = lanes2[c] = zero_vec()
         for r from 0 <= r < block.rows by block.visit:
+            more = block.more or r + block.visit < block.rows
             for c in range(block.channels):
                 at = r * block.stride + c * block.run
-                grad_sums_lanes(dy + at, x + at, min(block.visit, block.rows - r), block.stride, block.run, mean[c],
-                                lanes1 + c * VECS, lanes2 + c * VECS)
+                grad_sums_lanes(dy + at, x + at, min(block.visit, block.rows - r), block.stride, block.run, more,
+                                mean[c], lanes1 + c * VECS, lanes2 + c * VECS)
         for c in range(block.channels):
             partial[SUM_DY * job.C + c] = fold(lanes1 + c * VECS)
             partial[SUM_DY_XMU * job.C + c] = fold(lanes2 + c * VECS)
         return
-    spread(mean, &block, job, centre)
-    memset(sum1, 0, (block.width + VEC) * sizeof(double))
-    memset(sum2, 0, (block.width + VEC) * sizeof(double))
-    grad_sums_columns(dy, x, block.wide_rows, block.wide_stride, block.width, centre, sum1, sum2)
-    grad_sums_columns(dy + block.rest, x + block.rest, block.rest_rows, 0, block.rest_width, centre, sum1, sum2)
-    gather(sum1, &block, job, partial + SUM_DY * job.C)
-    gather(sum2, &block, job, partial + SUM_DY_XMU * job.C)
+    spread(mean, &block, job, centre.of)
+    memset(sum1.of, 0, (block.width + VEC) * sizeof(double))
+    memset(sum2.of, 0, (block.width + VEC) * sizeof(double))
+    grad_sums_columns(dy, x, block.wide_rows, block.wide_stride, block.width, centre.of, sum1.of, sum2.of)
+    grad_sums_columns(dy + block.rest, x + block.rest, block.rest_rows, 0, block.rest_width, centre.of,
+                      sum1.of, sum2.of)
+    gather(sum1.of, &block, job, partial + SUM_DY * job.C)
+    gather(sum2.of, &block, job, partial + SUM_DY_XMU * job.C)
 
 
 # ---- Finish: merge the blocks of a tile, derive the coefficients ----------------------------------------------------
@@ -809,10 +927,11 @@ cdef void affine_block(const floating *x, const floating *dy, floating *out, con
                        Py_ssize_t b) noexcept nogil:
     cdef Block block = block_of(job, tile, b)
     cdef const double *of = job.coefficient + block.channel
-    cdef double centre[ROOM]
-    cdef double scale[ROOM]
-    cdef double shift[ROOM]
+    cdef Columns centre
+    cdef Columns scale
+    cdef Columns shift
     cdef Py_ssize_t c, r, at, C = job.C
+    cdef bint stream = job.stream and out != x
     x += block.first
     out += block.first
     if not job.columns:
@@ -820,24 +939,30 @@ cdef void affine_block(const floating *x, const floating *dy, floating *out, con
             for c in range(block.channels):
                 at = r * block.stride + c * block.run
                 affine_lanes(x + at, out + at, min(block.visit, block.rows - r), block.stride, block.run,
-                             of[CENTRE * C + c], of[SCALE * C + c], of[SHIFT * C + c])
+                             of[CENTRE * C + c], of[SCALE * C + c], of[SHIFT * C + c], stream)
+        if stream:
+            finish_streaming()
         return
-    spread(of + CENTRE * C, &block, job, centre)
-    spread(of + SCALE * C, &block, job, scale)
-    spread(of + SHIFT * C, &block, job, shift)
-    affine_columns(x, out, block.wide_rows, block.wide_stride, block.width, centre, scale, shift)
-    affine_columns(x + block.rest, out + block.rest, block.rest_rows, 0, block.rest_width, centre, scale, shift)
+    spread(of + CENTRE * C, &block, job, centre.of)
+    spread(of + SCALE * C, &block, job, scale.of)
+    spread(of + SHIFT * C, &block, job, shift.of)
+    affine_columns(x, out, block.wide_rows, block.wide_stride, block.width, centre.of, scale.of, shift.of, stream)
+    affine_columns(x + block.rest, out + block.rest, block.rest_rows, 0, block.rest_width, centre.of, scale.of,
+                   shift.of, stream)
+    if stream:
+        finish_streaming()
 
 
 cdef void grad_affine_block(const floating *x, const floating *dy, floating *out, const Job *job, Py_ssize_t tile,
                             Py_ssize_t b) noexcept nogil:
     cdef Block block = block_of(job, tile, b)
     cdef const double *of = job.coefficient + block.channel
-    cdef double centre[ROOM]
-    cdef double scale[ROOM]
-    cdef double slope[ROOM]
-    cdef double shift[ROOM]
+    cdef Columns centre
+    cdef Columns scale
+    cdef Columns slope
+    cdef Columns shift
     cdef Py_ssize_t c, r, at, C = job.C
+    cdef bint stream = job.stream and out != dy
     x += block.first
     dy += block.first
     out += block.first
@@ -847,18 +972,20 @@ cdef void grad_affine_block(const floating *x, const floating *dy, floating *out
                 at = r * block.stride + c * block.run
                 grad_affine_lanes(dy + at, x + at, out + at, min(block.visit, block.rows - r), block.stride, block.run,
                                   of[CENTRE * C + c], of[SCALE * C + c], of[SLOPE * C + c], of[SHIFT * C + c],
-                                  job.stream)
-        finish_streaming()
+                                  stream)
+        if stream:
+            finish_streaming()
         return
-    spread(of + CENTRE * C, &block, job, centre)
-    spread(of + SCALE * C, &block, job, scale)
-    spread(of + SLOPE * C, &block, job, slope)
-    spread(of + SHIFT * C, &block, job, shift)
-    grad_affine_columns(dy, x, out, block.wide_rows, block.wide_stride, block.width, centre, scale, slope, shift,
-                        job.stream)
+    spread(of + CENTRE * C, &block, job, centre.of)
+    spread(of + SCALE * C, &block, job, scale.of)
+    spread(of + SLOPE * C, &block, job, slope.of)
+    spread(of + SHIFT * C, &block, job, shift.of)
+    grad_affine_columns(dy, x, out, block.wide_rows, block.wide_stride, block.width, centre.of, scale.of, slope.of,
+                        shift.of, stream)
     grad_affine_columns(dy + block.rest, x + block.rest, out + block.rest, block.rest_rows, 0, block.rest_width,
-                        centre, scale, slope, shift, job.stream)
-    finish_streaming()
+                        centre.of, scale.of, slope.of, shift.of, stream)
+    if stream:
+        finish_streaming()
 
 
 cdef void scale_block(const floating *x, const floating *dy, floating *out, const Job *job, Py_ssize_t tile,
@@ -903,6 +1030,16 @@ cdef void each(BlockStep reduce, TileStep finish, BlockStep apply, const floatin
             item(reduce, finish, apply, x, dy, out, job, by_tile, i)
 
 
+cdef void follow_memory(Job *job) noexcept nogil:
+    """Cut anew for a step that sums nothing: pieces of one row after the other."""
+    if job.S >= SHORTEST_RUN:
+        job.columns = False
+        job.tile_channels = max(1, BLOCK // job.S)
+        job.tiles = ceil_div(job.C, job.tile_channels)
+        job.block_rows = max(1, BLOCK // (job.C * job.S))
+        job.blocks = ceil_div(job.N, job.block_rows) * job.segments
+
+
 cdef void sweep(BlockStep reduce, TileStep finish, BlockStep apply, const floating *x, const floating *dy,
                 floating *out, const Job *job, int num_threads) noexcept nogil:
     """reduce → finish → apply over all tiles, in one parallel region where tiles stay in cache."""
@@ -916,16 +1053,14 @@ cdef void sweep(BlockStep reduce, TileStep finish, BlockStep apply, const floati
     for tile in range(job.tiles):
         finish(job, tile)
     if apply != NULL:
-        if not job.columns and job.S >= LONG_ROW:       # nothing is summed any more, so blocks may follow the memory
-            in_order.block_rows = 1
-            in_order.blocks = job.N * job.segments
+        follow_memory(&in_order)
         each(NULL, NULL, apply, x, dy, out, &in_order, False, num_threads)
 
 
-cdef int prepare(Job *job, Py_ssize_t N, Py_ssize_t C, Py_ssize_t S, Py_ssize_t itemsize,
+cdef int prepare(Job *job, Py_ssize_t N, Py_ssize_t C, Py_ssize_t S, Py_ssize_t itemsize, Py_ssize_t arrays,
                  const double *statistics, double *gradients) except -1:
     """Lay out the work and get the scratch for it: a few numbers a block and channel."""
-    lay_out(job, N, C, S, itemsize)
+    lay_out(job, N, C, S, itemsize, arrays)
     job.statistics = <double *> statistics      # written to only by steps whose caller's table is not const
     job.gradients = gradients
     job.coefficient = <double *> malloc((COEFFICIENT_ROWS + PARTIAL_ROWS * job.blocks) * C * sizeof(double))
@@ -939,7 +1074,7 @@ def moments(const floating[:, :, ::1] x, double[:, ::1] statistics, double eps, 
     """mean, var and rstd of each channel into `statistics`."""
     cdef Job job
     job.eps = eps
-    prepare(&job, x.shape[0], x.shape[1], x.shape[2], sizeof(floating), &statistics[0, 0], NULL)
+    prepare(&job, x.shape[0], x.shape[1], x.shape[2], sizeof(floating), 1, &statistics[0, 0], NULL)
     with nogil:
         sweep(moments_block[floating], finish_moments, NULL, &x[0, 0, 0], NULL, NULL, &job, num_threads)
         free(job.coefficient)
@@ -950,7 +1085,7 @@ def forward(const floating[:, :, ::1] x, floating[:, :, ::1] y, double[:, ::1] s
     """`moments`, then y = gamma·(x − mean)·rstd + beta."""
     cdef Job job
     job.eps = eps
-    prepare(&job, x.shape[0], x.shape[1], x.shape[2], sizeof(floating), &statistics[0, 0], NULL)
+    prepare(&job, x.shape[0], x.shape[1], x.shape[2], sizeof(floating), 2, &statistics[0, 0], NULL)
     with nogil:
         sweep(moments_block[floating], finish_moments, affine_block[floating], &x[0, 0, 0], NULL, &y[0, 0, 0], &job,
               num_threads)
@@ -962,7 +1097,7 @@ def normalize(const floating[:, :, ::1] x, floating[:, :, ::1] y, double[:, ::1]
     """y = gamma·(x − mean)·rstd + beta with the mean and var in `statistics`."""
     cdef Job job
     job.eps = eps
-    prepare(&job, x.shape[0], x.shape[1], x.shape[2], sizeof(floating), &statistics[0, 0], NULL)
+    prepare(&job, x.shape[0], x.shape[1], x.shape[2], sizeof(floating), 1, &statistics[0, 0], NULL)
     with nogil:
         sweep(NULL, finish_statistics, affine_block[floating], &x[0, 0, 0], NULL, &y[0, 0, 0], &job, num_threads)
         free(job.coefficient)
@@ -972,7 +1107,7 @@ def grad_sums(const floating[:, :, ::1] dy, const floating[:, :, ::1] x, const d
               double[:, ::1] gradients, int num_threads):
     """Σdy, Σdy·(x − mean) and dgamma of each channel into `gradients`."""
     cdef Job job
-    prepare(&job, x.shape[0], x.shape[1], x.shape[2], sizeof(floating), &statistics[0, 0], &gradients[0, 0])
+    prepare(&job, x.shape[0], x.shape[1], x.shape[2], sizeof(floating), 2, &statistics[0, 0], &gradients[0, 0])
     with nogil:
         sweep(grad_sums_block[floating], finish_sums, NULL, &x[0, 0, 0], &dy[0, 0, 0], NULL, &job, num_threads)
         free(job.coefficient)
@@ -982,7 +1117,7 @@ def grad_apply(const floating[:, :, ::1] dy, const floating[:, :, ::1] x, floati
                const double[:, ::1] statistics, double[:, ::1] gradients, int num_threads):
     """dx = gamma·rstd·(dy − dbeta/n − xhat·dgamma/n) with the sums in `gradients`."""
     cdef Job job
-    prepare(&job, x.shape[0], x.shape[1], x.shape[2], sizeof(floating), &statistics[0, 0], &gradients[0, 0])
+    prepare(&job, x.shape[0], x.shape[1], x.shape[2], sizeof(floating), 3, &statistics[0, 0], &gradients[0, 0])
     with nogil:
         sweep(NULL, set_gradient, grad_affine_block[floating], &x[0, 0, 0], &dy[0, 0, 0], &dx[0, 0, 0], &job,
               num_threads)
@@ -993,7 +1128,7 @@ def backward(const floating[:, :, ::1] dy, const floating[:, :, ::1] x, floating
              const double[:, ::1] statistics, double[:, ::1] gradients, int num_threads):
     """`grad_sums`, then `grad_apply`."""
     cdef Job job
-    prepare(&job, x.shape[0], x.shape[1], x.shape[2], sizeof(floating), &statistics[0, 0], &gradients[0, 0])
+    prepare(&job, x.shape[0], x.shape[1], x.shape[2], sizeof(floating), 3, &statistics[0, 0], &gradients[0, 0])
     with nogil:
         sweep(grad_sums_block[floating], finish_backward, grad_affine_block[floating], &x[0, 0, 0], &dy[0, 0, 0],
               &dx[0, 0, 0], &job, num_threads)
@@ -1004,7 +1139,7 @@ def inference_backward(const floating[:, :, ::1] dy, const floating[:, :, ::1] x
                        const double[:, ::1] statistics, double[:, ::1] gradients, int num_threads):
     """`grad_sums`, then dx = dy·gamma·rstd, for statistics that do not depend on x."""
     cdef Job job
-    prepare(&job, x.shape[0], x.shape[1], x.shape[2], sizeof(floating), &statistics[0, 0], &gradients[0, 0])
+    prepare(&job, x.shape[0], x.shape[1], x.shape[2], sizeof(floating), 3, &statistics[0, 0], &gradients[0, 0])
     with nogil:
         sweep(grad_sums_block[floating], finish_inference_backward, scale_block[floating], &x[0, 0, 0], &dy[0, 0, 0],
               &dx[0, 0, 0], &job, num_threads)

@@ -8,6 +8,7 @@
 #ifndef BATCHNORM_VECTOR_H
 #define BATCHNORM_VECTOR_H
 
+#include <stddef.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -26,6 +27,13 @@
 /* Rows of columns taken together, so that an accumulator is loaded once for eight values. */
 #define UNROLLED 8
 #define PADDED (UNROLLED * VEC)
+
+/* A number for each column of a tile, and a vector more for columns that do not fill one. Aligned, because a vector that
+ * lies in two cache lines is loaded twice. */
+#define WIDEST 1024
+typedef struct {
+    double of[WIDEST + VEC] __attribute__((aligned(64)));
+} Columns;
 
 typedef double vec __attribute__((vector_size(8 * VEC)));
 typedef float narrow_vec __attribute__((vector_size(4 * VEC)));
@@ -61,20 +69,19 @@ static inline void store_double(double *p, vec v)
 }
 
 /* Stores that go around the cache, in pieces of 16 bytes, for results larger than any cache: an ordinary store reads
- * the line first. They need an aligned address; where there are none they are ordinary stores. */
+ * the line first. A piece has to be aligned. */
+#define PIECE 16
+
 #if defined(__SSE2__) && VEC > 2
 #include <xmmintrin.h>
 
-static inline int can_stream(const void *p)
-{
-    return (uintptr_t)p % 16 == 0;
-}
+#define CAN_STREAM 1
 
 static inline void stream_pieces(void *p, const void *bytes, size_t size)
 {
-    for (size_t at = 0; at < size; at += 16) {
+    for (size_t at = 0; at < size; at += PIECE) {
         __m128 piece;
-        memcpy(&piece, (const char *)bytes + at, 16);
+        memcpy(&piece, (const char *)bytes + at, PIECE);
         _mm_stream_ps((float *)((char *)p + at), piece);
     }
 }
@@ -96,11 +103,7 @@ static inline void finish_streaming(void)
     _mm_sfence();
 }
 #else
-static inline int can_stream(const void *p)
-{
-    (void)p;
-    return 0;
-}
+#define CAN_STREAM 0
 
 static inline void stream_float(float *p, vec v)
 {
@@ -116,6 +119,12 @@ static inline void finish_streaming(void)
 {
 }
 #endif
+
+/* Bytes from p to the next piece. */
+static inline ptrdiff_t to_piece(const void *p)
+{
+    return (ptrdiff_t)(-(uintptr_t)p % PIECE);
+}
 
 static inline vec zero_vec(void)
 {
