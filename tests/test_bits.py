@@ -122,21 +122,30 @@ def test_in_place_is_out_of_place(view, dtype, rng, always_threaded):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("view", [(4200, 1029, 1), (70000, 61, 1), (21, 50, 4099), (32, 2700, 49)], ids=str)
-def test_a_result_written_around_the_cache(view, dtype, rng):
-    """Gradients of 16 MiB and more are streamed to memory where their address allows it."""
+def test_results_written_around_the_cache(view, dtype, rng):
+    """What passes of 32 MiB and more write is streamed to memory, whatever its address; a result in place is not."""
     x, dy = (rng.standard_normal(view, np.float32).astype(dtype, copy=False) for _ in range(2))
-    assert x.nbytes >= 1 << 24
-    _, saved = bn.forward(x)
-    expected = bn.backward(dy, saved).dx
+    assert 2 * x.nbytes >= 1 << 25
+    gamma, beta = rng.standard_normal((2, view[1])).astype(dtype)
+    y, saved = bn.forward(x, gamma, beta)
+    dx = bn.backward(dy, saved).dx
+    fixed = saved.mean, saved.var, gamma, beta
+    normalized = bn.inference(x, *fixed)
     some = np.s_[:, ::97]
-    _, saved_some = bn.forward(np.ascontiguousarray(x[some]))
-    terms = abs(dy).max() * saved.rstd.max()
-    np.testing.assert_allclose(
-        expected[some], bn.backward(dy[some], saved_some).dx, rtol=0, atol=4 * np.spacing(terms.astype(dtype))
-    )
+    few = [np.ascontiguousarray(array[some]) for array in (x, dy)]
+    y_some, saved_some = bn.forward(few[0], gamma[::97], beta[::97])
+    dx_terms = (abs(dy).max() * abs(gamma).max() * saved.rstd.max()).astype(dtype)
+    for streamed, plain, terms in (
+        (y, y_some, abs(y).max()),
+        (dx, bn.backward(few[1], saved_some).dx, dx_terms),
+        (normalized, bn.inference(few[0], *(array[::97] for array in fixed)), abs(y).max()),
+    ):
+        np.testing.assert_allclose(streamed[some], plain, rtol=0, atol=4 * np.spacing(terms))
     for shift in (1, 2, 3):
         room = np.empty(x.size + 4, dtype)
         out = room[shift : shift + x.size].reshape(view)
-        assert bn.backward(dy, saved, out=out, num_threads=shift).dx is out
-        assert out.tobytes() == expected.tobytes()
-    assert bn.backward(dy, saved, out=dy).dx.tobytes() == expected.tobytes()
+        assert bn.forward(x, gamma, beta, out=out, num_threads=shift)[0].tobytes() == y.tobytes()
+        assert bn.backward(dy, saved, out=out, num_threads=shift).dx.tobytes() == dx.tobytes()
+        assert bn.inference(x, *fixed, out=out, num_threads=shift).tobytes() == normalized.tobytes()
+    assert bn.backward(dy, saved, out=dy).dx.tobytes() == dx.tobytes()
+    assert bn.inference(x, *fixed, out=x).tobytes() == normalized.tobytes()

@@ -25,6 +25,7 @@ class Layout(NamedTuple):
     """Where the channels of an array are: the (N, C, S) view, and the order of axes that makes it contiguous."""
 
     shape: tuple[int, ...]
+    axis: int
     view: tuple[int, int, int]
     order: tuple[int, ...] | None
 
@@ -40,7 +41,9 @@ class Layout(NamedTuple):
 
     def see(self, array: Array) -> Array:
         """The (N, C, S) view of an array that fits."""
-        return (array if self.order is None else array.transpose(self.order)).reshape(self.view)
+        if self.order is None:
+            return array.reshape(self.view)
+        return array.transpose(self.order).reshape(self.view)
 
     def copy(self, array: Array) -> Array:
         """A copy that fits."""
@@ -73,10 +76,16 @@ def deliver(result: Array, out: Array | None) -> Array:
 
 
 @lru_cache(maxsize=256)
-def _layout(shape: tuple[int, ...], channel: int, order: tuple[int, ...] | None) -> Layout:
+def _layout(shape: tuple[int, ...], axis: int, order: tuple[int, ...] | None) -> Layout:
+    if len(shape) < 2:
+        raise ValueError(f"x must have at least 2 dimensions, got shape {shape}")
+    if not -len(shape) <= axis < len(shape):
+        raise ValueError(f"axis must be between {-len(shape)} and {len(shape) - 1} for shape {shape}, got {axis}")
+    channel = axis % len(shape)
     where = channel if order is None else order.index(channel)
-    lengths = shape if order is None else tuple(shape[axis] for axis in order)
-    return Layout(shape, (math.prod(lengths[:where]), lengths[where], math.prod(lengths[where + 1 :])), order)
+    lengths = shape if order is None else tuple(shape[i] for i in order)
+    view = (math.prod(lengths[:where]), lengths[where], math.prod(lengths[where + 1 :]))
+    return Layout(shape, channel, view, order)
 
 
 def as_float(value: ArrayLike, name: str) -> Array:
@@ -97,16 +106,13 @@ def as_float(value: ArrayLike, name: str) -> Array:
 
 def lay_out(x: Array, axis: int) -> tuple[Array, Layout]:
     """Find the (N, C, S) view of x; a copy of x where it has none."""
-    if x.ndim < 2:
-        raise ValueError(f"x must have at least 2 dimensions, got shape {x.shape}")
-    channel = as_index(axis, "axis")
-    if not -x.ndim <= channel < x.ndim:
-        raise ValueError(f"axis must be between {-x.ndim} and {x.ndim - 1} for shape {x.shape}, got {channel}")
+    if type(axis) is not int:
+        axis = as_index(axis, "axis")
     flags = x.flags
     if flags.c_contiguous and flags.aligned:
-        return x, _layout(x.shape, channel % x.ndim, None)
+        return x, _layout(x.shape, axis, None)
     order = tuple(sorted(range(x.ndim), key=lambda i: -abs(x.strides[i])))
-    layout = _layout(x.shape, channel % x.ndim, order)
+    layout = _layout(x.shape, axis, order)
     return (x, layout) if layout.fits(x) else (layout.copy(x), layout)
 
 
@@ -132,7 +138,7 @@ def _as_number(value: float, name: str) -> float:
 
 
 def as_eps(eps: float) -> float:
-    value = _as_number(eps, "eps")
+    value = eps if type(eps) is float else _as_number(eps, "eps")
     if not 0 <= value < math.inf:
         raise ValueError(f"eps must be finite and at least 0, got {value}")
     return value
@@ -159,7 +165,9 @@ def check_out(out: Any, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
 
 def check_overlap(out: Array, name: str, other: Any, may_be_same: bool = False) -> None:
     """`out` must not share memory with an input, unless it is that very input and the result is written in step."""
-    if not isinstance(other, np.ndarray) or not np.shares_memory(out, other):
+    if not isinstance(other, np.ndarray) or (out is not other and out.flags.owndata and other.flags.owndata):
+        return
+    if not np.shares_memory(out, other):
         return
     same = out.__array_interface__["data"] == other.__array_interface__["data"] and out.strides == other.strides
     if not (may_be_same and same and out.shape == other.shape and out.dtype == other.dtype):

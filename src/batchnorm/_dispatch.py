@@ -26,7 +26,7 @@ class Kernels:
         self.level = level
         self.max_threads: Callable[[], int] = module.max_threads
         self.openmp: Callable[[], int] = module.openmp
-        self.fill_rstd: Callable[..., int] = module.fill_rstd
+        self.fix_statistics: Callable[..., int] = module.fix_statistics
         self.moments = self._specialised(module.moments)
         self.forward = self._specialised(module.forward)
         self.normalize = self._specialised(module.normalize)

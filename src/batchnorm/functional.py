@@ -58,27 +58,24 @@ class Saved:
         Batch mean μ, biased variance σ² and 1/√(σ² + eps). Read-only.
     """
 
-    __slots__ = ("_axis", "_dtypes", "_eps", "_layout", "_statistics", "_x")
+    __slots__ = ("_dtypes", "_eps", "_layout", "_statistics", "_x")
 
     def __init__(
         self,
         x: Array,
-        axis: int,
         eps: float,
         layout: Layout,
         statistics: NDArray[np.float64],
         dtypes: tuple[DTypeLike | None, DTypeLike | None],
     ) -> None:
-        statistics.flags.writeable = False
         self._x = x
-        self._axis = axis
         self._eps = eps
         self._layout = layout
         self._statistics = statistics
         self._dtypes = dtypes
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Saved, (self._x, self._axis, self._eps, self._layout, self._statistics, self._dtypes)
+        return Saved, (self._x, self._eps, self._layout, self._statistics, self._dtypes)
 
     @property
     def x(self) -> Array:
@@ -86,7 +83,7 @@ class Saved:
 
     @property
     def axis(self) -> int:
-        return self._axis
+        return self._layout.axis
 
     @property
     def eps(self) -> float:
@@ -98,6 +95,7 @@ class Saved:
 
     def _row(self, row: int) -> NDArray[np.float64]:
         array: NDArray[np.float64] = self._statistics[row]
+        array.flags.writeable = False
         return array
 
     @property
@@ -113,14 +111,7 @@ class Saved:
         return self._row(_RSTD)
 
     def __repr__(self) -> str:
-        return f"Saved(x={_shape_and_dtype(self._x)}, axis={self._axis}, eps={self._eps}, count={self.count})"
-
-
-def _statistics_table(channels: int, gamma: Array | None, beta: Array | None) -> NDArray[np.float64]:
-    table = np.empty((_STATISTICS_ROWS, channels))
-    table[_GAMMA] = 1 if gamma is None else gamma
-    table[_BETA] = 0 if beta is None else beta
-    return table
+        return f"Saved(x={_shape_and_dtype(self._x)}, axis={self.axis}, eps={self._eps}, count={self.count})"
 
 
 def _needed(need: Collection[str]) -> Collection[str]:
@@ -204,24 +195,29 @@ def forward(
     """
     given = _arrays.as_float(x, "x")
     x, layout = _arrays.lay_out(given, axis)
-    channels = layout.view[1]
-    gamma = None if gamma is None else _arrays.as_channels(gamma, "gamma", channels)
-    beta = None if beta is None else _arrays.as_channels(beta, "beta", channels)
+    dtype, channels = x.dtype, layout.view[1]
+    if gamma is not None:
+        gamma = _arrays.as_channels(gamma, "gamma", channels)
+    if beta is not None:
+        beta = _arrays.as_channels(beta, "beta", channels)
     eps = _arrays.as_eps(eps)
     threads = _threads.threads_for(x.size, num_threads)
-    if out is not None:
-        _arrays.check_out(out, x.shape, x.dtype)
+    if out is None:
+        y = layout.empty(dtype)
+    else:
+        _arrays.check_out(out, x.shape, dtype)
         for name, other in (("x", given), ("gamma", gamma), ("beta", beta)):
             _arrays.check_overlap(out, name, other)
-    y = layout.room(out, x.dtype)
-    statistics = _statistics_table(channels, gamma, beta)
+        y = layout.room(out, dtype)
+    statistics = np.empty((_STATISTICS_ROWS, channels))
     if x.size:
-        _dispatch.kernels.forward[x.dtype.char](layout.see(x), layout.see(y), statistics, eps, threads)
+        _dispatch.kernels.forward[dtype.char](layout.see(x), layout.see(y), statistics, gamma, beta, eps, threads)
     else:
-        statistics[: _RSTD + 1] = 0
-    y = _arrays.deliver(y, out)
+        statistics[...] = 0
+    if out is not None:
+        y = _arrays.deliver(y, out)
     dtypes = (None if gamma is None else gamma.dtype, None if beta is None else beta.dtype)
-    return y, Saved(x, axis % x.ndim, eps, layout, statistics, dtypes)
+    return y, Saved(x, eps, layout, statistics, dtypes)
 
 
 def backward(
@@ -292,26 +288,28 @@ def _backward(
     batch_statistics: bool,
 ) -> Gradients:
     x, layout, statistics = saved._x, saved._layout, saved._statistics
+    dtype = x.dtype
     dy = _like_x(dy, x)
     need = _needed(need)
     threads = _threads.threads_for(x.size, num_threads)
     if out is not None:
         if "dx" not in need:
             raise ValueError(f"out is where dx goes, but need does not name it: {need!r}")
-        _arrays.check_out(out, x.shape, x.dtype)
+        _arrays.check_out(out, x.shape, dtype)
         _arrays.check_overlap(out, "x", x)
         _arrays.check_overlap(out, "dy", dy, may_be_same=True)
     kernels = _dispatch.kernels
-    gradients = np.zeros((_GRADIENT_ROWS, layout.view[1]))
-    dx = None
-    if "dx" in need:
-        dx = layout.room(out, x.dtype)
-        if x.size:
-            step = kernels.backward if batch_statistics else kernels.inference_backward
-            step[x.dtype.char](layout.bring(dy), layout.see(x), layout.see(dx), statistics, gradients, threads)
+    gradients = np.empty((_GRADIENT_ROWS, layout.view[1]))
+    dx = layout.room(out, dtype) if "dx" in need else None
+    if not x.size:
+        gradients[...] = 0
+    elif dx is None:
+        kernels.grad_sums[dtype.char](layout.bring(dy), layout.see(x), statistics, gradients, threads)
+    else:
+        step = kernels.backward if batch_statistics else kernels.inference_backward
+        step[dtype.char](layout.bring(dy), layout.see(x), layout.see(dx), statistics, gradients, threads)
+    if dx is not None:
         dx = _arrays.deliver(dx, out)
-    elif x.size:
-        kernels.grad_sums[x.dtype.char](layout.bring(dy), layout.see(x), statistics, gradients, threads)
     gamma_dtype, beta_dtype = saved._dtypes
     return Gradients(
         dx,
@@ -416,11 +414,10 @@ def _fixed_statistics(
     }
     for name, value in (("gamma", gamma), ("beta", beta)):
         given[name] = None if value is None else _arrays.as_channels(value, name, channels)
-    statistics = _statistics_table(channels, given["gamma"], given["beta"])
-    statistics[_MEAN] = given["mean"]
-    statistics[_MEAN_LOW] = 0
-    statistics[_VAR] = given["var"]
-    negative: int = _dispatch.kernels.fill_rstd(statistics, _arrays.as_eps(eps))
+    statistics = np.empty((_STATISTICS_ROWS, channels))
+    negative = _dispatch.kernels.fix_statistics(
+        statistics, given["mean"], given["var"], given["gamma"], given["beta"], _arrays.as_eps(eps)
+    )
     if negative >= 0:
         raise ValueError(f"var must not be negative, got {statistics[_VAR, negative]} in channel {negative}")
     return x, layout, statistics, given
@@ -545,5 +542,5 @@ def inference_backward(
         for name, other in given.items():
             _arrays.check_overlap(out, name, other)
     dtype = x.dtype if given["gamma"] is None else given["gamma"].dtype
-    saved = Saved(x, axis % x.ndim, eps, layout, statistics, (dtype, dtype))
+    saved = Saved(x, eps, layout, statistics, (dtype, dtype))
     return _backward(dy, saved, need, out, num_threads, batch_statistics=False)
