@@ -82,17 +82,16 @@ def test_a_process_of_its_own(level):
 def test_steps_are_the_fused_call(view, dtype, rng):
     """moments then normalize is forward, grad_sums then grad_apply is backward: the seam for merging over machines."""
     kernels = _dispatch.kernels
-    code = np.dtype(dtype).char
     x, dy = (rng.standard_normal(view) + 2).astype(dtype), rng.standard_normal(view).astype(dtype)
     y, dx = np.empty_like(x), np.empty_like(x)
     statistics = np.zeros((6, view[1]))
     statistics[4:] = rng.standard_normal((2, view[1]))
     gamma, beta = statistics[4:].copy()
     gradients = np.zeros((3, view[1]))
-    kernels.moments[code](x, statistics, 1e-5, 2)
-    kernels.normalize[code](x, y, statistics, 1e-5, 2)
-    kernels.grad_sums[code](dy, x, statistics, gradients, 2)
-    kernels.grad_apply[code](dy, x, dx, statistics, gradients, 2)
+    kernels.moments(x, view, statistics, 1e-5, 2)
+    kernels.normalize(x, y, view, statistics, 1e-5, 2)
+    kernels.grad_sums(dy, x, view, statistics, gradients, 2)
+    kernels.grad_apply(dy, x, dx, view, statistics, gradients, 2)
     fused_y, saved = bn.forward(x, gamma, beta)
     fused = bn.backward(dy, saved)
     assert y.tobytes() == fused_y.tobytes()

@@ -9,6 +9,7 @@ misaligned) are copied.
 import math
 import operator
 import sys
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -36,14 +37,8 @@ class Layout(NamedTuple):
 
     def fits(self, array: Array) -> bool:
         """Whether the array lies in memory as this layout says."""
-        ordered = array if self.order is None else array.transpose(self.order)
-        return ordered.flags.c_contiguous and ordered.flags.aligned
-
-    def see(self, array: Array) -> Array:
-        """The (N, C, S) view of an array that fits."""
-        if self.order is None:
-            return array.reshape(self.view)
-        return array.transpose(self.order).reshape(self.view)
+        flags = array.flags if self.order is None else array.transpose(self.order).flags
+        return flags.c_contiguous and flags.aligned
 
     def copy(self, array: Array) -> Array:
         """A copy that fits."""
@@ -52,8 +47,8 @@ class Layout(NamedTuple):
         return copy
 
     def bring(self, array: Array) -> Array:
-        """The (N, C, S) view of any array of this shape, of a copy where it does not fit."""
-        return self.see(array if self.fits(array) else self.copy(array))
+        """An array of this shape as a kernel can read it, a copy where it does not fit."""
+        return array if self.fits(array) else self.copy(array)
 
     def empty(self, dtype: np.dtype[Any]) -> Array:
         """A new array of this shape and order in memory."""
@@ -163,13 +158,13 @@ def check_out(out: Any, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
         raise ValueError("out must be writeable, got a read-only array")
 
 
-def check_overlap(out: Array, name: str, other: Any, may_be_same: bool = False) -> None:
+def check_overlap(out: Array, inputs: Mapping[str, Any], may_be_same: str = "") -> None:
     """`out` must not share memory with an input, unless it is that very input and the result is written in step."""
-    if not isinstance(other, np.ndarray) or (out is not other and out.flags.owndata and other.flags.owndata):
-        return
-    if not np.shares_memory(out, other):
-        return
-    same = out.__array_interface__["data"] == other.__array_interface__["data"] and out.strides == other.strides
-    if not (may_be_same and same and out.shape == other.shape and out.dtype == other.dtype):
-        allowed = f" (out={name} itself is allowed)" if may_be_same else ""
-        raise ValueError(f"out must not overlap {name}{allowed}")
+    owner = out.flags.owndata
+    for name, array in inputs.items():
+        if array is None or (owner and array is not out and array.flags.owndata) or not np.shares_memory(out, array):
+            continue
+        same = out.__array_interface__["data"] == array.__array_interface__["data"] and out.strides == array.strides
+        if not (name == may_be_same and same and out.shape == array.shape and out.dtype == array.dtype):
+            allowed = f" (out={name} itself is allowed)" if name == may_be_same else ""
+            raise ValueError(f"out must not overlap {name}{allowed}")

@@ -7,15 +7,14 @@ named and cannot be had is an error: falling back would hide a broken build and 
 import importlib
 import os
 from collections.abc import Callable
-from typing import Any
 
 from . import _cpu
 
-Specialised = dict[str, Callable[..., None]]
+Kernel = Callable[..., None]
 
 
 class Kernels:
-    """One compiled level, its functions chosen by the character of the dtype: `kernels.forward["f"](…)`."""
+    """One compiled level."""
 
     def __init__(self, level: str) -> None:
         if level not in _cpu.built():
@@ -27,19 +26,18 @@ class Kernels:
         self.max_threads: Callable[[], int] = module.max_threads
         self.openmp: Callable[[], int] = module.openmp
         self.fix_statistics: Callable[..., int] = module.fix_statistics
-        self.moments = self._specialised(module.moments)
-        self.forward = self._specialised(module.forward)
-        self.normalize = self._specialised(module.normalize)
-        self.grad_sums = self._specialised(module.grad_sums)
-        self.grad_apply = self._specialised(module.grad_apply)
-        self.backward = self._specialised(module.backward)
-        self.inference_backward = self._specialised(module.inference_backward)
-        self.update_running = self._specialised(module.update_running)
-
-    @staticmethod
-    def _specialised(fused: Any) -> Specialised:
-        # Matching a fused signature costs a call more than the arithmetic of a small array.
-        return {"f": fused["float"], "d": fused["double"]}
+        self.moments: Kernel = module.moments
+        self.forward: Kernel = module.forward
+        self.normalize: Kernel = module.normalize
+        self.grad_sums: Kernel = module.grad_sums
+        self.grad_apply: Kernel = module.grad_apply
+        self.backward: Kernel = module.backward
+        self.inference_backward: Kernel = module.inference_backward
+        # Matching a fused signature costs a call more than the arithmetic of a small layer.
+        self.update_running: dict[str, Kernel] = {
+            "f": module.update_running["float"],
+            "d": module.update_running["double"],
+        }
 
     def __repr__(self) -> str:
         return f"Kernels({self.level!r})"

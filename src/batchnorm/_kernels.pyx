@@ -21,7 +21,7 @@ e) Steps are separate: reduce → finish → apply. `sweep` runs the three tile 
    and one after the other over all blocks when there are too few tiles to share among threads.
 f) `each` has the only parallel loop. With one thread it is an ordinary loop that never enters OpenMP.
 """
-from cpython.buffer cimport PyBUF_STRIDED_RO, PyBuffer_Release, PyObject_GetBuffer
+from cpython.buffer cimport PyBUF_STRIDED, PyBUF_STRIDED_RO, PyBuffer_Release, PyObject_GetBuffer
 from cython.parallel import prange
 from libc.math cimport sqrt
 from libc.stdlib cimport free, malloc
@@ -1058,131 +1058,154 @@ cdef void sweep(BlockStep reduce, TileStep finish, BlockStep apply, const floati
         each(NULL, NULL, apply, x, dy, out, &in_order, False, num_threads)
 
 
-cdef int prepare(Job *job, Py_ssize_t N, Py_ssize_t C, Py_ssize_t S, Py_ssize_t itemsize, Py_ssize_t arrays,
-                 const double *statistics, double *gradients) except -1:
-    """Lay out the work and get the scratch for it: a few numbers a block and channel."""
-    lay_out(job, N, C, S, itemsize, arrays)
-    job.statistics = <double *> statistics      # written to only by steps whose caller's table is not const
-    job.gradients = gradients
-    job.coefficient = <double *> malloc((COEFFICIENT_ROWS + PARTIAL_ROWS * job.blocks) * C * sizeof(double))
-    if job.coefficient == NULL:
-        raise MemoryError(f"no memory for the partial sums of {job.blocks} blocks of {C} channels")
-    job.partial = job.coefficient + COEFFICIENT_ROWS * C
+# ---- Calls ----------------------------------------------------------------------------------------------------------
+# Arrays come through the buffer protocol, of which a typed memoryview is made: the object around it costs more than the
+# arithmetic of a small layer. The façade has checked dtypes and shapes and lays arrays out as the view says.
+
+cdef enum Pass:
+    MOMENTS, FORWARD, NORMALIZE, GRAD_SUMS, GRAD_APPLY, BACKWARD, INFERENCE_BACKWARD
+
+
+cdef void run(Pass which, const floating *x, const floating *dy, floating *out, const Job *job,
+              int num_threads) noexcept nogil:
+    if which == MOMENTS:
+        sweep(moments_block[floating], finish_moments, NULL, x, dy, out, job, num_threads)
+    elif which == FORWARD:
+        sweep(moments_block[floating], finish_moments, affine_block[floating], x, dy, out, job, num_threads)
+    elif which == NORMALIZE:
+        sweep(NULL, finish_statistics, affine_block[floating], x, dy, out, job, num_threads)
+    elif which == GRAD_SUMS:
+        sweep(grad_sums_block[floating], finish_sums, NULL, x, dy, out, job, num_threads)
+    elif which == GRAD_APPLY:
+        sweep(NULL, set_gradient, grad_affine_block[floating], x, dy, out, job, num_threads)
+    elif which == BACKWARD:
+        sweep(grad_sums_block[floating], finish_backward, grad_affine_block[floating], x, dy, out, job, num_threads)
+    else:
+        sweep(grad_sums_block[floating], finish_inference_backward, scale_block[floating], x, dy, out, job,
+              num_threads)
+
+
+cdef int borrow(Py_buffer *buffer, object array, bint to_write) except -1:
+    """Where an array is; None is nowhere."""
+    memset(buffer, 0, sizeof(Py_buffer))
+    if array is None:
+        return 0
+    return PyObject_GetBuffer(array, buffer, PyBUF_STRIDED if to_write else PyBUF_STRIDED_RO)
+
+
+cdef int call(Pass which, x, dy, out, tuple view, statistics, gradients, double eps, int num_threads) except -1:
+    """Borrow the memory of the arrays, lay out the work, get scratch for a few numbers a block and channel, and run."""
+    cdef Py_buffer at[5]
+    cdef Job job
+    cdef Py_ssize_t N, C, S
+    # Inference is quicker around the cache only where one array fills it.
+    cdef Py_ssize_t arrays = 1 if which == NORMALIZE else 1 + (dy is not None) + (out is not None)
+    N, C, S = view
+    memset(at, 0, sizeof(at))
+    try:
+        borrow(&at[0], x, False)
+        borrow(&at[1], dy, False)
+        borrow(&at[2], out, True)
+        borrow(&at[3], statistics, which <= NORMALIZE)
+        borrow(&at[4], gradients, True)
+        lay_out(&job, N, C, S, at[0].itemsize, arrays)
+        job.eps = eps
+        job.statistics, job.gradients = <double *> at[3].buf, <double *> at[4].buf
+        job.coefficient = <double *> malloc((COEFFICIENT_ROWS + PARTIAL_ROWS * job.blocks) * C * sizeof(double))
+        if job.coefficient == NULL:
+            raise MemoryError(f"no memory for the partial sums of {job.blocks} blocks of {C} channels")
+        job.partial = job.coefficient + COEFFICIENT_ROWS * C
+        with nogil:
+            if at[0].itemsize == sizeof(float):
+                run[float](which, <const float *> at[0].buf, <const float *> at[1].buf, <float *> at[2].buf, &job,
+                           num_threads)
+            else:
+                run[double](which, <const double *> at[0].buf, <const double *> at[1].buf, <double *> at[2].buf, &job,
+                            num_threads)
+            free(job.coefficient)
+    finally:
+        for i in range(5):
+            PyBuffer_Release(&at[i])
     return 0
 
 
-cdef int set_channels(double[:, ::1] statistics, Py_ssize_t row, object values, double otherwise) except -1:
-    """A row of the table from one number a channel, of either dtype and any stride, or None."""
+cdef int set_channels(table, Py_ssize_t row, values, double otherwise) except -1:
+    """A row of a table from one number a channel, of either dtype and any stride, or None."""
+    cdef Py_buffer to
     cdef Py_buffer buffer
     cdef const char *at
+    cdef double *numbers
     cdef float single
     cdef Py_ssize_t c
-    if values is None:
-        for c in range(statistics.shape[1]):
-            statistics[row, c] = otherwise
-        return 0
-    PyObject_GetBuffer(values, &buffer, PyBUF_STRIDED_RO)       # a third of the time of a memoryview
-    at = <const char *> buffer.buf
-    for c in range(statistics.shape[1]):
-        if buffer.itemsize == sizeof(double):
-            memcpy(&statistics[row, c], at, sizeof(double))
-        else:
-            memcpy(&single, at, sizeof(float))
-            statistics[row, c] = single
-        at += buffer.strides[0]
-    PyBuffer_Release(&buffer)
+    borrow(&to, table, True)
+    try:
+        borrow(&buffer, values, False)
+        at = <const char *> buffer.buf
+        numbers = <double *> to.buf + row * to.shape[1]
+        for c in range(to.shape[1]):
+            if at == NULL:
+                numbers[c] = otherwise
+            elif buffer.itemsize == sizeof(double):
+                memcpy(numbers + c, at + c * buffer.strides[0], sizeof(double))
+            else:
+                memcpy(&single, at + c * buffer.strides[0], sizeof(float))
+                numbers[c] = single
+        PyBuffer_Release(&buffer)
+    finally:
+        PyBuffer_Release(&to)
     return 0
 
 
-def moments(const floating[:, :, ::1] x, double[:, ::1] statistics, double eps, int num_threads):
+def moments(x, tuple view, statistics, double eps, int num_threads):
     """mean, var and rstd of each channel into `statistics`."""
-    cdef Job job
-    job.eps = eps
-    prepare(&job, x.shape[0], x.shape[1], x.shape[2], sizeof(floating), 1, &statistics[0, 0], NULL)
-    with nogil:
-        sweep(moments_block[floating], finish_moments, NULL, &x[0, 0, 0], NULL, NULL, &job, num_threads)
-        free(job.coefficient)
+    call(MOMENTS, x, None, None, view, statistics, None, eps, num_threads)
 
 
-def forward(const floating[:, :, ::1] x, floating[:, :, ::1] y, double[:, ::1] statistics, object gamma, object beta,
-            double eps, int num_threads):
+def forward(x, y, tuple view, statistics, gamma, beta, double eps, int num_threads):
     """`moments`, then y = gamma·(x − mean)·rstd + beta."""
-    cdef Job job
     set_channels(statistics, GAMMA, gamma, 1)
     set_channels(statistics, BETA, beta, 0)
-    job.eps = eps
-    prepare(&job, x.shape[0], x.shape[1], x.shape[2], sizeof(floating), 2, &statistics[0, 0], NULL)
-    with nogil:
-        sweep(moments_block[floating], finish_moments, affine_block[floating], &x[0, 0, 0], NULL, &y[0, 0, 0], &job,
-              num_threads)
-        free(job.coefficient)
+    call(FORWARD, x, None, y, view, statistics, None, eps, num_threads)
 
 
-def normalize(const floating[:, :, ::1] x, floating[:, :, ::1] y, double[:, ::1] statistics, double eps,
-              int num_threads):
+def normalize(x, y, tuple view, statistics, double eps, int num_threads):
     """y = gamma·(x − mean)·rstd + beta with the mean and var in `statistics`."""
-    cdef Job job
-    job.eps = eps
-    prepare(&job, x.shape[0], x.shape[1], x.shape[2], sizeof(floating), 1, &statistics[0, 0], NULL)
-    with nogil:
-        sweep(NULL, finish_statistics, affine_block[floating], &x[0, 0, 0], NULL, &y[0, 0, 0], &job, num_threads)
-        free(job.coefficient)
+    call(NORMALIZE, x, None, y, view, statistics, None, eps, num_threads)
 
 
-def grad_sums(const floating[:, :, ::1] dy, const floating[:, :, ::1] x, const double[:, ::1] statistics,
-              double[:, ::1] gradients, int num_threads):
+def grad_sums(dy, x, tuple view, statistics, gradients, int num_threads):
     """Σdy, Σdy·(x − mean) and dgamma of each channel into `gradients`."""
-    cdef Job job
-    prepare(&job, x.shape[0], x.shape[1], x.shape[2], sizeof(floating), 2, &statistics[0, 0], &gradients[0, 0])
-    with nogil:
-        sweep(grad_sums_block[floating], finish_sums, NULL, &x[0, 0, 0], &dy[0, 0, 0], NULL, &job, num_threads)
-        free(job.coefficient)
+    call(GRAD_SUMS, x, dy, None, view, statistics, gradients, 0, num_threads)
 
 
-def grad_apply(const floating[:, :, ::1] dy, const floating[:, :, ::1] x, floating[:, :, ::1] dx,
-               const double[:, ::1] statistics, double[:, ::1] gradients, int num_threads):
+def grad_apply(dy, x, dx, tuple view, statistics, gradients, int num_threads):
     """dx = gamma·rstd·(dy − dbeta/n − xhat·dgamma/n) with the sums in `gradients`."""
-    cdef Job job
-    prepare(&job, x.shape[0], x.shape[1], x.shape[2], sizeof(floating), 3, &statistics[0, 0], &gradients[0, 0])
-    with nogil:
-        sweep(NULL, set_gradient, grad_affine_block[floating], &x[0, 0, 0], &dy[0, 0, 0], &dx[0, 0, 0], &job,
-              num_threads)
-        free(job.coefficient)
+    call(GRAD_APPLY, x, dy, dx, view, statistics, gradients, 0, num_threads)
 
 
-def backward(const floating[:, :, ::1] dy, const floating[:, :, ::1] x, floating[:, :, ::1] dx,
-             const double[:, ::1] statistics, double[:, ::1] gradients, int num_threads):
+def backward(dy, x, dx, tuple view, statistics, gradients, int num_threads):
     """`grad_sums`, then `grad_apply`."""
-    cdef Job job
-    prepare(&job, x.shape[0], x.shape[1], x.shape[2], sizeof(floating), 3, &statistics[0, 0], &gradients[0, 0])
-    with nogil:
-        sweep(grad_sums_block[floating], finish_backward, grad_affine_block[floating], &x[0, 0, 0], &dy[0, 0, 0],
-              &dx[0, 0, 0], &job, num_threads)
-        free(job.coefficient)
+    call(BACKWARD, x, dy, dx, view, statistics, gradients, 0, num_threads)
 
 
-def inference_backward(const floating[:, :, ::1] dy, const floating[:, :, ::1] x, floating[:, :, ::1] dx,
-                       const double[:, ::1] statistics, double[:, ::1] gradients, int num_threads):
+def inference_backward(dy, x, dx, tuple view, statistics, gradients, int num_threads):
     """`grad_sums`, then dx = dy·gamma·rstd, for statistics that do not depend on x."""
-    cdef Job job
-    prepare(&job, x.shape[0], x.shape[1], x.shape[2], sizeof(floating), 3, &statistics[0, 0], &gradients[0, 0])
-    with nogil:
-        sweep(grad_sums_block[floating], finish_inference_backward, scale_block[floating], &x[0, 0, 0], &dy[0, 0, 0],
-              &dx[0, 0, 0], &job, num_threads)
-        free(job.coefficient)
+    call(INFERENCE_BACKWARD, x, dy, dx, view, statistics, gradients, 0, num_threads)
 
 
-def fix_statistics(double[:, ::1] statistics, object mean, object var, object gamma, object beta, double eps):
+def fix_statistics(statistics, mean, var, gamma, beta, double eps):
     """Fill the table with statistics that are given; the first channel with a negative var, or -1."""
+    cdef double[:, ::1] table
     cdef Py_ssize_t c, negative = -1
     set_channels(statistics, MEAN, mean, 0)
     set_channels(statistics, MEAN_LOW, None, 0)
     set_channels(statistics, VAR, var, 0)
     set_channels(statistics, GAMMA, gamma, 1)
     set_channels(statistics, BETA, beta, 0)
-    for c in range(statistics.shape[1] - 1, -1, -1):
-        statistics[RSTD, c] = rstd_of(statistics[VAR, c], eps)
-        if statistics[VAR, c] < 0:
+    table = statistics
+    for c in range(table.shape[1] - 1, -1, -1):
+        table[RSTD, c] = rstd_of(table[VAR, c], eps)
+        if table[VAR, c] < 0:
             negative = c
     return negative
 

@@ -206,12 +206,11 @@ def forward(
         y = layout.empty(dtype)
     else:
         _arrays.check_out(out, x.shape, dtype)
-        for name, other in (("x", given), ("gamma", gamma), ("beta", beta)):
-            _arrays.check_overlap(out, name, other)
+        _arrays.check_overlap(out, {"x": given, "gamma": gamma, "beta": beta})
         y = layout.room(out, dtype)
     statistics = np.empty((_STATISTICS_ROWS, channels))
     if x.size:
-        _dispatch.kernels.forward[dtype.char](layout.see(x), layout.see(y), statistics, gamma, beta, eps, threads)
+        _dispatch.kernels.forward(x, y, layout.view, statistics, gamma, beta, eps, threads)
     else:
         statistics[...] = 0
     if out is not None:
@@ -296,18 +295,17 @@ def _backward(
         if "dx" not in need:
             raise ValueError(f"out is where dx goes, but need does not name it: {need!r}")
         _arrays.check_out(out, x.shape, dtype)
-        _arrays.check_overlap(out, "x", x)
-        _arrays.check_overlap(out, "dy", dy, may_be_same=True)
+        _arrays.check_overlap(out, {"x": x, "dy": dy}, may_be_same="dy")
     kernels = _dispatch.kernels
     gradients = np.empty((_GRADIENT_ROWS, layout.view[1]))
     dx = layout.room(out, dtype) if "dx" in need else None
     if not x.size:
         gradients[...] = 0
     elif dx is None:
-        kernels.grad_sums[dtype.char](layout.bring(dy), layout.see(x), statistics, gradients, threads)
+        kernels.grad_sums(layout.bring(dy), x, layout.view, statistics, gradients, threads)
     else:
         step = kernels.backward if batch_statistics else kernels.inference_backward
-        step[dtype.char](layout.bring(dy), layout.see(x), layout.see(dx), statistics, gradients, threads)
+        step(layout.bring(dy), x, dx, layout.view, statistics, gradients, threads)
     if dx is not None:
         dx = _arrays.deliver(dx, out)
     gamma_dtype, beta_dtype = saved._dtypes
@@ -481,11 +479,10 @@ def inference(
     threads = _threads.threads_for(x.size, num_threads)
     if out is not None:
         _arrays.check_out(out, x.shape, x.dtype)
-        for name, other in given.items():
-            _arrays.check_overlap(out, name, other, may_be_same=name == "x")
+        _arrays.check_overlap(out, given, may_be_same="x")
     y = layout.room(out, x.dtype)
     if x.size:
-        _dispatch.kernels.normalize[x.dtype.char](layout.see(x), layout.see(y), statistics, eps, threads)
+        _dispatch.kernels.normalize(x, y, layout.view, statistics, eps, threads)
     return _arrays.deliver(y, out)
 
 
@@ -539,8 +536,7 @@ def inference_backward(
     """
     x, layout, statistics, given = _fixed_statistics(x, mean, var, gamma, None, axis, eps)
     if out is not None:
-        for name, other in given.items():
-            _arrays.check_overlap(out, name, other)
+        _arrays.check_overlap(out, given)
     dtype = x.dtype if given["gamma"] is None else given["gamma"].dtype
     saved = Saved(x, eps, layout, statistics, (dtype, dtype))
     return _backward(dy, saved, need, out, num_threads, batch_statistics=False)
