@@ -50,6 +50,8 @@ cdef extern from "_vector.h" nogil:
     void finish_streaming() noexcept
     vec zero_vec() noexcept
     void prefetch(const void *) noexcept
+    double fold_vec(vec) noexcept
+    const double COUNTED[]             # 0 for the lanes before the last `rest` and 1 for those, at COUNTED + rest
 
 cdef extern from *:
     """
@@ -76,9 +78,11 @@ cdef enum:
     SHORT_ROW = 64          # shorter rows are taken as columns
     RUN = 8192              # values of neighbouring short rows of lanes, so that memory is visited in longer runs
     TOGETHER = 32           # the most channels of a tile of lanes
+    VISIT = 512             # values of one channel of a tile before those of its neighbour
     SHORTEST_RUN = 16       # a row of one channel worth a call of its own where nothing is summed
     FEW_TILES = 16          # fewer tiles of lanes than this are cut into blocks to be shared
     STREAM = 33554432       # bytes read and written by a pass whose result goes around the cache
+    NEAR = 40960            # bytes that stay in a core's nearest cache
     CACHE = 524288          # bytes of a tile that stay in a core's cache between two passes
 
 # Rows of the tables that the façade allocates, one column a channel.
@@ -150,6 +154,8 @@ cdef void lay_out(Job *job, Py_ssize_t N, Py_ssize_t C, Py_ssize_t S, Py_ssize_t
         job.by_tile = (job.tiles >= 4 and N * job.tile_channels * S * itemsize <= CACHE) or row_blocks * job.tiles == 1
     else:
         job.tile_channels = min(min(TOGETHER, RUN // S), min(C // FEW_TILES, 2 * CACHE // (5 * N * S * itemsize)))
+        if arrays == 3 and 2 * N * S * itemsize <= NEAR and N * S >= RUN // 4:
+            job.tile_channels = 1       # x and dy are still in the nearest cache when dx is written
         job.tile_channels = max(1, job.tile_channels)
         job.tiles = ceil_div(C, job.tile_channels)
         if S >= BLOCK:
@@ -179,7 +185,7 @@ cdef Block block_of(const Job *job, Py_ssize_t tile, Py_ssize_t b) noexcept nogi
     block.first = row * block.stride + block.channel * job.S + start
     block.run = min(job.segment, job.S - start)
     block.length = block.run * block.channels
-    block.visit = block.rows if block.channels == 1 else 2
+    block.visit = block.rows if block.channels == 1 else max(2, VISIT // block.run)
     block.wide_rows = block.rows // job.group
     block.wide_stride = block.stride * job.group
     block.width = block.length * job.group
@@ -218,38 +224,28 @@ cdef inline void write(floating *p, vec v, bint stream) noexcept nogil:
 # Where values are summed, those that do not fill the lanes are the end of the last LANES values of the row, those
 # already counted multiplied by 0. Rows have at least SHORT_ROW values, and a short last segment has others before it.
 
-cdef double fold(const vec *lanes) noexcept nogil:
+cdef inline double fold(vec *lanes) noexcept nogil:
     """Sum of the lanes by halving."""
-    cdef double lane[LANES]
-    cdef Py_ssize_t j, half = LANES // 2
-    for j in range(VECS):
-        store_double(lane + j * VEC, lanes[j])
+    cdef Py_ssize_t k, half = VECS // 2
     while half > 0:
-        for j in range(half):
-            lane[j] += lane[j + half]
+        for k in range(half):
+            lanes[k] += lanes[k + half]
         half //= 2
-    return lane[0]
+    return fold_vec(lanes[0])
 
 
-cdef void count_rest(Py_ssize_t length, double *counts) noexcept nogil:
-    """1 for the last `length % LANES` lanes, 0 before them."""
-    cdef Py_ssize_t j
-    for j in range(LANES):
-        counts[j] = 1 if j >= LANES - length % LANES else 0
-
-
-cdef void moments_lanes(const floating *x, Py_ssize_t rows, Py_ssize_t stride, Py_ssize_t length, bint more,
+cdef void moments_lanes(const floating *x, Py_ssize_t rows, Py_ssize_t stride, Py_ssize_t length, bint first, bint more,
                         double pivot, vec *lanes1, vec *lanes2) noexcept nogil:
-    """Add Σ(x − pivot) and Σ(x − pivot)² to the lanes."""
+    """Add Σ(x − pivot) and Σ(x − pivot)² to the lanes, which begin at 0 with the first rows."""
     cdef vec s1[VECS]
     cdef vec s2[VECS]
     cdef vec d
-    cdef double counts[LANES]
+    cdef const double *counted = COUNTED + length % LANES
     cdef Py_ssize_t r, i, k, ahead, whole = length - length % LANES
     cdef Py_ssize_t untouched = (LANES - length % LANES) // VEC     # vectors without a rest
-    count_rest(length, counts)
     for k in range(VECS):
-        s1[k], s2[k] = lanes1[k], lanes2[k]
+        s1[k] = zero_vec() if first else lanes1[k]
+        s2[k] = zero_vec() if first else lanes2[k]
     for r in range(rows):
         ahead = stride if more or r + 1 < rows else 0       # the next row, if there is one
         for i from 0 <= i < whole by LANES:
@@ -261,7 +257,7 @@ cdef void moments_lanes(const floating *x, Py_ssize_t rows, Py_ssize_t stride, P
                 s2[k] += d * d
         for k in range(VECS):
             if k >= untouched:
-                d = (load(x + length - LANES + k * VEC) - pivot) * load_double(counts + k * VEC)
+                d = (load(x + length - LANES + k * VEC) - pivot) * load_double(counted + k * VEC)
                 s1[k] += d
                 s2[k] += d * d
         x += stride
@@ -270,17 +266,17 @@ cdef void moments_lanes(const floating *x, Py_ssize_t rows, Py_ssize_t stride, P
 
 
 cdef void grad_sums_lanes(const floating *dy, const floating *x, Py_ssize_t rows, Py_ssize_t stride, Py_ssize_t length,
-                          bint more, double mean, vec *lanes1, vec *lanes2) noexcept nogil:
-    """Add Σ dy and Σ dy·(x − mean) to the lanes."""
+                          bint first, bint more, double mean, vec *lanes1, vec *lanes2) noexcept nogil:
+    """Add Σ dy and Σ dy·(x − mean) to the lanes, which begin at 0 with the first rows."""
     cdef vec s1[VECS]
     cdef vec s2[VECS]
     cdef vec g
-    cdef double counts[LANES]
+    cdef const double *counted = COUNTED + length % LANES
     cdef Py_ssize_t r, i, k, ahead, whole = length - length % LANES
     cdef Py_ssize_t untouched = (LANES - length % LANES) // VEC     # vectors without a rest
-    count_rest(length, counts)
     for k in range(VECS):
-        s1[k], s2[k] = lanes1[k], lanes2[k]
+        s1[k] = zero_vec() if first else lanes1[k]
+        s2[k] = zero_vec() if first else lanes2[k]
     for r in range(rows):
         ahead = stride if more or r + 1 < rows else 0       # the next row, if there is one
         for i from 0 <= i < whole by LANES:
@@ -294,7 +290,7 @@ cdef void grad_sums_lanes(const floating *dy, const floating *x, Py_ssize_t rows
                 s2[k] += g * (load(x + i + k * VEC) - mean)
         for k in range(VECS):
             if k >= untouched:
-                g = load(dy + length - LANES + k * VEC) * load_double(counts + k * VEC)
+                g = load(dy + length - LANES + k * VEC) * load_double(counted + k * VEC)
                 s1[k] += g
                 s2[k] += g * (load(x + length - LANES + k * VEC) - mean)
         dy += stride
@@ -670,12 +666,22 @@ cdef void gather(double *column, const Block *block, const Job *job, double *val
 
 cdef double mean_of_first(const floating *x, Py_ssize_t count) noexcept nogil:
     """Mean of the first values, a power of two of them, so that the mean of equal values is that value."""
+    cdef vec lanes[VECS]
     cdef double value[LANES]
-    cdef Py_ssize_t j, half = LANES
-    while half > count:
-        half //= 2
-    for j in range(half):
-        value[j] = x[j]
+    cdef Py_ssize_t j, k, half = LANES
+    if count >= LANES:
+        for k in range(VECS):
+            lanes[k] = load(x + k * VEC)
+        while half > VEC:
+            half //= 2
+            for k in range(half // VEC):
+                lanes[k] = 0.5 * lanes[k] + 0.5 * lanes[k + half // VEC]
+        store_double(value, lanes[0])
+    else:
+        while half > count:
+            half //= 2
+        for j in range(half):
+            value[j] = x[j]
     while half > 1:
         half //= 2
         for j in range(half):
@@ -713,13 +719,11 @@ cdef void shifted_sums(const floating *x, const Block *block, const Job *job, co
     cdef Py_ssize_t c, r
     cdef bint more
     if not job.columns:
-        for c in range(block.channels * VECS):
-            lanes1[c] = lanes2[c] = zero_vec()
         for r from 0 <= r < block.rows by block.visit:
             more = block.more or r + block.visit < block.rows
             for c in range(block.channels):
                 moments_lanes(x + r * block.stride + c * block.run, min(block.visit, block.rows - r), block.stride,
-                              block.run, more, pivot[c], lanes1 + c * VECS, lanes2 + c * VECS)
+                              block.run, r == 0, more, pivot[c], lanes1 + c * VECS, lanes2 + c * VECS)
         for c in range(block.channels):
             sum1[c], sum2[c] = fold(lanes1 + c * VECS), fold(lanes2 + c * VECS)
         return
@@ -768,14 +772,12 @@ cdef void grad_sums_block(const floating *x, const floating *dy, floating *out, 
     x += block.first
     dy += block.first
     if not job.columns:
-        for c in range(block.channels * VECS):
-            lanes1[c] = lanes2[c] = zero_vec()
         for r from 0 <= r < block.rows by block.visit:
             more = block.more or r + block.visit < block.rows
             for c in range(block.channels):
                 at = r * block.stride + c * block.run
-                grad_sums_lanes(dy + at, x + at, min(block.visit, block.rows - r), block.stride, block.run, more,
-                                mean[c], lanes1 + c * VECS, lanes2 + c * VECS)
+                grad_sums_lanes(dy + at, x + at, min(block.visit, block.rows - r), block.stride, block.run,
+                                r == 0, more, mean[c], lanes1 + c * VECS, lanes2 + c * VECS)
         for c in range(block.channels):
             partial[SUM_DY * job.C + c] = fold(lanes1 + c * VECS)
             partial[SUM_DY_XMU * job.C + c] = fold(lanes2 + c * VECS)

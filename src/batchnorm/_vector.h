@@ -126,6 +126,21 @@ static inline ptrdiff_t to_piece(const void *p)
     return (ptrdiff_t)(-(uintptr_t)p % PIECE);
 }
 
+/* 0 for the lanes before the last `rest` and 1 for those, at `COUNTED + rest`. */
+static const double COUNTED[2 * LANES] = {[LANES ... 2 * LANES - 1] = 1};
+
+/* Sum of the values by halving. */
+static inline double fold_vec(vec v)
+{
+#if VEC == 8
+    return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
+#elif VEC == 4
+    return (v[0] + v[2]) + (v[1] + v[3]);
+#else
+    return v[0] + v[1];
+#endif
+}
+
 static inline vec zero_vec(void)
 {
     return (vec){0};
