@@ -1,6 +1,7 @@
 """The contestants, each with a process of its own.
 
-- torch, JAX, ONNX Runtime, numba and NumPy allocate their results. batchnorm is timed doing so, and writing to `out=`.
+- batchnorm and torch are timed allocating their results and writing to `out=` (torch's backward pass cannot). JAX,
+  ONNX Runtime, numba and NumPy allocate; the first two keep memory for it from one call to the next.
 - torch: `native_batch_norm` and its backward pass.
 - JAX: jitted. Its backward pass is the formula with saved statistics; differentiating the forward pass takes longer.
 - ONNX Runtime has inference alone, and that with the channels second.
@@ -54,6 +55,24 @@ def limit(problem, threads):
 
 def limit_alone(problem, _threads):
     return limit(problem, 1)
+
+
+def torch_out(problem, threads):
+    import torch
+
+    torch.set_num_threads(threads)
+    x = torch.from_numpy(problem.x).movedim(problem.axis, 1)
+    gamma, beta, mean, var = (torch.from_numpy(array) for array in problem[2:6])
+    y, saved, nothing = torch.empty_like(x), (torch.empty_like(mean), torch.empty_like(var)), torch.empty_like(mean[:0])
+    norm = torch.ops.aten.native_batch_norm.out
+
+    def call(statistics, training, to):
+        return norm(x, gamma, beta, *statistics, training, 0.1, EPS, out=y, save_mean=to[0], save_invstd=to[1])[0]
+
+    return {
+        "forward": lambda: call((None, None), True, saved),
+        "inference": lambda: call((mean, var), False, (nothing, nothing)),
+    }
 
 
 def jax(problem, _threads):
@@ -195,7 +214,7 @@ PROCESSES = {
         "limit alone": limit_alone,
     },
     "NumPy": {"NumPy": profile.CONTESTANTS["numpy"].prepare},
-    "torch": {"torch": profile.CONTESTANTS["torch"].prepare},
+    "torch": {"torch": profile.CONTESTANTS["torch"].prepare, "torch, out=": torch_out},
     "JAX": {"JAX": jax},
     "ONNX Runtime": {"ONNX Runtime": onnx_runtime},
     "numba": {"numba": numba},

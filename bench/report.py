@@ -9,6 +9,7 @@ from .contestants import FRAMEWORKS, OURS, OURS_OUT, PASSES
 COLOURS = {
     "NumPy": "#999999",
     "torch": "#d55e00",
+    "torch, out=": "#f0a070",
     "JAX": "#009e73",
     "ONNX Runtime": "#cc79a7",
     "numba": "#e69f00",
@@ -19,15 +20,19 @@ LARGE, IN_CACHE = 1.0, 26.0  # megabytes
 
 
 class Row(dict):
-    """One pass over one case: facts, and the best time of each contestant."""
+    """One pass over one case: facts, and the best time of each contestant in each of its ways."""
 
     @property
     def best(self):
         return self["best"]
 
+    def time(self, name):
+        """The quicker of allocating the result and writing it to `out=`."""
+        return min((self.best[way] for way in (name, f"{name}, out=") if way in self.best), default=None)
+
     def ratio(self, rival):
-        """Its time over ours; both allocate the result."""
-        return self.best[rival] / self.best[OURS] if rival in self.best else None
+        """Its time over ours."""
+        return self.time(rival) / self.time(OURS) if self.time(rival) else None
 
     @property
     def frameworks(self):
@@ -36,12 +41,12 @@ class Row(dict):
 
     @property
     def over_limit(self):
-        return min(self.best[OURS], self.best[OURS_OUT]) / self.best["limit"]
+        return self.time(OURS) / self.best["limit"]
 
     @property
     def gigabytes_per_second(self):
         arrays = 3 if self["pass"] == "backward" else 2
-        return arrays * self["megabytes"] / 1e3 / min(self.best[OURS], self.best[OURS_OUT])
+        return arrays * self["megabytes"] / 1e3 / self.time(OURS)
 
 
 def mean(values):
@@ -70,12 +75,12 @@ def summary(rows):
         last = [row for row in found if row["layout"] == "channels-last"]
         first = [row for row in found if row not in last]
         alone = {
-            row["case"]: row.best[OURS_OUT]
+            row["case"]: row.time(OURS)
             for row in rows
             if (row["dtype"], row["pass"], row["threads"]) == (dtype, which, 1)
         }
         gains = [
-            alone[row["case"]] / row.best[OURS_OUT]
+            alone[row["case"]] / row.time(OURS)
             for row in large
             if row["case"] in alone and row["megabytes"] <= IN_CACHE and threads > 1
         ]
@@ -109,7 +114,7 @@ def slower(rows):
 
 
 def tables(rows, names):
-    rivals = [name for name in names if name not in (OURS, OURS_OUT)]
+    rivals = [name for name in names if name != OURS and not name.endswith(", out=")]
     for (dtype, threads), found in grouped(rows, "dtype", "threads"):
         header = ["shape", "pass", "batchnorm µs", "out= µs", "GB/s", "over limit", *rivals]
         lines = [
@@ -126,8 +131,9 @@ def markdown(rows, names, facts, command):
     parts = [f"{facts}\n\n```sh\n{command}\n```"]
     parts.append(
         "Shapes are those of memory; `last` has the channels last. µs: best time. The columns under a rival's name: "
-        "its time over that of batchnorm, both allocating the result. GB/s: x and y (backward: x, dy and dx) over the "
-        "time of batchnorm. Over limit: that time over `np.copyto` (backward: `np.add`), same threads, same arrays."
+        "its time over that of batchnorm, each in its quicker way, allocating the result or writing to `out=`. GB/s: "
+        "x and y (backward: x, dy and dx) over the time of batchnorm. Over limit: that time over `np.copyto` "
+        "(backward: `np.add`), same threads, same arrays."
     )
     parts.append(f"Geometric means:\n\n{summary(rows)}")
     parts.append("A framework is quicker at:\n\n" + ("\n".join(slower(rows)) or "- none of these"))

@@ -249,8 +249,9 @@ cdef void moments_lanes(const floating *x, Py_ssize_t rows, Py_ssize_t stride, P
     for r in range(rows):
         ahead = stride if more or r + 1 < rows else 0       # the next row, if there is one
         for i from 0 <= i < whole by LANES:
-            prefetch(x + ahead + i)
-            prefetch(x + ahead + i + LANES // 2)
+            if ahead:
+                prefetch(x + ahead + i)
+                prefetch(x + ahead + i + LANES // 2)
             for k in range(VECS):
                 d = load(x + i + k * VEC) - pivot
                 s1[k] += d
@@ -280,10 +281,11 @@ cdef void grad_sums_lanes(const floating *dy, const floating *x, Py_ssize_t rows
     for r in range(rows):
         ahead = stride if more or r + 1 < rows else 0       # the next row, if there is one
         for i from 0 <= i < whole by LANES:
-            prefetch(dy + ahead + i)
-            prefetch(dy + ahead + i + LANES // 2)
-            prefetch(x + ahead + i)
-            prefetch(x + ahead + i + LANES // 2)
+            if ahead:
+                prefetch(dy + ahead + i)
+                prefetch(dy + ahead + i + LANES // 2)
+                prefetch(x + ahead + i)
+                prefetch(x + ahead + i + LANES // 2)
             for k in range(VECS):
                 g = load(dy + i + k * VEC)
                 s1[k] += g

@@ -28,8 +28,8 @@
 #define UNROLLED 8
 #define PADDED (UNROLLED * VEC)
 
-/* A number for each column of a tile, and a vector more for columns that do not fill one. Aligned, because a vector that
- * lies in two cache lines is loaded twice. */
+/* A number for each column of a tile, and a vector more for columns that do not fill one. Aligned, because a vector
+ * that lies in two cache lines is loaded twice. */
 #define WIDEST 1024
 typedef struct {
     double of[WIDEST + VEC] __attribute__((aligned(64)));
