@@ -57,16 +57,15 @@ class Layout(NamedTuple):
         inverse = sorted(range(len(self.order)), key=self.order.__getitem__)
         return np.empty([self.shape[axis] for axis in self.order], dtype).transpose(inverse)
 
-    def room(self, out: Array | None, dtype: np.dtype[Any]) -> Array:
+    def room(self, out: Array, dtype: np.dtype[Any]) -> Array:
         """Where a kernel can write a result: `out` if it fits, else a new array."""
-        return self.empty(dtype) if out is None or not self.fits(out) else out
+        return out if self.fits(out) else self.empty(dtype)
 
 
-def deliver(result: Array, out: Array | None) -> Array:
+def deliver(result: Array, out: Array) -> Array:
     """The result where the caller wants it."""
-    if out is None or out is result:
-        return result
-    np.copyto(out, result)
+    if out is not result:
+        np.copyto(out, result)
     return out
 
 

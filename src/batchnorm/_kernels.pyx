@@ -839,14 +839,18 @@ cdef inline double rstd_of(double var, double eps) noexcept nogil:
     return 1 / sqrt(var + eps) if var + eps != 0 else 0
 
 
+cdef void set_rstd(const double *restrict var, double *restrict rstd, Py_ssize_t channels, double eps) noexcept nogil:
+    cdef Py_ssize_t c
+    for c in range(channels):
+        rstd[c] = rstd_of(var[c], eps)
+
+
 cdef void set_affine(const Job *job, Py_ssize_t first, Py_ssize_t channels) noexcept nogil:
-    """rstd and the coefficients of y = (x − mean)·scale + shift from the statistics."""
+    """The coefficients of y = (x − mean)·scale + shift from the statistics."""
     cdef Py_ssize_t c, C = job.C
-    cdef double eps = job.eps
-    cdef double *restrict s = job.statistics + first
+    cdef const double *restrict s = job.statistics + first
     cdef double *restrict to = job.coefficient + first
     for c in range(channels):
-        s[RSTD * C + c] = rstd_of(s[VAR * C + c], eps)
         to[CENTRE * C + c] = s[MEAN * C + c]
         to[SCALE * C + c] = s[GAMMA * C + c] * s[RSTD * C + c]
         to[SHIFT * C + c] = s[BETA * C + c] - s[MEAN_LOW * C + c] * to[SCALE * C + c]
@@ -868,6 +872,7 @@ cdef void finish_moments(const Job *job, Py_ssize_t tile) noexcept nogil:
         s[MEAN * C + c] = mean
         s[MEAN_LOW * C + c] = (pivot - (mean - back)) + (delta - back)      # what the sum rounded off (Knuth's TwoSum)
         s[VAR * C + c] = merged[M2 * C + c] / n
+    set_rstd(s + VAR * C, s + RSTD * C, channels, job.eps)
     set_affine(job, first, channels)
 
 
@@ -1137,22 +1142,26 @@ cdef int set_channels(table, Py_ssize_t row, values, double otherwise) except -1
     """A row of a table from one number a channel, of either dtype and any stride, or None."""
     cdef Py_buffer to
     cdef Py_buffer buffer
+    cdef Py_ssize_t c, C, stride
     cdef const char *at
     cdef double *numbers
     cdef float single
-    cdef Py_ssize_t c
     borrow(&to, table, True)
     try:
         borrow(&buffer, values, False)
-        at = <const char *> buffer.buf
-        numbers = <double *> to.buf + row * to.shape[1]
-        for c in range(to.shape[1]):
-            if at == NULL:
+        C = to.shape[1]
+        numbers = <double *> to.buf + row * C
+        if values is None:
+            for c in range(C):
                 numbers[c] = otherwise
-            elif buffer.itemsize == sizeof(double):
-                memcpy(numbers + c, at + c * buffer.strides[0], sizeof(double))
-            else:
-                memcpy(&single, at + c * buffer.strides[0], sizeof(float))
+            return 0
+        at, stride = <const char *> buffer.buf, buffer.strides[0]
+        if buffer.itemsize == sizeof(double):
+            for c in range(C):
+                memcpy(numbers + c, at + c * stride, sizeof(double))
+        else:
+            for c in range(C):
+                memcpy(&single, at + c * stride, sizeof(float))
                 numbers[c] = single
         PyBuffer_Release(&buffer)
     finally:
@@ -1172,9 +1181,9 @@ def forward(x, y, tuple view, statistics, gamma, beta, double eps, int num_threa
     call(FORWARD, x, None, y, view, statistics, None, eps, num_threads)
 
 
-def normalize(x, y, tuple view, statistics, double eps, int num_threads):
-    """y = gamma·(x − mean)·rstd + beta with the mean and var in `statistics`."""
-    call(NORMALIZE, x, None, y, view, statistics, None, eps, num_threads)
+def normalize(x, y, tuple view, statistics, int num_threads):
+    """y = gamma·(x − mean)·rstd + beta with the mean and rstd in `statistics`."""
+    call(NORMALIZE, x, None, y, view, statistics, None, 0, num_threads)
 
 
 def grad_sums(dy, x, tuple view, statistics, gradients, int num_threads):
@@ -1200,18 +1209,18 @@ def inference_backward(dy, x, dx, tuple view, statistics, gradients, int num_thr
 def fix_statistics(statistics, mean, var, gamma, beta, double eps):
     """Fill the table with statistics that are given; the first channel with a negative var, or -1."""
     cdef double[:, ::1] table
-    cdef Py_ssize_t c, negative = -1
+    cdef Py_ssize_t c
     set_channels(statistics, MEAN, mean, 0)
     set_channels(statistics, MEAN_LOW, None, 0)
     set_channels(statistics, VAR, var, 0)
     set_channels(statistics, GAMMA, gamma, 1)
     set_channels(statistics, BETA, beta, 0)
     table = statistics
-    for c in range(table.shape[1] - 1, -1, -1):
-        table[RSTD, c] = rstd_of(table[VAR, c], eps)
+    for c in range(table.shape[1]):
         if table[VAR, c] < 0:
-            negative = c
-    return negative
+            return c
+    set_rstd(&table[VAR, 0], &table[RSTD, 0], table.shape[1], eps)
+    return -1
 
 
 def update_running(floating[:] running_mean, floating[:] running_var, const double[:, ::1] statistics,

@@ -121,6 +121,8 @@ def _needed(need: Collection[str]) -> Collection[str]:
 
 
 def _like_x(dy: ArrayLike, x: Array) -> Array:
+    if type(dy) is np.ndarray and dy.dtype is x.dtype and dy.shape == x.shape:
+        return dy
     array = _arrays.as_float(dy, "dy")
     if array.shape != x.shape:
         raise ValueError(f"dy must have the shape of x, {x.shape}, got {array.shape}")
@@ -298,7 +300,9 @@ def _backward(
         _arrays.check_overlap(out, {"x": x, "dy": dy}, may_be_same="dy")
     kernels = _dispatch.kernels
     gradients = np.empty((_GRADIENT_ROWS, layout.view[1]))
-    dx = layout.room(out, dtype) if "dx" in need else None
+    dx = None
+    if "dx" in need:
+        dx = layout.empty(dtype) if out is None else layout.room(out, dtype)
     if not x.size:
         gradients[...] = 0
     elif dx is None:
@@ -306,7 +310,7 @@ def _backward(
     else:
         step = kernels.backward if batch_statistics else kernels.inference_backward
         step(layout.bring(dy), x, dx, layout.view, statistics, gradients, threads)
-    if dx is not None:
+    if dx is not None and out is not None:
         dx = _arrays.deliver(dx, out)
     gamma_dtype, beta_dtype = saved._dtypes
     return Gradients(
@@ -480,10 +484,10 @@ def inference(
     if out is not None:
         _arrays.check_out(out, x.shape, x.dtype)
         _arrays.check_overlap(out, given, may_be_same="x")
-    y = layout.room(out, x.dtype)
+    y = layout.empty(x.dtype) if out is None else layout.room(out, x.dtype)
     if x.size:
-        _dispatch.kernels.normalize(x, y, layout.view, statistics, eps, threads)
-    return _arrays.deliver(y, out)
+        _dispatch.kernels.normalize(x, y, layout.view, statistics, threads)
+    return y if out is None else _arrays.deliver(y, out)
 
 
 def inference_backward(
