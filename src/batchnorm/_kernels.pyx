@@ -8,9 +8,9 @@ a) One view. Any array is (N, C, S): N the product of the dimensions before the 
    a column is a channel when S = 1, one of S columns of a channel when rows are short, and one of G copies of the
    channels when channels are few. The columns of a channel are added up at the end of the block.
 b) One partition. `lay_out` cuts the view into tiles of whole channels and each tile into blocks of rows, from the
-   shape and the item size alone. Sums inside a block have a fixed order, blocks are merged by a fixed tree. Threads
-   only decide who computes a block, so the bits do not depend on them. Nor on the processor: nothing is
-   reassociated or contracted, and the number of lanes is fixed, whatever the width of a register.
+   shape, the item size and the pass alone. Sums inside a block have a fixed order, blocks are merged by a fixed
+   tree. Threads only decide who computes a block, so the bits do not depend on them. Nor on the processor: nothing
+   is reassociated or contracted, and the number of lanes is fixed, whatever the width of a register.
 c) float64 inside. A float32 value is widened when read and the result rounded once when written. Statistics are
    shifted by a pivot, the mean of a few values of the block itself, so that a block loses no digits to the size of
    the mean; float64 input, which has no wider type, is shifted once more by the mean of the block. Blocks are
@@ -18,8 +18,11 @@ c) float64 inside. A float32 value is widened when read and the result rounded o
 d) The mean is a pair, `mean + mean_low`, because near a large mean one float64 would cost float64 input its last
    digits. The low part is folded into a coefficient of each channel, so it costs nothing for each value.
 e) Steps are separate: reduce → finish → apply. `sweep` runs the three tile by tile when a tile stays in cache,
-   and one after the other over all blocks when there are too few tiles to share among threads.
+   and one after the other over all blocks when there are too few tiles to share among threads. A step that sums
+   nothing follows the memory, row by row. A pass over more memory than a cache holds writes its result around it.
 f) `each` has the only parallel loop. With one thread it is an ordinary loop that never enters OpenMP.
+g) Loops work on pointers that `call` gets through the buffer protocol, of which a typed memoryview is made. The
+   object around a memoryview costs 65 ns an argument, and a small layer is called with eight of them.
 """
 from cpython.buffer cimport PyBUF_STRIDED, PyBUF_STRIDED_RO, PyBuffer_Release, PyObject_GetBuffer
 from cython.parallel import prange
@@ -1068,8 +1071,7 @@ cdef void sweep(BlockStep reduce, TileStep finish, BlockStep apply, const floati
 
 
 # ---- Calls ----------------------------------------------------------------------------------------------------------
-# Arrays come through the buffer protocol, of which a typed memoryview is made: the object around it costs more than the
-# arithmetic of a small layer. The façade has checked dtypes and shapes and lays arrays out as the view says.
+# The façade has checked dtypes and shapes, and arrays lie in memory as the view says.
 
 cdef enum Pass:
     MOMENTS, FORWARD, NORMALIZE, GRAD_SUMS, GRAD_APPLY, BACKWARD, INFERENCE_BACKWARD
@@ -1219,7 +1221,8 @@ def fix_statistics(statistics, mean, var, gamma, beta, double eps):
     for c in range(table.shape[1]):
         if table[VAR, c] < 0:
             return c
-    set_rstd(&table[VAR, 0], &table[RSTD, 0], table.shape[1], eps)
+    if table.shape[1] > 0:
+        set_rstd(&table[VAR, 0], &table[RSTD, 0], table.shape[1], eps)
     return -1
 
 
