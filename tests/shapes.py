@@ -19,6 +19,7 @@ VIEWS = {
     "rows of whole lanes": (9, 17, 96),
     "lanes of neighbours": (13, 150, 70),
     "lanes of neighbours, blocks of rows": (190, 33, 101),
+    "lanes near at hand": (16, 40, 196),
     "few channels in lanes": (300, 3, 100),
     "one channel in lanes": (3, 1, 5000),
     "segments": (2, 3, 20011),
