@@ -56,7 +56,7 @@ class Team:
         self.pipes[label].send(request)
         try:
             answer = self.pipes[label].recv()
-        except EOFError:
+        except (EOFError, ConnectionResetError):
             raise SystemExit(f"{label} has died at {request}") from None
         if label == OURS or not label.startswith(OURS):
             return answer
@@ -92,6 +92,8 @@ def row_of(case, dtype, which, threads, times):
 
 def measure(cases, threads, dtypes, names, builds, rounds):
     cells = [cell for cell in itertools.product(dtypes, cases, PASSES) if cell[0] in cell[1].dtypes]
+    if not cells:
+        raise SystemExit(f"nothing to measure: none of the shapes is for {' or '.join(dtypes) or 'no dtype'}")
     rows = []
     for count in threads:
         team = Team(names, builds, count)
@@ -101,30 +103,60 @@ def measure(cases, threads, dtypes, names, builds, rounds):
     return rows
 
 
+def some_of(known):
+    """Names out of `known`, joined by commas."""
+
+    def parse(text):
+        names = text.split(",") if text else []
+        if not set(names) <= set(known):
+            raise argparse.ArgumentTypeError(f"must be names out of {', '.join(known)} joined by commas, got {text!r}")
+        return names
+
+    return parse
+
+
+def positive(text):
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a positive whole number, got {text!r}")
+    return int(text)
+
+
+def teams(text):
+    return [positive(part) for part in text.split(",")]
+
+
 def parse():
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__.partition("\n")[0])
     parser.add_argument("--set", choices=SETS, default="core", help="the shapes (default %(default)s)")
-    parser.add_argument("--threads", type=lambda text: [int(part) for part in text.split(",")], default=[2])
-    parser.add_argument("--dtype", type=lambda text: text.split(","), default=["float32"])
-    parser.add_argument("--rounds", type=int, default=8, help="turns of each contestant (default %(default)s)")
+    parser.add_argument("--threads", type=teams, default=[2], help="one or more, such as 1,2 (default 2)")
+    parser.add_argument("--dtype", type=some_of(MOST_ERROR), default=["float32"], help="(default float32)")
+    parser.add_argument("--rounds", type=positive, default=8, help="turns of each contestant (default %(default)s)")
     parser.add_argument("--quick", action="store_true", help="small shapes, two rounds, to see that it works")
     parser.add_argument("--only", help="shapes whose name holds this text")
-    parser.add_argument("--without", default="", help=f"contestants to leave out: {', '.join(['NumPy', *MODULES])}")
+    rivals = [name for name in PROCESSES if name != OURS]
+    parser.add_argument("--without", type=some_of(rivals), default=[], help=f"leave out some of {', '.join(rivals)}")
     parser.add_argument("--build", type=Path, action="append", default=[], help="directory of another build")
     parser.add_argument("--output", type=Path, help="write to this Markdown file, the figures and a plot beside it")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    cases = SETS["quick" if arguments.quick else arguments.set]
+    arguments.cases = [case for case in cases if not arguments.only or arguments.only in case.label]
+    if not arguments.cases:
+        labels = ", ".join(case.label for case in cases)
+        parser.error(f"argument --only: no shape's name holds {arguments.only!r}; there are: {labels}")
+    for path in arguments.build:
+        if not (path / "batchnorm").is_dir():
+            parser.error(f"argument --build: must be a directory with a package batchnorm in it, got {str(path)!r}")
+    return arguments
 
 
 def main():
     arguments = parse()
-    names = [name for name in PROCESSES if name not in arguments.without.split(",")]
+    names = [name for name in PROCESSES if name not in arguments.without]
     for name in names:
         if missing(name):
             raise SystemExit(f"{name} needs {', '.join(missing(name))}; install it or leave it out: --without '{name}'")
-    cases = SETS["quick" if arguments.quick else arguments.set]
-    cases = [case for case in cases if not arguments.only or arguments.only in case.label]
     rounds = 2 if arguments.quick else arguments.rounds
-    rows = measure(cases, arguments.threads, arguments.dtype, names, arguments.build, rounds)
+    rows = measure(arguments.cases, arguments.threads, arguments.dtype, names, arguments.build, rounds)
     machine = profile.machine_facts([])
     machine["versions"] |= {module: metadata.version(module) for name in names for module in MODULES.get(name, ())}
     facts = f"{machine['processor']}, {machine['kernels']['level']} kernels, " + ", ".join(
@@ -142,4 +174,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("interrupted")

@@ -11,6 +11,7 @@
 
 import importlib.util
 import os
+import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -232,6 +233,7 @@ def missing(name):
 
 def serve(process, pipe, threads):
     """Measures a burst of each of the process's contestants whenever it is asked to, until the other end closes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the asking process, and the pipe with it
     if hasattr(os, "sched_setaffinity"):  # the only limit that all of them obey
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
     key = problem = calls = None
