@@ -22,7 +22,7 @@ e) Steps are separate: reduce → finish → apply. `sweep` runs the three tile 
    nothing follows the memory, row by row. A pass over more memory than a cache holds writes its result around it.
 f) `each` has the only parallel loop. With one thread it is an ordinary loop that never enters OpenMP.
 g) Loops work on pointers that `call` gets through the buffer protocol, of which a typed memoryview is made. The
-   object around a memoryview costs 65 ns an argument, and a small layer is called with eight of them.
+   object around a memoryview costs 65 ns an argument, and every call has five of them.
 """
 from cpython.buffer cimport PyBUF_STRIDED, PyBUF_STRIDED_RO, PyBuffer_Release, PyObject_GetBuffer
 from cython.parallel import prange
