@@ -75,7 +75,7 @@ class Saved:
         self._dtypes = dtypes
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Saved, (self._x, self._eps, self._layout, self._statistics, self._dtypes)
+        return _restored, (self._x, self._eps, self._layout, self._statistics, self._dtypes)
 
     @property
     def x(self) -> Array:
@@ -112,6 +112,11 @@ class Saved:
 
     def __repr__(self) -> str:
         return f"Saved(x={_shape_and_dtype(self._x)}, axis={self.axis}, eps={self._eps}, count={self.count})"
+
+
+def _restored(x: Array, eps: float, layout: Layout, *rest: Any) -> Saved:
+    """A copy of what `forward` left; pickle may have put the axes of x into another order in memory."""
+    return Saved(layout.bring(x), eps, layout, *rest)
 
 
 def _needed(need: Collection[str]) -> Collection[str]:
