@@ -29,6 +29,8 @@ class Truth(NamedTuple):
     dx_terms: np.ndarray
     dgamma_terms: np.ndarray
     dbeta_terms: np.ndarray
+    paths: dict[str, np.ndarray]
+    xmu: np.ndarray
 
 
 def rows(array, axis):
@@ -61,19 +63,25 @@ def truth(x, dy, gamma=None, beta=None, axis=1, eps=1e-5):
     rstd = np.divide(1, spread, out=np.zeros_like(spread), where=spread != 0)
     xhat = d * rstd
     dbeta, dgamma = g.sum(axis=1, keepdims=True), (g * xhat).sum(axis=1, keepdims=True)
-    direct, mean_path, var_path = gamma * rstd * g, gamma * rstd * dbeta / n, gamma * rstd * xhat * dgamma / n
-    largest = [abs(part).max(axis=1) for part in (direct, mean_path, var_path)]
+    paths = {
+        "direct": gamma * rstd * g,
+        "mean": -gamma * rstd * dbeta / n + 0 * g,
+        "variance": -gamma * rstd * xhat * dgamma / n,
+    }
+    largest = [abs(path).max(axis=1) for path in paths.values()]
     return Truth(
         back(gamma * xhat + beta, x.shape, axis),
         (first + shift)[:, 0],
         var[:, 0],
         np.maximum(abs(gamma * xhat).max(axis=1), abs(beta[:, 0])),
-        back(direct - mean_path - var_path, x.shape, axis),
+        back(sum(paths.values()), x.shape, axis),
         dgamma[:, 0],
         dbeta[:, 0],
         np.maximum.reduce(largest),
         abs(g * xhat).sum(axis=1),
         abs(g).sum(axis=1),
+        {name: back(path, x.shape, axis) for name, path in paths.items()},
+        back(d, x.shape, axis),
     )
 
 
@@ -85,6 +93,11 @@ def ulps(got, exact, terms, axis=None):
     if axis is not None:
         unit = np.expand_dims(unit, [i for i in range(got.ndim) if i != axis % got.ndim])
     return float((error / unit).max(initial=0))
+
+
+def largest(values, axis):
+    """The largest absolute value of each channel."""
+    return abs(rows(values, axis)).max(axis=1)
 
 
 def largest_errors(x, dy, gamma, beta, axis, eps, y, saved, gradients):

@@ -14,6 +14,7 @@ from batchnorm import _dispatch
 
 THREADS = [1, 2, 3, 5, 8, 64]
 DTYPES = ["float32", "float64"]
+THROUGH = [(), ("mean",), ("variance",)]
 
 
 def everything(view, dtype, num_threads=None):
@@ -27,7 +28,11 @@ def everything(view, dtype, num_threads=None):
     gradients = bn.backward(dy, saved, num_threads=num_threads)
     inference = bn.inference(x, *running, gamma, beta, num_threads=num_threads)
     fixed = bn.inference_backward(dy, x, *running, gamma, num_threads=num_threads)
-    arrays = [y, saved.mean, saved.var, saved.rstd, *running, *gradients, inference, *fixed]
+    partial = [bn.backward(dy, saved, through=through, num_threads=num_threads).dx for through in THROUGH]
+    upstream = bn.backward(dy, saved, dmean=gamma, dvar=beta, num_threads=num_threads).dx
+    statistics = bn.inference_backward(dy, x, *running, gamma, need=("dmean", "dvar"), num_threads=num_threads)
+    partial += [upstream, statistics.dmean, statistics.dvar]
+    arrays = [y, saved.mean, saved.var, saved.rstd, *running, *gradients, inference, *fixed, *partial]
     return b"".join(array.tobytes() for array in arrays)
 
 
@@ -87,17 +92,20 @@ def test_steps_are_the_fused_call(view, dtype, rng):
     statistics = np.zeros((6, view[1]))
     statistics[4:] = rng.standard_normal((2, view[1]))
     gamma, beta = statistics[4:].copy()
-    gradients = np.zeros((3, view[1]))
+    gradients = np.zeros((5, view[1]))
     kernels.moments(x, view, statistics, 1e-5, 2)
     kernels.normalize(x, y, view, statistics, 2)
     kernels.grad_sums(dy, x, view, statistics, gradients, 2)
-    kernels.grad_apply(dy, x, dx, view, statistics, gradients, 2)
+    kernels.grad_apply(dy, x, dx, view, statistics, gradients, 3, 2)
     fused_y, saved = bn.forward(x, gamma, beta)
     fused = bn.backward(dy, saved)
     assert y.tobytes() == fused_y.tobytes()
     assert statistics[3].tobytes() == saved.rstd.tobytes()
     assert dx.tobytes() == fused.dx.tobytes()
     assert gradients[2].tobytes() == fused.dgamma.tobytes()
+    for bits, through in enumerate(THROUGH):
+        kernels.grad_apply(dy, x, dx, view, statistics, gradients, bits, 2)
+        assert dx.tobytes() == bn.backward(dy, saved, through=through).dx.tobytes()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -115,6 +123,10 @@ def test_in_place_is_out_of_place(view, dtype, rng, always_threaded):
     assert fixed.tobytes() == fixed_dx.tobytes()
     assert bn.inference(x, mean, var, out=x, num_threads=2) is x
     assert x.tobytes() == expected.tobytes()
+    for through in THROUGH:
+        partial = dy.copy()
+        bn.backward(partial, saved, through=through, out=partial, num_threads=2)
+        assert partial.tobytes() == bn.backward(dy, saved, through=through).dx.tobytes()
     assert bn.backward(dy, saved, out=dy, num_threads=2).dx is dy
     assert dy.tobytes() == expected_dx.tobytes()
 

@@ -94,6 +94,31 @@ BACKWARD = {
         "need must be a collection of names",
     ),
     "need a string": (lambda: bn.backward(X, SAVED, need="dx"), ValueError, "need must be a collection of names"),
+    "through unknown": (
+        lambda: bn.backward(X, SAVED, through=["mean", "var"]),
+        ValueError,
+        r"through must be a collection of names out of \('mean', 'variance'\), got \['mean', 'var'\]",
+    ),
+    "through a string": (
+        lambda: bn.backward(X, SAVED, through="mean"),
+        ValueError,
+        "through must be a collection of names .*, got 'mean'",
+    ),
+    "need a statistic": (
+        lambda: bn.backward(X, SAVED, need=["dmean"]),
+        ValueError,
+        r"need must be a collection of names out of \('dx', 'dgamma', 'dbeta'\), got \['dmean'\]",
+    ),
+    "dmean too short": (
+        lambda: bn.backward(X, SAVED, dmean=np.ones(2)),
+        ValueError,
+        r"dmean must have shape \(3,\), got \(2,\)",
+    ),
+    "dvar of integers": (
+        lambda: bn.backward(X, SAVED, dvar=[1, 2, 3]),
+        TypeError,
+        "dvar must have dtype float32 or float64, got int64",
+    ),
     "out without dx": (
         lambda: bn.backward(X, SAVED, need=["dgamma"], out=np.empty_like(X)),
         ValueError,
@@ -337,6 +362,10 @@ def test_empty_arrays(shape, dtype):
     assert not saved.var.any()
     assert bn.inference(x, params, params).shape == shape
     mean, var = np.full(channels, 2.0), np.full(channels, 3.0)
+    assert bn.backward(x, saved, dmean=params, dvar=params).dx.shape == shape
+    statistics = bn.inference_backward(x, x, params, params, need=["dmean", "dvar"])
+    assert not statistics.dmean.any()
+    assert not statistics.dvar.any()
     bn.update_running(mean, var, saved)
     assert (mean == 2).all()
     assert (var == 3).all()
@@ -355,4 +384,8 @@ def test_saved_cannot_be_changed():
 def test_representations():
     y, saved = bn.forward(X.astype(np.float32), ONES)
     assert repr(saved) == "Saved(x=<float32 (2, 3, 4, 5)>, axis=1, eps=1e-05, count=40)"
+    fixed = bn.inference_backward(X, X, ONES, ONES, need=["dgamma", "dmean"])
+    assert repr(fixed) == (
+        "InferenceGradients(dx=None, dgamma=<float64 (3,)>, dbeta=None, dmean=<float64 (3,)>, dvar=None)"
+    )
     assert repr(bn.backward(y, saved)) == "Gradients(dx=<float32 (2, 3, 4, 5)>, dgamma=<float64 (3,)>, dbeta=None)"

@@ -33,6 +33,8 @@ def test_only_the_result_is_allocated(shape, axis, rng):
     calls = {
         "forward": lambda out: bn.forward(x, gamma, beta, axis=axis, out=out),
         "backward": lambda out: bn.backward(dy, saved, out=out),
+        "backward through the mean": lambda out: bn.backward(dy, saved, through=["mean"], out=out),
+        "backward of the statistics": lambda out: bn.backward(dy, saved, dmean=mean, dvar=var, out=out),
         "inference": lambda out: bn.inference(x, mean, var, gamma, beta, axis=axis, out=out),
         "inference_backward": lambda out: bn.inference_backward(dy, x, mean, var, gamma, axis=axis, out=out),
     }

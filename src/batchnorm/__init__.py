@@ -10,6 +10,7 @@ from ._threads import get_num_threads, set_num_threads
 from ._version import __version__
 from .functional import (
     Gradients,
+    InferenceGradients,
     Saved,
     backward,
     forward,
@@ -22,6 +23,7 @@ from .layer import BatchNorm
 __all__ = [
     "BatchNorm",
     "Gradients",
+    "InferenceGradients",
     "Saved",
     "__version__",
     "backward",

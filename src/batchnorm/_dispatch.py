@@ -32,7 +32,6 @@ class Kernels:
         self.grad_sums: Kernel = module.grad_sums
         self.grad_apply: Kernel = module.grad_apply
         self.backward: Kernel = module.backward
-        self.inference_backward: Kernel = module.inference_backward
         # Matching a fused signature costs a call more than the arithmetic of a small layer.
         self.update_running: dict[str, Kernel] = {
             "f": module.update_running["float"],

@@ -92,8 +92,15 @@ cdef enum:
 cdef enum:
     MEAN, MEAN_LOW, VAR, RSTD, GAMMA, BETA, STATISTICS_ROWS
 
+# The upstream gradients are the caller's, of the mean and the variance that `forward` returned.
 cdef enum:
-    SUM_DY, SUM_DY_XMU, DGAMMA, GRADIENT_ROWS
+    SUM_DY, SUM_DY_XMU, DGAMMA, DMEAN, DVAR, UPSTREAM_DMEAN, UPSTREAM_DVAR, GRADIENT_ROWS
+
+# What dx is made of besides the direct path, as bits.
+cdef enum:
+    THROUGH_MEAN = 1
+    THROUGH_VARIANCE = 2
+    UPSTREAM = 4
 
 # Rows of the scratch tables: what a block leaves of a channel, and what `apply` needs of it.
 cdef enum:
@@ -108,6 +115,7 @@ cdef struct Job:
     bint by_tile            # all three steps tile by tile
     bint stream             # the result goes around the cache
     bint whole_shift        # the mean in the gradient is part of its shift
+    int through             # the paths of the gradient
     Py_ssize_t tiles, tile_channels
     Py_ssize_t blocks, block_rows, segments, segment
     Py_ssize_t group        # G: rows of columns laid side by side
@@ -886,16 +894,26 @@ cdef void finish_statistics(const Job *job, Py_ssize_t tile) noexcept nogil:
 
 
 cdef void finish_sums(const Job *job, Py_ssize_t tile) noexcept nogil:
+    """The sums of a tile, and of those the gradients of gamma, mean and var (that of beta is Σdy)."""
     cdef Py_ssize_t c, C = job.C, first = tile * job.tile_channels
     cdef Py_ssize_t channels = min(job.tile_channels, C - first)
     cdef const double *restrict merged = job.partial + first
     cdef const double *restrict s = job.statistics + first
     cdef double *restrict g = job.gradients + first
+    cdef double scale
     merge_blocks(job, first, channels, False)
     for c in range(channels):
+        scale = s[GAMMA * C + c] * s[RSTD * C + c]
         g[SUM_DY * C + c] = merged[SUM_DY * C + c]
         g[SUM_DY_XMU * C + c] = merged[SUM_DY_XMU * C + c] - s[MEAN_LOW * C + c] * merged[SUM_DY * C + c]
         g[DGAMMA * C + c] = g[SUM_DY_XMU * C + c] * s[RSTD * C + c]
+        g[DMEAN * C + c] = -scale * g[SUM_DY * C + c]
+        g[DVAR * C + c] = -0.5 * scale * (s[RSTD * C + c] * g[DGAMMA * C + c])
+
+
+cdef inline bint is_sloped(int through) noexcept nogil:
+    """Whether dx has a part that is proportional to x − mean."""
+    return through & (THROUGH_VARIANCE | UPSTREAM)
 
 
 cdef void set_gradient(const Job *job, Py_ssize_t tile) noexcept nogil:
@@ -905,28 +923,24 @@ cdef void set_gradient(const Job *job, Py_ssize_t tile) noexcept nogil:
     cdef const double *restrict g = job.gradients + first
     cdef double *restrict to = job.coefficient + first
     cdef double n = job.N * job.S
-    cdef double scale, slope, centre
-    cdef bint whole_shift = job.whole_shift
+    cdef double dmean, dvar, slope, centre
+    cdef bint sloped = is_sloped(job.through), whole_shift = job.whole_shift
+    cdef bint mean = job.through & THROUGH_MEAN, variance = job.through & THROUGH_VARIANCE
+    cdef bint upstream = job.through & UPSTREAM
     for c in range(min(job.tile_channels, C - first)):
-        scale = s[GAMMA * C + c] * s[RSTD * C + c]
-        slope = -scale * (s[RSTD * C + c] * (g[DGAMMA * C + c] / n))
-        centre = 0 if whole_shift else s[MEAN * C + c]
+        dmean = g[DMEAN * C + c] if mean else 0
+        dvar = g[DVAR * C + c] if variance else 0
+        if upstream:
+            dmean += g[UPSTREAM_DMEAN * C + c]
+            dvar += g[UPSTREAM_DVAR * C + c]
+        slope = 2 * dvar / n
+        centre = 0 if whole_shift or not sloped else s[MEAN * C + c]
         to[CENTRE * C + c] = centre
-        to[SCALE * C + c] = scale
-        to[SLOPE * C + c] = slope
-        to[SHIFT * C + c] = -scale * (g[SUM_DY * C + c] / n) - (s[MEAN * C + c] - centre + s[MEAN_LOW * C + c]) * slope
-
-
-cdef void finish_inference_backward(const Job *job, Py_ssize_t tile) noexcept nogil:
-    """With fixed statistics only the direct path is left: dx = dy·gamma·rstd."""
-    cdef Py_ssize_t c, C = job.C, first = tile * job.tile_channels
-    cdef const double *restrict s = job.statistics + first
-    cdef double *restrict to = job.coefficient + first
-    finish_sums(job, tile)
-    for c in range(min(job.tile_channels, C - first)):
-        to[CENTRE * C + c] = 0
         to[SCALE * C + c] = s[GAMMA * C + c] * s[RSTD * C + c]
-        to[SHIFT * C + c] = 0
+        to[SLOPE * C + c] = slope
+        to[SHIFT * C + c] = dmean / n
+        if sloped:
+            to[SHIFT * C + c] -= (s[MEAN * C + c] - centre + s[MEAN_LOW * C + c]) * slope
 
 
 cdef void finish_backward(const Job *job, Py_ssize_t tile) noexcept nogil:
@@ -1001,9 +1015,12 @@ cdef void grad_affine_block(const floating *x, const floating *dy, floating *out
         finish_streaming()
 
 
-cdef void scale_block(const floating *x, const floating *dy, floating *out, const Job *job, Py_ssize_t tile,
-                      Py_ssize_t b) noexcept nogil:
-    affine_block(dy, x, out, job, tile, b)
+cdef void gradient_block(const floating *x, const floating *dy, floating *out, const Job *job, Py_ssize_t tile,
+                         Py_ssize_t b) noexcept nogil:
+    if is_sloped(job.through):
+        grad_affine_block(x, dy, out, job, tile, b)
+    else:
+        affine_block(dy, x, out, job, tile, b)
 
 
 # ---- Drive ----------------------------------------------------------------------------------------------------------
@@ -1074,7 +1091,7 @@ cdef void sweep(BlockStep reduce, TileStep finish, BlockStep apply, const floati
 # The façade has checked dtypes and shapes, and arrays lie in memory as the view says.
 
 cdef enum Pass:
-    MOMENTS, FORWARD, NORMALIZE, GRAD_SUMS, GRAD_APPLY, BACKWARD, INFERENCE_BACKWARD
+    MOMENTS, FORWARD, NORMALIZE, GRAD_SUMS, GRAD_APPLY, BACKWARD
 
 
 cdef void run(Pass which, const floating *x, const floating *dy, floating *out, const Job *job,
@@ -1088,12 +1105,9 @@ cdef void run(Pass which, const floating *x, const floating *dy, floating *out, 
     elif which == GRAD_SUMS:
         sweep(grad_sums_block[floating], finish_sums, NULL, x, dy, out, job, num_threads)
     elif which == GRAD_APPLY:
-        sweep(NULL, set_gradient, grad_affine_block[floating], x, dy, out, job, num_threads)
-    elif which == BACKWARD:
-        sweep(grad_sums_block[floating], finish_backward, grad_affine_block[floating], x, dy, out, job, num_threads)
+        sweep(NULL, set_gradient, gradient_block[floating], x, dy, out, job, num_threads)
     else:
-        sweep(grad_sums_block[floating], finish_inference_backward, scale_block[floating], x, dy, out, job,
-              num_threads)
+        sweep(grad_sums_block[floating], finish_backward, gradient_block[floating], x, dy, out, job, num_threads)
 
 
 cdef int borrow(Py_buffer *buffer, object array, bint to_write) except -1:
@@ -1104,7 +1118,8 @@ cdef int borrow(Py_buffer *buffer, object array, bint to_write) except -1:
     return PyObject_GetBuffer(array, buffer, PyBUF_STRIDED if to_write else PyBUF_STRIDED_RO)
 
 
-cdef int call(Pass which, x, dy, out, tuple view, statistics, gradients, double eps, int num_threads) except -1:
+cdef int call(Pass which, x, dy, out, tuple view, statistics, gradients, double eps, int through,
+              int num_threads) except -1:
     """Borrow the memory of the arrays, lay out the work, get scratch for a few numbers a block and channel, and run."""
     cdef Py_buffer at[5]
     cdef Job job
@@ -1120,7 +1135,7 @@ cdef int call(Pass which, x, dy, out, tuple view, statistics, gradients, double 
         borrow(&at[3], statistics, which <= NORMALIZE)
         borrow(&at[4], gradients, True)
         lay_out(&job, N, C, S, at[0].itemsize, arrays)
-        job.eps = eps
+        job.eps, job.through = eps, through
         job.statistics, job.gradients = <double *> at[3].buf, <double *> at[4].buf
         job.coefficient = <double *> malloc((COEFFICIENT_ROWS + PARTIAL_ROWS * job.blocks) * C * sizeof(double))
         if job.coefficient == NULL:
@@ -1173,39 +1188,37 @@ cdef int set_channels(table, Py_ssize_t row, values, double otherwise) except -1
 
 def moments(x, tuple view, statistics, double eps, int num_threads):
     """mean, var and rstd of each channel into `statistics`."""
-    call(MOMENTS, x, None, None, view, statistics, None, eps, num_threads)
+    call(MOMENTS, x, None, None, view, statistics, None, eps, 0, num_threads)
 
 
 def forward(x, y, tuple view, statistics, gamma, beta, double eps, int num_threads):
     """`moments`, then y = gamma·(x − mean)·rstd + beta."""
     set_channels(statistics, GAMMA, gamma, 1)
     set_channels(statistics, BETA, beta, 0)
-    call(FORWARD, x, None, y, view, statistics, None, eps, num_threads)
+    call(FORWARD, x, None, y, view, statistics, None, eps, 0, num_threads)
 
 
 def normalize(x, y, tuple view, statistics, int num_threads):
     """y = gamma·(x − mean)·rstd + beta with the mean and rstd in `statistics`."""
-    call(NORMALIZE, x, None, y, view, statistics, None, 0, num_threads)
+    call(NORMALIZE, x, None, y, view, statistics, None, 0, 0, num_threads)
 
 
 def grad_sums(dy, x, tuple view, statistics, gradients, int num_threads):
     """Σdy, Σdy·(x − mean) and dgamma of each channel into `gradients`."""
-    call(GRAD_SUMS, x, dy, None, view, statistics, gradients, 0, num_threads)
+    call(GRAD_SUMS, x, dy, None, view, statistics, gradients, 0, 0, num_threads)
 
 
-def grad_apply(dy, x, dx, tuple view, statistics, gradients, int num_threads):
-    """dx = gamma·rstd·(dy − dbeta/n − xhat·dgamma/n) with the sums in `gradients`."""
-    call(GRAD_APPLY, x, dy, dx, view, statistics, gradients, 0, num_threads)
+def grad_apply(dy, x, dx, tuple view, statistics, gradients, int through, int num_threads):
+    """dx = dy·gamma·rstd + dmean/n + dvar·2(x − mean)/n with the sums in `gradients`, as far as `through` says.
+
+    With both paths it is gamma·rstd·(dy − dbeta/n − xhat·dgamma/n); with neither the statistics do not depend on x.
+    """
+    call(GRAD_APPLY, x, dy, dx, view, statistics, gradients, 0, through, num_threads)
 
 
-def backward(dy, x, dx, tuple view, statistics, gradients, int num_threads):
+def backward(dy, x, dx, tuple view, statistics, gradients, int through, int num_threads):
     """`grad_sums`, then `grad_apply`."""
-    call(BACKWARD, x, dy, dx, view, statistics, gradients, 0, num_threads)
-
-
-def inference_backward(dy, x, dx, tuple view, statistics, gradients, int num_threads):
-    """`grad_sums`, then dx = dy·gamma·rstd, for statistics that do not depend on x."""
-    call(INFERENCE_BACKWARD, x, dy, dx, view, statistics, gradients, 0, num_threads)
+    call(BACKWARD, x, dy, dx, view, statistics, gradients, 0, through, num_threads)
 
 
 def fix_statistics(statistics, mean, var, gamma, beta, double eps):

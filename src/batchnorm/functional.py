@@ -20,9 +20,14 @@ from ._arrays import Array, Layout
 
 # Rows of the tables shared with the kernels.
 _MEAN, _MEAN_LOW, _VAR, _RSTD, _GAMMA, _BETA, _STATISTICS_ROWS = range(7)
-_SUM_DY, _SUM_DY_XMU, _DGAMMA, _GRADIENT_ROWS = range(4)
+_SUM_DY, _SUM_DY_XMU, _DGAMMA, _DMEAN, _DVAR, _UPSTREAM_DMEAN, _UPSTREAM_DVAR, _GRADIENT_ROWS = range(8)
+
+# What dx is made of besides the direct path, in the bits of the kernels.
+_THROUGH_MEAN, _THROUGH_VARIANCE, _UPSTREAM = 1, 2, 4
 
 _NEED = ("dx", "dgamma", "dbeta")
+_INFERENCE_NEED = (*_NEED, "dmean", "dvar")
+_THROUGH = ("mean", "variance")
 
 
 def _shape_and_dtype(array: Array | None) -> str:
@@ -38,6 +43,17 @@ class Gradients(NamedTuple):
 
     def __repr__(self) -> str:
         return f"Gradients({', '.join(f'{name}={_shape_and_dtype(getattr(self, name))}' for name in _NEED)})"
+
+
+class InferenceGradients(Gradients):
+    """`Gradients` with two attributes more, with respect to the fixed mean and var; None where not asked for."""
+
+    dmean: Array | None = None
+    dvar: Array | None = None
+
+    def __repr__(self) -> str:
+        names = ", ".join(f"{name}={_shape_and_dtype(getattr(self, name))}" for name in _INFERENCE_NEED)
+        return f"InferenceGradients({names})"
 
 
 class Saved:
@@ -56,6 +72,8 @@ class Saved:
         Values of one channel, n.
     mean, var, rstd : ndarray of float64, shape (C,)
         Batch mean μ, biased variance σ² and 1/√(σ² + eps). Read-only.
+    gamma : ndarray of float64, shape (C,)
+        The scale that `forward` was given; 1 where it was None. Read-only.
     """
 
     __slots__ = ("_dtypes", "_eps", "_layout", "_statistics", "_x")
@@ -110,6 +128,10 @@ class Saved:
     def rstd(self) -> NDArray[np.float64]:
         return self._row(_RSTD)
 
+    @property
+    def gamma(self) -> NDArray[np.float64]:
+        return self._row(_GAMMA)
+
     def __repr__(self) -> str:
         return f"Saved(x={_shape_and_dtype(self._x)}, axis={self.axis}, eps={self._eps}, count={self.count})"
 
@@ -119,10 +141,10 @@ def _restored(x: Array, eps: float, layout: Layout, *rest: Any) -> Saved:
     return Saved(layout.bring(x), eps, layout, *rest)
 
 
-def _needed(need: Collection[str]) -> Collection[str]:
-    if need is not _NEED and (isinstance(need, str) or not all(name in _NEED for name in need)):
-        raise ValueError(f"need must be a collection of names out of {_NEED}, got {need!r}")
-    return need
+def _names(names: Collection[str], argument: str, known: tuple[str, ...]) -> Collection[str]:
+    if names is not known and (isinstance(names, str) or any(name not in known for name in names)):
+        raise ValueError(f"{argument} must be a collection of names out of {known}, got {names!r}")
+    return names
 
 
 def _like_x(dy: ArrayLike, x: Array) -> Array:
@@ -230,6 +252,9 @@ def backward(
     dy: ArrayLike,
     saved: Saved,
     *,
+    through: Collection[str] = _THROUGH,
+    dmean: ArrayLike | None = None,
+    dvar: ArrayLike | None = None,
     need: Collection[str] = _NEED,
     out: Array | None = None,
     num_threads: int | None = None,
@@ -237,7 +262,9 @@ def backward(
     """Gradients of `forward`: dx = gamma·rstd·(dy − dbeta/n − xhat·dgamma/n).
 
     dbeta = Σdy and dgamma = Σdy·xhat over all axes but the channel axis, with xhat = (x − μ)·rstd and
-    rstd = 1/√(σ² + eps). The gradient goes through the batch's mean and variance too.
+    rstd = 1/√(σ² + eps). The gradient goes through the batch's mean and variance too: it is the sum of a direct path,
+    dy·gamma·rstd, one through the mean, −gamma·rstd·dbeta/n, and one through the variance,
+    −gamma·rstd·xhat·dgamma/n.
 
     Parameters
     ----------
@@ -245,6 +272,12 @@ def backward(
         Upstream gradient, of x's shape and dtype.
     saved : Saved
         From `forward`.
+    through : collection of {"mean", "variance"}, optional
+        The statistics through which the gradient goes, both by default. `through=("mean",)` treats the variance as a
+        constant, `through=()` both, which leaves the direct path.
+    dmean, dvar : array_like, shape (C,), optional
+        Upstream gradients of `saved.mean` and `saved.var` themselves, where a loss depends on them. They add
+        dmean/n + dvar·2(x − μ)/n to dx, whatever `through` is.
     need : collection of {"dx", "dgamma", "dbeta"}, optional
         The gradients to compute, all by default; the others are None.
     out : ndarray, optional
@@ -263,7 +296,8 @@ def backward(
     TypeError
         If `saved` is not from `forward`, or dy has another dtype than x.
     ValueError
-        If dy has another shape than x, or `out` does not fit. Nothing is written then.
+        If dy has another shape than x, `through` or `need` hold another name, dmean or dvar have another shape, or
+        `out` does not fit. Nothing is written then.
 
     References
     ----------
@@ -274,54 +308,66 @@ def backward(
     >>> import numpy as np, batchnorm as bn
     >>> x = np.array([[1.0], [2.0], [6.0]])
     >>> y, saved = bn.forward(x, gamma=[1.0], beta=[0.0])
-    >>> dx, dgamma, dbeta = bn.backward(np.array([[1.0], [0.0], [0.0]]), saved)
+    >>> dy = np.array([[1.0], [0.0], [0.0]])
+    >>> dx, dgamma, dbeta = bn.backward(dy, saved)
     >>> bool(abs(dx.sum()) < 1e-12)
     True
-    >>> bn.backward(np.ones((3, 1)), saved, need=["dbeta"]).dbeta
-    array([3.])
+    >>> bn.backward(dy, saved, need=["dbeta"]).dbeta
+    array([1.])
+
+    With a loss of μ alone, every value of x counts 1/n:
+
+    >>> bn.backward(np.zeros((3, 1)), saved, dmean=[1.0]).dx.ravel().round(3)
+    array([0.333, 0.333, 0.333])
     """
     if not isinstance(saved, Saved):
         raise TypeError(f"saved must be what forward returned, got {type(saved).__name__}")
-    return _backward(dy, saved, need, out, num_threads, batch_statistics=True)
+    channels = saved._layout.view[1]
+    table = np.empty((_GRADIENT_ROWS, channels))
+    through = _names(through, "through", _THROUGH)
+    paths = _THROUGH_MEAN * ("mean" in through) | _THROUGH_VARIANCE * ("variance" in through)
+    if dmean is not None or dvar is not None:
+        paths |= _UPSTREAM
+        table[_UPSTREAM_DMEAN] = 0 if dmean is None else _arrays.as_channels(dmean, "dmean", channels)
+        table[_UPSTREAM_DVAR] = 0 if dvar is None else _arrays.as_channels(dvar, "dvar", channels)
+    return _backward(dy, saved, paths, _names(need, "need", _NEED), table, out, num_threads)
 
 
 def _backward(
     dy: ArrayLike,
     saved: Saved,
+    paths: int,
     need: Collection[str],
+    table: NDArray[np.float64],
     out: Array | None,
     num_threads: int | None,
-    batch_statistics: bool,
 ) -> Gradients:
+    """The gradients that are needed; all those of the channels are left in the table."""
     x, layout, statistics = saved._x, saved._layout, saved._statistics
     dtype = x.dtype
     dy = _like_x(dy, x)
-    need = _needed(need)
     threads = _threads.threads_for(x.size, num_threads)
     if out is not None:
         if "dx" not in need:
             raise ValueError(f"out is where dx goes, but need does not name it: {need!r}")
         _arrays.check_out(out, x.shape, dtype)
         _arrays.check_overlap(out, {"x": x, "dy": dy}, may_be_same="dy")
-    kernels = _dispatch.kernels
-    gradients = np.empty((_GRADIENT_ROWS, layout.view[1]))
     dx = None
     if "dx" in need:
         dx = layout.empty(dtype) if out is None else layout.room(out, dtype)
     if not x.size:
-        gradients[...] = 0
+        table[...] = 0
     elif dx is None:
-        kernels.grad_sums(layout.bring(dy), x, layout.view, statistics, gradients, threads)
+        _dispatch.kernels.grad_sums(layout.bring(dy), x, layout.view, statistics, table, threads)
     else:
-        step = kernels.backward if batch_statistics else kernels.inference_backward
-        step(layout.bring(dy), x, dx, layout.view, statistics, gradients, threads)
+        _dispatch.kernels.backward(layout.bring(dy), x, dx, layout.view, statistics, table, paths, threads)
     if dx is not None and out is not None:
         dx = _arrays.deliver(dx, out)
     gamma_dtype, beta_dtype = saved._dtypes
     return Gradients(
         dx,
-        gradients[_DGAMMA].astype(gamma_dtype) if "dgamma" in need and gamma_dtype is not None else None,
-        gradients[_SUM_DY].astype(beta_dtype) if "dbeta" in need and beta_dtype is not None else None,
+        table[_DGAMMA].astype(gamma_dtype) if "dgamma" in need and gamma_dtype is not None else None,
+        table[_SUM_DY].astype(beta_dtype) if "dbeta" in need and beta_dtype is not None else None,
     )
 
 
@@ -409,12 +455,12 @@ def _fixed_statistics(
     beta: ArrayLike | None,
     axis: int,
     eps: float,
-) -> tuple[Array, Layout, NDArray[np.float64], dict[str, Array | None]]:
+) -> tuple[Array, Layout, NDArray[np.float64], dict[str, Any]]:
     """x, its layout, the table of given statistics and parameters, and the arrays it was filled from."""
     array = _arrays.as_float(x, "x")
     x, layout = _arrays.lay_out(array, axis)
     channels = layout.view[1]
-    given: dict[str, Array | None] = {
+    given: dict[str, Any] = {
         "x": array,
         "mean": _arrays.as_channels(mean, "mean", channels),
         "var": _arrays.as_channels(var, "var", channels),
@@ -507,10 +553,11 @@ def inference_backward(
     need: Collection[str] = _NEED,
     out: Array | None = None,
     num_threads: int | None = None,
-) -> Gradients:
+) -> InferenceGradients:
     """Gradients of `inference`: dx = dy·gamma·rstd, because the statistics do not depend on x.
 
-    dbeta = Σdy and dgamma = Σdy·(x − mean)·rstd over all axes but the channel axis, with rstd = 1/√(var + eps).
+    dbeta = Σdy and dgamma = Σdy·(x − mean)·rstd over all axes but the channel axis, with rstd = 1/√(var + eps). The
+    statistics have gradients too: dmean = −gamma·rstd·dbeta and dvar = −½·gamma·rstd²·dgamma.
 
     Parameters
     ----------
@@ -518,8 +565,8 @@ def inference_backward(
         Upstream gradient, of x's shape and dtype.
     x, mean, var, gamma, axis, eps
         As given to `inference`.
-    need : collection of {"dx", "dgamma", "dbeta"}, optional
-        The gradients to compute, all by default; the others are None.
+    need : collection of {"dx", "dgamma", "dbeta", "dmean", "dvar"}, optional
+        The gradients to compute, the first three by default; the others are None.
     out : ndarray, optional
         Where to write dx; of x's shape and dtype. `out=dy` is allowed, other overlaps are not.
     num_threads : int, optional
@@ -527,8 +574,9 @@ def inference_backward(
 
     Returns
     -------
-    Gradients
-        A named tuple (dx, dgamma, dbeta); dgamma and dbeta have gamma's dtype, x's where gamma is None.
+    InferenceGradients
+        A named tuple (dx, dgamma, dbeta) with the attributes dmean and dvar. dgamma and dbeta have gamma's dtype, x's
+        where gamma is None; dmean and dvar have those of mean and var.
 
     Raises
     ------
@@ -542,10 +590,19 @@ def inference_backward(
     >>> dx, dgamma, dbeta = bn.inference_backward(dy, x, mean=[2.0], var=[4.0], gamma=[3.0], eps=0.0)
     >>> dx.ravel(), dgamma, dbeta
     (array([1.5, 3. ]), array([0.5]), array([3.]))
+    >>> bn.inference_backward(dy, x, mean=[2.0], var=[4.0], gamma=[3.0], eps=0.0, need=["dmean"]).dmean
+    array([-4.5])
     """
     x, layout, statistics, given = _fixed_statistics(x, mean, var, gamma, None, axis, eps)
     if out is not None:
         _arrays.check_overlap(out, given)
     dtype = x.dtype if given["gamma"] is None else given["gamma"].dtype
     saved = Saved(x, eps, layout, statistics, (dtype, dtype))
-    return _backward(dy, saved, need, out, num_threads, batch_statistics=False)
+    table = np.empty((_GRADIENT_ROWS, layout.view[1]))
+    need = _names(need, "need", _NEED if need is _NEED else _INFERENCE_NEED)
+    gradients = InferenceGradients(*_backward(dy, saved, 0, need, table, out, num_threads))
+    if "dmean" in need:
+        gradients.dmean = table[_DMEAN].astype(given["mean"].dtype)
+    if "dvar" in need:
+        gradients.dvar = table[_DVAR].astype(given["var"].dtype)
+    return gradients
