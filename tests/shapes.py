@@ -1,4 +1,9 @@
-"""Views (N, C, S) that take every way through the kernels: both families, tiled and split, short, odd and wide."""
+"""Views (N, C, S) that take every way through the kernels: both families, tiled and split, short, odd and wide.
+
+And arrangements in memory, each a function that gives its argument's values arranged so.
+"""
+
+import numpy as np
 
 VIEWS = {
     "one value": (1, 1, 1),
@@ -25,4 +30,31 @@ VIEWS = {
     "segments": (2, 3, 20011),
     "segments, short last": (1, 2, 3 * 8192 + 5),
     "segments, many channels": (2, 18, 9001),
+}
+
+
+def misaligned(a):
+    raw = np.empty(a.nbytes + 1, np.uint8)[1:]
+    view = raw.view(a.dtype).reshape(a.shape)
+    view[...] = a
+    return view
+
+
+def read_only(a):
+    a = a.copy()
+    a.flags.writeable = False
+    return a
+
+
+ARRANGEMENTS = {
+    "C": lambda a: a,
+    "F": lambda a: np.asfortranarray(a),
+    "channels last in memory": lambda a: np.moveaxis(np.ascontiguousarray(np.moveaxis(a, 1, -1)), -1, 1),
+    "axes swapped": lambda a: np.ascontiguousarray(a.swapaxes(0, -1)).swapaxes(0, -1),
+    "every second": lambda a: np.repeat(a, 2, axis=-1)[..., ::2],
+    "backwards": lambda a: np.ascontiguousarray(a[::-1])[::-1],
+    "inside a larger array": lambda a: np.pad(a, 1)[tuple(slice(1, -1) for _ in a.shape)],
+    "foreign byte order": lambda a: a.astype(a.dtype.newbyteorder()),
+    "misaligned": lambda a: misaligned(a),
+    "read-only": lambda a: read_only(a),
 }

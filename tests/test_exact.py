@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import ULPS, assert_close, largest_errors, truth, ulps
-from shapes import VIEWS
+from shapes import ARRANGEMENTS, VIEWS
 
 import batchnorm as bn
 
@@ -33,33 +33,6 @@ def check(x, dy, gamma, beta, axis=1, eps=1e-5, **how):
 def test_every_way_through_the_kernels(view, dtype, rng, always_threaded):
     x, dy, gamma, beta = arrays(rng, view, dtype, view[1], offset=3)
     check(x, dy, gamma, beta, num_threads=2)
-
-
-ARRANGEMENTS = {
-    "C": lambda a: a,
-    "F": lambda a: np.asfortranarray(a),
-    "channels last in memory": lambda a: np.moveaxis(np.ascontiguousarray(np.moveaxis(a, 1, -1)), -1, 1),
-    "axes swapped": lambda a: np.ascontiguousarray(a.swapaxes(0, -1)).swapaxes(0, -1),
-    "every second": lambda a: np.repeat(a, 2, axis=-1)[..., ::2],
-    "backwards": lambda a: np.ascontiguousarray(a[::-1])[::-1],
-    "inside a larger array": lambda a: np.pad(a, 1)[tuple(slice(1, -1) for _ in a.shape)],
-    "foreign byte order": lambda a: a.astype(a.dtype.newbyteorder()),
-    "misaligned": lambda a: misaligned(a),
-    "read-only": lambda a: read_only(a),
-}
-
-
-def misaligned(a):
-    raw = np.empty(a.nbytes + 1, np.uint8)[1:]
-    view = raw.view(a.dtype).reshape(a.shape)
-    view[...] = a
-    return view
-
-
-def read_only(a):
-    a = a.copy()
-    a.flags.writeable = False
-    return a
 
 
 @settings(max_examples=150)

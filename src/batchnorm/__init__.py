@@ -8,6 +8,7 @@ any number of threads and any processor.
 from ._config import show_config
 from ._threads import get_num_threads, set_num_threads
 from ._version import __version__
+from .explain import Pathways, centering_matrix, jacobian, moment_gradients, pathways
 from .functional import (
     Gradients,
     InferenceGradients,
@@ -19,18 +20,25 @@ from .functional import (
     update_running,
 )
 from .layer import BatchNorm
+from .reference import MomentGradients
 
 __all__ = [
     "BatchNorm",
     "Gradients",
     "InferenceGradients",
+    "MomentGradients",
+    "Pathways",
     "Saved",
     "__version__",
     "backward",
+    "centering_matrix",
     "forward",
     "get_num_threads",
     "inference",
     "inference_backward",
+    "jacobian",
+    "moment_gradients",
+    "pathways",
     "set_num_threads",
     "show_config",
     "update_running",

@@ -74,6 +74,8 @@ class Saved:
         Batch mean μ, biased variance σ² and 1/√(σ² + eps). Read-only.
     gamma : ndarray of float64, shape (C,)
         The scale that `forward` was given; 1 where it was None. Read-only.
+    mean_low : ndarray of float64, shape (C,)
+        What μ has more digits than `mean`: x − mean − mean_low keeps those of float64 data far from 0. Read-only.
     """
 
     __slots__ = ("_dtypes", "_eps", "_layout", "_statistics", "_x")
@@ -132,6 +134,10 @@ class Saved:
     def gamma(self) -> NDArray[np.float64]:
         return self._row(_GAMMA)
 
+    @property
+    def mean_low(self) -> NDArray[np.float64]:
+        return self._row(_MEAN_LOW)
+
     def __repr__(self) -> str:
         return f"Saved(x={_shape_and_dtype(self._x)}, axis={self.axis}, eps={self._eps}, count={self.count})"
 
@@ -147,7 +153,8 @@ def _names(names: Collection[str], argument: str, known: tuple[str, ...]) -> Col
     return names
 
 
-def _like_x(dy: ArrayLike, x: Array) -> Array:
+def like_x(dy: ArrayLike, x: Array) -> Array:
+    """dy as an array, which must be like x."""
     if type(dy) is np.ndarray and dy.dtype is x.dtype and dy.shape == x.shape:
         return dy
     array = _arrays.as_float(dy, "dy")
@@ -345,7 +352,7 @@ def _backward(
     """The gradients that are needed; all those of the channels are left in the table."""
     x, layout, statistics = saved._x, saved._layout, saved._statistics
     dtype = x.dtype
-    dy = _like_x(dy, x)
+    dy = like_x(dy, x)
     threads = _threads.threads_for(x.size, num_threads)
     if out is not None:
         if "dx" not in need:

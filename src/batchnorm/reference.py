@@ -23,6 +23,14 @@ class Cache(NamedTuple):
     axes: tuple[int, ...]
 
 
+class MomentGradients(NamedTuple):
+    """Gradients with respect to xhat, σ² and μ, in the paper's notation."""
+
+    dxhat: Array
+    dvar: Array
+    dmean: Array
+
+
 class Terms(NamedTuple):
     """The three summands of dx (the one through the mean is the same for a whole channel), dgamma and dbeta."""
 
@@ -53,15 +61,23 @@ def forward(x: Array, gamma: Array, beta: Array, axis: int = 1, eps: float = 1e-
     return gamma * xhat + beta, Cache(xmu, xhat, rstd, gamma, axes)
 
 
-def backward_terms(dy: Array, cache: Cache) -> Terms:
-    """The gradients of the paper's section 3, each term of dx by itself."""
-    xmu, xhat, rstd, gamma, axes = cache
+def moment_gradients(dy: Array, cache: Cache) -> MomentGradients:
+    """The paper's section 3: how the loss changes with xhat, with σ² and with μ."""
+    xmu, _, rstd, gamma, axes = cache
     n = dy.dtype.type(dy.size / rstd.size)
-    dbeta = dy.sum(axis=axes)
-    dgamma = (dy * xhat).sum(axis=axes)
     dxhat = dy * gamma
     dvar = (dxhat * xmu).sum(axis=axes, keepdims=True) * rstd**3 / -2
     dmean = -(dxhat * rstd).sum(axis=axes, keepdims=True) - dvar * 2 * xmu.sum(axis=axes, keepdims=True) / n
+    return MomentGradients(dxhat, dvar, dmean)
+
+
+def backward_terms(dy: Array, cache: Cache) -> Terms:
+    """Each term of dx by itself: xhat, μ and σ² all depend on x."""
+    xmu, xhat, rstd, _, axes = cache
+    n = dy.dtype.type(dy.size / rstd.size)
+    dxhat, dvar, dmean = moment_gradients(dy, cache)
+    dbeta = dy.sum(axis=axes)
+    dgamma = (dy * xhat).sum(axis=axes)
     return Terms(dxhat * rstd, dmean / n, dvar * 2 * xmu / n, dgamma, dbeta)
 
 

@@ -1,0 +1,243 @@
+"""The gradient taken apart: the three paths through which x reaches the loss, and the matrix that they are.
+
+Decisions:
+
+- On top of `saved`: statistics are those of the kernels, the rest is the textbook of `reference` in float64, whatever
+  the dtype of x. Results are for reading and checking, so they are float64 too.
+- Readable before fast: whole arrays are allocated. `backward` computes the same sum, or any part of it with `through=`,
+  in two passes without them.
+- A channel needs two values. One value is its own mean: y is beta whatever x is, and there is nothing to take apart.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from . import _arrays, functional, reference
+from .functional import Saved
+from .reference import Array, MomentGradients
+
+MAX_BYTES = 1 << 30
+
+
+class Pathways(NamedTuple):
+    """The three summands of dx, each of x's shape."""
+
+    direct: Array
+    mean: Array
+    variance: Array
+
+
+def textbook(saved: Saved) -> reference.Cache:
+    """What the textbook's backward pass reads, in float64; refuses what cannot be explained."""
+    if not isinstance(saved, Saved):
+        raise TypeError(f"saved must be what forward returned, got {type(saved).__name__}")
+    if saved.count < 2:
+        raise ValueError(
+            f"x must have at least 2 values per channel, got shape {saved.x.shape} with axis={saved.axis}: "
+            "one value is its own mean, so y is beta and dx is 0"
+        )
+    axes = tuple(i for i in range(saved.x.ndim) if i != saved.axis)
+    mean, mean_low, rstd, gamma = (
+        np.expand_dims(row, axes) for row in (saved.mean, saved.mean_low, saved.rstd, saved.gamma)
+    )
+    xmu = saved.x - mean - mean_low
+    return reference.Cache(xmu, xmu * rstd, rstd, gamma, axes)
+
+
+def upstream(dy: ArrayLike, saved: Saved) -> Array:
+    """dy in float64, like x."""
+    return functional.like_x(dy, saved.x).astype(np.float64)
+
+
+def pathways(dy: ArrayLike, saved: Saved) -> Pathways:
+    """The three paths of the gradient: dx = dxhat·rstd + dmean/n + dvar·2(x − μ)/n.
+
+    x reaches the loss directly, through the mean and through the variance of its channel; μ and σ² are functions of
+    the batch, not constants. dxhat = dy·gamma, and dmean and dvar are those of `moment_gradients`.
+
+    Parameters
+    ----------
+    dy : array_like
+        Upstream gradient, of x's shape and dtype.
+    saved : Saved
+        From `forward`.
+
+    Returns
+    -------
+    Pathways
+        A named tuple (direct, mean, variance) of float64 arrays of x's shape. Their sum is dx.
+
+    Raises
+    ------
+    TypeError
+        If `saved` is not from `forward`, or dy has another dtype than x.
+    ValueError
+        If dy has another shape than x, or a channel has fewer than two values.
+
+    See Also
+    --------
+    backward : the sum; `through=` leaves the path through the mean or the variance out.
+
+    References
+    ----------
+    Ioffe and Szegedy, "Batch Normalization", 2015, arXiv:1502.03167, section 3, ∂ℓ/∂x_i.
+
+    Examples
+    --------
+    >>> import numpy as np, batchnorm as bn
+    >>> y, saved = bn.forward(np.array([[-1.0], [-1.0], [1.0], [1.0]]), eps=0.0)
+    >>> direct, mean, variance = bn.pathways(np.array([[4.0], [0.0], [0.0], [0.0]]), saved)
+    >>> np.hstack([direct, mean, variance, direct + mean + variance])
+    array([[ 4., -1., -1.,  2.],
+           [ 0., -1., -1., -2.],
+           [ 0., -1.,  1.,  0.],
+           [ 0., -1.,  1.,  0.]])
+    """
+    cache = textbook(saved)
+    terms = reference.backward_terms(upstream(dy, saved), cache)
+    return Pathways(terms.direct, np.broadcast_to(terms.mean, terms.direct.shape).copy(), terms.variance)
+
+
+def moment_gradients(dy: ArrayLike, saved: Saved) -> MomentGradients:
+    """How the loss changes with xhat, with σ² and with μ, in the paper's notation.
+
+    dxhat = dy·gamma, dvar = Σdxhat·(x − μ)·(−½)·rstd³ and dmean = −rstd·Σdxhat + dvar·(−2/n)·Σ(x − μ), with sums over
+    all axes but the channel axis. The second term of dmean is 0, because Σ(x − μ) is; the paper keeps it.
+
+    Parameters
+    ----------
+    dy : array_like
+        Upstream gradient, of x's shape and dtype.
+    saved : Saved
+        From `forward`.
+
+    Returns
+    -------
+    MomentGradients
+        A named tuple (dxhat, dvar, dmean) of float64 arrays: of x's shape, (C,) and (C,).
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `pathways`.
+
+    References
+    ----------
+    Ioffe and Szegedy, "Batch Normalization", 2015, arXiv:1502.03167, section 3, ∂ℓ/∂x̂_i, ∂ℓ/∂σ² and ∂ℓ/∂μ.
+
+    Examples
+    --------
+    >>> import numpy as np, batchnorm as bn
+    >>> y, saved = bn.forward(np.array([[-1.0], [-1.0], [1.0], [1.0]]), eps=0.0)
+    >>> dxhat, dvar, dmean = bn.moment_gradients(np.array([[4.0], [0.0], [0.0], [0.0]]), saved)
+    >>> dvar, dmean
+    (array([2.]), array([-4.]))
+    """
+    cache = textbook(saved)
+    dxhat, dvar, dmean = reference.moment_gradients(upstream(dy, saved), cache)
+    return MomentGradients(dxhat, dvar.reshape(-1), dmean.reshape(-1))
+
+
+def centering_matrix(n: int, *, max_bytes: int = MAX_BYTES) -> Array:
+    """∂(x − μ)/∂x = I − 11ᵀ/n: the matrix that takes the mean off n values.
+
+    It is why the gradient does not vanish: every x moves its own deviation by 1 − 1/n, not by 1 − 1 = 0, and all the
+    others by −1/n. It is symmetric, idempotent (the mean of deviations is 0) and of rank n − 1.
+
+    Parameters
+    ----------
+    n : int
+        Number of values, at least 1.
+    max_bytes : int, default 2**30
+        Memory that the matrix may take.
+
+    Returns
+    -------
+    ndarray of float64, shape (n, n)
+
+    Raises
+    ------
+    TypeError
+        If n is not an integer.
+    ValueError
+        If n is less than 1, or the matrix would need more than `max_bytes`.
+
+    Examples
+    --------
+    >>> import batchnorm as bn
+    >>> bn.centering_matrix(2)
+    array([[ 0.5, -0.5],
+           [-0.5,  0.5]])
+    """
+    n = _arrays.as_index(n, "n")
+    if n < 1:
+        raise ValueError(f"n must be at least 1, got {n}")
+    _check_bytes(n * n, f"a matrix for n = {n}", max_bytes)
+    return np.eye(n) - 1 / n
+
+
+def jacobian(
+    x: ArrayLike,
+    gamma: ArrayLike | None = None,
+    *,
+    axis: int = 1,
+    eps: float = 1e-5,
+    max_bytes: int = MAX_BYTES,
+) -> Array:
+    """Every derivative of y by x: ∂y_j/∂x_i = gamma·rstd·(δ_ij − 1/n − xhat_j·xhat_i/n), one matrix a channel.
+
+    Contracted with dy it is dx, dx_i = Σ_j dy_j·∂y_j/∂x_i; `backward` never builds it. Each row and each column adds up
+    to 0 (moving all values of a channel moves nothing), and for eps = 0 it maps xhat to 0 too (nor does stretching).
+
+    Parameters
+    ----------
+    x : array_like of float32 or float64, at least 2-D
+        Channels along `axis`.
+    gamma : array_like, shape (C,), optional
+        Scale; 1 where None, which gives the derivatives of xhat. (beta has no part in them.)
+    axis, eps
+        As in `forward`.
+    max_bytes : int, default 2**30
+        Memory that the result may take, 8·C·n² bytes.
+
+    Returns
+    -------
+    ndarray of float64, shape (C, n, n)
+        Element [c, j, i] is ∂y_j/∂x_i of channel c; i and j count its values in C order of the other axes.
+
+    Raises
+    ------
+    TypeError
+        If a dtype is neither float32 nor float64.
+    ValueError
+        If a shape, `axis` or `eps` does not fit, a channel has fewer than two values, or the result would need more
+        than `max_bytes`.
+
+    Examples
+    --------
+    >>> import numpy as np, batchnorm as bn
+    >>> bn.jacobian(np.array([[-1.0], [-1.0], [1.0], [1.0]]), eps=0.0)
+    array([[[ 0.5, -0.5,  0. ,  0. ],
+            [-0.5,  0.5,  0. ,  0. ],
+            [ 0. ,  0. ,  0.5, -0.5],
+            [ 0. ,  0. , -0.5,  0.5]]])
+    """
+    _, saved = functional.forward(x, gamma, axis=axis, eps=eps)
+    xhat = textbook(saved).xhat
+    n, channels = saved.count, saved.mean.size
+    _check_bytes(channels * n * n, f"the Jacobian of x of shape {saved.x.shape} with axis={axis}", max_bytes)
+    scale = saved.gamma * saved.rstd
+    rows = np.moveaxis(xhat, saved.axis, 0).reshape(channels, n)
+    result = np.empty((channels, n, n))
+    for c in range(channels):
+        result[c] = scale[c] * (centering_matrix(n, max_bytes=max_bytes) - np.outer(rows[c], rows[c]) / n)
+    return result
+
+
+def _check_bytes(values: int, what: str, max_bytes: int) -> None:
+    if 8 * values > max_bytes:
+        raise ValueError(
+            f"{what} needs {8 * values / 2**20:,.0f} MiB, more than max_bytes = {max_bytes / 2**20:,.0f} MiB"
+        )
