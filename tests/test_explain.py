@@ -148,6 +148,14 @@ def test_the_two_sample_case(rng):
     np.testing.assert_array_equal(bn.forward(x - without_mean, eps=0.0)[0], y)
 
 
+def test_no_channels():
+    x = np.ones((4, 0, 2))
+    _, saved = bn.forward(x)
+    assert all(path.shape == x.shape for path in bn.pathways(x, saved))
+    assert bn.moment_gradients(x, saved).dvar.shape == (0,)
+    assert bn.jacobian(x).shape == (0, 8, 8)
+
+
 X, DY = np.ones((2, 3, 4, 5)), np.ones((2, 3, 4, 5))
 SAVED = bn.forward(X)[1]
 ONE, NONE = bn.forward(X[:1, :, :1, :1])[1], bn.forward(X[:0])[1]

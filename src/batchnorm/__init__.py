@@ -8,6 +8,7 @@ any number of threads and any processor.
 from ._config import show_config
 from ._threads import get_num_threads, set_num_threads
 from ._version import __version__
+from .diagnosis import Diagnosis, diagnose
 from .explain import Pathways, centering_matrix, jacobian, moment_gradients, pathways
 from .functional import (
     Gradients,
@@ -24,6 +25,7 @@ from .reference import MomentGradients
 
 __all__ = [
     "BatchNorm",
+    "Diagnosis",
     "Gradients",
     "InferenceGradients",
     "MomentGradients",
@@ -32,6 +34,7 @@ __all__ = [
     "__version__",
     "backward",
     "centering_matrix",
+    "diagnose",
     "forward",
     "get_num_threads",
     "inference",

@@ -5,6 +5,7 @@ reaches the loss: directly, through the mean and through the variance. Work is d
 it; note that NumPy adds float32 values along the first axes one after the other, so a large batch loses digits.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,6 +22,11 @@ class Cache(NamedTuple):
     rstd: Array
     gamma: Array
     axes: tuple[int, ...]
+
+    @property
+    def n(self) -> Any:
+        """Values of one channel, in the dtype of x."""
+        return self.xmu.dtype.type(math.prod(self.xmu.shape[i] for i in self.axes))
 
 
 class MomentGradients(NamedTuple):
@@ -64,7 +70,7 @@ def forward(x: Array, gamma: Array, beta: Array, axis: int = 1, eps: float = 1e-
 def moment_gradients(dy: Array, cache: Cache) -> MomentGradients:
     """The paper's section 3: how the loss changes with xhat, with σ² and with μ."""
     xmu, _, rstd, gamma, axes = cache
-    n = dy.dtype.type(dy.size / rstd.size)
+    n = cache.n
     dxhat = dy * gamma
     dvar = (dxhat * xmu).sum(axis=axes, keepdims=True) * rstd**3 / -2
     dmean = -(dxhat * rstd).sum(axis=axes, keepdims=True) - dvar * 2 * xmu.sum(axis=axes, keepdims=True) / n
@@ -74,7 +80,7 @@ def moment_gradients(dy: Array, cache: Cache) -> MomentGradients:
 def backward_terms(dy: Array, cache: Cache) -> Terms:
     """Each term of dx by itself: xhat, μ and σ² all depend on x."""
     xmu, xhat, rstd, _, axes = cache
-    n = dy.dtype.type(dy.size / rstd.size)
+    n = cache.n
     dxhat, dvar, dmean = moment_gradients(dy, cache)
     dbeta = dy.sum(axis=axes)
     dgamma = (dy * xhat).sum(axis=axes)

@@ -1,0 +1,144 @@
+"""Gradients of batch normalization as people write them, each with one mistake, in the dtype of x.
+
+Two styles: the graph, node by node, and the compact formula. `dmean` and `dvar` are sums, `s` sums over a channel.
+"""
+
+import numpy as np
+
+
+class Pieces:
+    """What a forward pass leaves, by its usual names."""
+
+    def __init__(self, x, gamma, eps, axis):
+        self.axes = tuple(i for i in range(x.ndim) if i != axis % x.ndim)
+        self.x, self.eps = x, x.dtype.type(eps)
+        self.gamma = np.expand_dims(gamma, self.axes)
+        self.n = x.dtype.type(x.size // x.shape[axis])
+        self.mean = x.mean(axis=self.axes, keepdims=True)
+        self.xmu = x - self.mean
+        self.var = (self.xmu**2).mean(axis=self.axes, keepdims=True)
+        self.rstd = 1 / np.sqrt(self.var + self.eps)
+        self.xhat = self.xmu * self.rstd
+
+    def s(self, values):
+        return values.sum(axis=self.axes, keepdims=True)
+
+
+def graph(dy, p, *, dxhat=None, rstd=None, s_mean=None, s_var=None, n_mean=None, n_var=None, half=0.5, power=3):
+    """Node by node; each argument replaces one piece by a wrong one."""
+    rstd = p.rstd if rstd is None else rstd
+    dxhat = dy * p.gamma if dxhat is None else dxhat
+    s_mean, s_var = s_mean or p.s, s_var or p.s
+    n_mean, n_var = p.n if n_mean is None else n_mean, p.n if n_var is None else n_var
+    dvar = s_var(dxhat * p.xmu * -p.x.dtype.type(half) * rstd**power)
+    dmean = s_mean(-dxhat * rstd)
+    return dxhat * rstd + dmean / n_mean + dvar * 2 * p.xmu / n_var
+
+
+def compact(dy, p, *, gamma=None, rstd=None, xhat=None, s_mean=None, s_var=None, n=None):
+    """gamma·rstd/n·(n·dy − Σdy − xhat·Σdy·xhat), with wrong pieces."""
+    gamma, rstd = p.gamma if gamma is None else gamma, p.rstd if rstd is None else rstd
+    xhat, n = p.xhat if xhat is None else xhat, p.n if n is None else n
+    s_mean, s_var = s_mean or p.s, s_var or p.s
+    return gamma * rstd / n * (p.n * dy - s_mean(dy) - xhat * s_var(dy * xhat))
+
+
+def no_axis(values):
+    return values.sum()
+
+
+def without_batch(p):
+    return lambda values: values.sum(axis=p.axes[1:], keepdims=True)
+
+
+def right(dy, p):
+    return graph(dy, p)
+
+
+def unbiased(p):
+    return 1 / np.sqrt(p.var * p.n / (p.n - 1) + p.eps)
+
+
+SLIPS = {
+    "second term of dmean left out": [right],
+    "mean pathway missing": [
+        lambda dy, p: dy * p.gamma * p.rstd - p.gamma * p.rstd * p.xhat * p.s(dy * p.xhat) / p.n,
+        lambda dy, p: graph(dy, p, s_mean=lambda values: 0 * p.s(values)),
+    ],
+    "variance pathway missing": [
+        lambda dy, p: p.gamma * p.rstd * (dy - dy.mean(axis=p.axes, keepdims=True)),
+        lambda dy, p: graph(dy, p, s_var=lambda values: 0 * p.s(values)),
+    ],
+    "mean and variance pathways missing": [lambda dy, p: dy * p.gamma * p.rstd],
+    "direct pathway missing": [lambda dy, p: graph(dy, p) - dy * p.gamma * p.rstd],
+    "gamma forgotten": [lambda dy, p: graph(dy, p, dxhat=dy), lambda dy, p: compact(dy, p, gamma=1)],
+    "gamma applied twice": [lambda dy, p: p.gamma * graph(dy, p)],
+    "1/n forgotten": [
+        lambda dy, p: graph(dy, p, n_mean=1, n_var=1),
+        lambda dy, p: compact(dy, p, n=1),
+    ],
+    "1/n forgotten in the mean pathway": [lambda dy, p: graph(dy, p, n_mean=1)],
+    "1/n forgotten in the variance pathway": [lambda dy, p: graph(dy, p, n_var=1)],
+    "n - 1 in place of n": [
+        lambda dy, p: graph(dy, p, n_mean=p.n - 1, n_var=p.n - 1),
+        lambda dy, p: graph(dy, p, n_var=p.n - 1),
+        lambda dy, p: compact(dy, p, n=p.n - 1),
+    ],
+    "n - 1 in the variance": [
+        lambda dy, p: graph(dy, p, rstd=unbiased(p)),
+        lambda dy, p: graph(dy, p, rstd=unbiased(p), n_var=p.n - 1),
+        lambda dy, p: compact(dy, p, rstd=unbiased(p), xhat=p.xmu * unbiased(p)),
+    ],
+    "eps outside the root": [
+        lambda dy, p: graph(dy, p, rstd=1 / (np.sqrt(p.var) + p.eps)),
+        lambda dy, p: compact(dy, p, rstd=1 / (np.sqrt(p.var) + p.eps)),
+    ],
+    "eps forgotten": [lambda dy, p: graph(dy, p, rstd=1 / np.sqrt(p.var))],
+    "variance taken for the standard deviation": [
+        lambda dy, p: graph(dy, p, rstd=1 / (p.var + p.eps)),
+        lambda dy, p: compact(dy, p, rstd=1 / p.var),
+    ],
+    "variance taken for the inverse standard deviation": [
+        lambda dy, p: graph(dy, p, rstd=p.var + p.eps),
+        lambda dy, p: compact(dy, p, rstd=p.var),
+    ],
+    "standard deviation taken for its inverse": [
+        lambda dy, p: graph(dy, p, rstd=np.sqrt(p.var + p.eps)),
+        lambda dy, p: compact(dy, p, rstd=np.sqrt(p.var + p.eps)),
+    ],
+    "sum over the channels too": [
+        lambda dy, p: graph(dy, p, s_mean=no_axis),
+        lambda dy, p: graph(dy, p, s_var=no_axis),
+        lambda dy, p: compact(dy, p, s_mean=no_axis, s_var=no_axis),
+        lambda dy, p: compact(dy, p, s_mean=no_axis),
+    ],
+    "sum without the batch axis": [
+        lambda dy, p: graph(dy, p, s_mean=without_batch(p)),
+        lambda dy, p: compact(dy, p, s_mean=without_batch(p), s_var=without_batch(p)),
+        lambda dy, p: compact(dy, p, s_var=without_batch(p)),
+    ],
+    "rstd not cubed": [lambda dy, p: graph(dy, p, power=1), lambda dy, p: graph(dy, p, power=2)],
+    "factor 2 in the variance pathway": [lambda dy, p: graph(dy, p, half=1), lambda dy, p: graph(dy, p, half=0.25)],
+    "wrong sign": [lambda dy, p: -graph(dy, p)],
+    "wrong sign of the mean pathway": [lambda dy, p: graph(dy, p, n_mean=-p.n)],
+    "wrong sign of the variance pathway": [lambda dy, p: graph(dy, p, half=-0.5)],
+    "wrong sign of both pathways": [lambda dy, p: graph(dy, p, half=-0.5, n_mean=-p.n)],
+    "second term of dmean not summed": [
+        lambda dy, p: (
+            graph(dy, p) + p.s(dy * p.gamma * p.xmu * -0.5 * p.rstd**3).astype(dy.dtype) * -2 * p.xmu / p.n / p.n
+        )
+    ],
+}
+
+PARAMETER_SLIPS = {
+    "wrong sign": lambda dy, p: (-p.s(dy * p.xhat), -p.s(dy)),
+    "dgamma and dbeta exchanged": lambda dy, p: (p.s(dy), p.s(dy * p.xhat)),
+    "mean in place of the sum": lambda dy, p: (
+        (dy * p.xhat).mean(axis=p.axes, keepdims=True),
+        dy.mean(axis=p.axes, keepdims=True),
+    ),
+    "sum over the channels too": lambda dy, p: (0 * p.mean + (dy * p.xhat).sum(), 0 * p.mean + dy.sum()),
+    "dxhat in place of dy": lambda dy, p: (p.s(dy * p.gamma * p.xhat), p.s(dy * p.gamma)),
+    "x - μ in place of xhat": lambda dy, p: (p.s(dy * p.xmu), None),
+    "x in place of xhat": lambda dy, p: (p.s(dy * p.x), None),
+}

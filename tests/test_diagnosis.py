@@ -1,0 +1,262 @@
+"""Every slip of the catalogue is made by hand and must be named; right gradients must be called correct."""
+
+import hand_written
+import numpy as np
+import pytest
+from hand_written import Pieces
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import batchnorm as bn
+from batchnorm import slips
+
+DTYPES = ["float32", "float64"]
+SHAPES = {"(N, C)": ((24, 5), 1), "NCHW": ((6, 4, 5, 3), 1), "NHWC": ((6, 5, 3, 4), -1), "channels first": ((4, 17), 0)}
+SECOND_TERM = "second term of dmean left out"
+
+
+def problem(shape, axis, dtype, seed=5, eps=1e-5):
+    """A batch whose channels have offsets and spreads of their own, so that nothing is 1 by accident."""
+    rng = np.random.default_rng(seed)
+    channels = np.expand_dims(np.arange(1, shape[axis] + 1), [i for i in range(len(shape)) if i != axis % len(shape)])
+    x = (rng.standard_normal(shape) * (0.4 + 0.3 * channels) + channels).astype(dtype)
+    dy = (rng.standard_normal(shape) + 0.5).astype(dtype)
+    gamma = (rng.random(shape[axis]) + 1.5).astype(dtype)
+    return dy, bn.forward(x, gamma, axis=axis, eps=eps)[1], Pieces(x, gamma, eps, axis)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def level():
+    """Once is enough: it is NumPy on top of the statistics."""
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("shape", "axis"), SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("name", hand_written.SLIPS)
+def test_every_slip_is_named(name, shape, axis, dtype):
+    dy, saved, pieces = problem(shape, axis, dtype)
+    for wrong in hand_written.SLIPS[name]:
+        dx = wrong(dy, pieces)
+        assert dx.dtype == dtype
+        diagnosis = bn.diagnose(dx, dy, saved)
+        if name == SECOND_TERM:
+            assert diagnosis.correct
+            assert f"{SECOND_TERM}: harmless" in str(diagnosis)
+        else:
+            assert diagnosis.slip == name, diagnosis
+            assert str(diagnosis).startswith(f"{name}: ")
+            assert not diagnosis.correct
+
+
+def test_the_tests_have_the_whole_catalogue():
+    assert list(hand_written.SLIPS) == [slip.name for slip in slips.SLIPS]
+    assert list(hand_written.PARAMETER_SLIPS) == [slip.name for slip in slips.PARAMETER_SLIPS]
+
+
+@settings(max_examples=60)
+@given(
+    shape=st.tuples(st.integers(4, 40), st.integers(2, 6), st.integers(1, 5)),
+    name=st.sampled_from(list(hand_written.SLIPS)),
+    dtype=st.sampled_from(DTYPES),
+    eps=st.sampled_from([1e-5, 1e-3]),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_every_slip_is_named_on_any_data(shape, name, dtype, eps, seed):
+    dy, saved, pieces = problem(shape, 1, dtype, seed, eps)
+    for wrong in hand_written.SLIPS[name]:
+        expected = "correct" if name == SECOND_TERM else name
+        diagnosis = bn.diagnose(wrong(dy, pieces), dy, saved)
+        if diagnosis.slip != expected:  # then these data must be unable to tell them apart
+            assert expected in diagnosis.unseen, diagnosis
+
+
+@settings(max_examples=60)
+@given(
+    shape=st.lists(st.integers(1, 6), min_size=2, max_size=4).map(tuple),
+    axis=st.integers(0, 3),
+    dtype=st.sampled_from(DTYPES),
+    style=st.sampled_from([hand_written.graph, hand_written.compact]),
+    offset=st.sampled_from([0.0, 10.0]),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_the_right_gradient_is_correct(shape, axis, dtype, style, offset, seed):
+    shape = (*shape, 3)
+    axis %= len(shape)
+    rng = np.random.default_rng(seed)
+    x, dy = (rng.standard_normal(shape) + offset).astype(dtype), rng.standard_normal(shape).astype(dtype)
+    gamma = rng.standard_normal(shape[axis]).astype(dtype)
+    if x.size // shape[axis] < 3:
+        return
+    _, saved = bn.forward(x, gamma, axis=axis)
+    for dx in (bn.backward(dy, saved).dx, sum(bn.pathways(dy, saved)), style(dy, Pieces(x, gamma, 1e-5, axis))):
+        diagnosis = bn.diagnose(dx, dy, saved)
+        assert diagnosis.slip == "correct", diagnosis
+        assert diagnosis.correct
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_large_batch_of_float32_summed_by_numpy_is_correct(dtype):
+    """20000 values added one after the other lose digits, which is no slip."""
+    dy, saved, pieces = problem((20000, 3), 1, dtype)
+    diagnosis = bn.diagnose(hand_written.right(dy, pieces), dy, saved)
+    assert diagnosis.correct, diagnosis
+    assert diagnosis.error < 1e-4
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", hand_written.PARAMETER_SLIPS)
+def test_slips_in_the_gradients_of_the_parameters(name, dtype):
+    dy, saved, pieces = problem((24, 5), 1, dtype)
+    dx, dgamma, dbeta = bn.backward(dy, bn.forward(pieces.x, saved.gamma, saved.gamma)[1])
+    wrong_dgamma, wrong_dbeta = hand_written.PARAMETER_SLIPS[name](dy, pieces)
+    diagnosis = bn.diagnose(dx, dy, saved, wrong_dgamma.ravel(), dbeta)
+    assert (diagnosis.slip, diagnosis.dgamma, diagnosis.dbeta) == ("correct", name, "correct")
+    assert not diagnosis.correct
+    assert f"dgamma: {name}." in str(diagnosis)
+    if wrong_dbeta is not None:
+        diagnosis = bn.diagnose(dx, dy, saved, dgamma, wrong_dbeta.ravel())
+        assert (diagnosis.slip, diagnosis.dgamma, diagnosis.dbeta) == ("correct", "correct", name)
+    assert bn.diagnose(dx, dy, saved, dgamma, dbeta).correct
+    assert bn.diagnose(dx, dy, saved, dgamma + 1, dbeta).dgamma == "unknown"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_transposed_layouts(dtype):
+    dy, saved, _ = problem((6, 4, 5, 5), 1, dtype)
+    dx = bn.backward(dy, saved).dx
+    for wrong in (
+        dx.transpose(0, 2, 3, 1),
+        dx.transpose(0, 1, 3, 2),
+        dx.transpose(0, 2, 3, 1).reshape(dx.shape),
+        dx.swapaxes(0, 1),
+    ):
+        diagnosis = bn.diagnose(wrong, dy, saved)
+        assert diagnosis.slip == "transposed layout", diagnosis
+    dy, saved, _ = problem((7, 4), 1, dtype)
+    dx = bn.backward(dy, saved).dx
+    assert "(1, 0)" in str(bn.diagnose(dx.T, dy, saved))
+    assert bn.diagnose(dx.T + 1, dy, saved).slip == "unknown"
+
+
+HIDING = {
+    "ones": lambda p: np.ones_like(p.x),
+    "zeros": lambda p: np.zeros_like(p.x),
+    "constant": lambda p: 0 * p.x + p.gamma,
+    "proportional to xhat": lambda p: p.gamma * p.xhat,
+    "y": lambda p: p.gamma * p.xhat + p.mean,
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("hiding", HIDING.values(), ids=HIDING)
+def test_a_dy_that_cannot_tell(hiding, dtype):
+    """Whatever dx is: the right one, one without the paths, or 0."""
+    _, saved, pieces = problem((24, 5), 1, dtype)
+    dy = hiding(pieces)
+    for dx in (bn.backward(dy, saved).dx, dy * pieces.gamma * pieces.rstd, np.zeros_like(dy)):
+        diagnosis = bn.diagnose(dx, dy, saved)
+        assert diagnosis.slip == "this dy cannot tell"
+        assert not diagnosis.correct
+        assert str(diagnosis).startswith(
+            "this dy cannot tell: in every channel it is a constant plus a multiple of xhat"
+        )
+    if dy.any():
+        assert "wrong all the same" not in str(bn.diagnose(bn.backward(dy, saved).dx, dy, saved))
+        assert "all the same" in str(bn.diagnose(dy + 3, dy, saved))
+
+
+def test_two_values_in_a_channel_never_tell():
+    dy, saved, _ = problem((2, 5), 1, "float64")
+    assert "two values in a channel" in str(bn.diagnose(bn.backward(dy, saved).dx, dy, saved))
+
+
+def test_one_channel_that_tells_is_enough():
+    dy, saved, pieces = problem((24, 5), 1, "float64")
+    dy[:, 1:] = 1
+    assert bn.diagnose(hand_written.SLIPS["variance pathway missing"][0](dy, pieces), dy, saved).slip == (
+        "variance pathway missing"
+    )
+
+
+def test_what_these_data_could_not_have_shown():
+    dy, _, pieces = problem((24, 5), 1, "float64")
+    _, saved = bn.forward(pieces.x, eps=0.0)
+    diagnosis = bn.diagnose(bn.backward(dy, saved).dx, dy, saved)
+    expected = {SECOND_TERM, "gamma forgotten", "gamma applied twice", "eps outside the root", "eps forgotten"}
+    assert set(diagnosis.unseen) == expected
+    assert "these data would not have shown: gamma forgotten" in str(diagnosis)
+
+
+def test_what_no_slip_explains(rng):
+    dy, saved, _ = problem((24, 5), 1, "float64")
+    direct, mean, variance = bn.pathways(dy, saved)
+    diagnosis = bn.diagnose(direct + 0.3 * mean + 4 * variance, dy, saved)
+    assert diagnosis.slip == "unknown"
+    np.testing.assert_allclose(diagnosis.pathways, (1, 0.3, 4), rtol=1e-9)
+    assert "1·direct + 0.3·mean + 4·variance" in str(diagnosis)
+    noise = bn.diagnose(rng.standard_normal(dy.shape), dy, saved)
+    assert noise.slip == "unknown"
+    nearly = bn.backward(dy, saved).dx * (1 + 1e-6)
+    assert bn.diagnose(nearly, dy, saved).slip == "unknown"
+    assert bn.diagnose(nearly.astype("f"), dy, saved).slip == "correct"
+
+
+X = np.arange(24.0).reshape(2, 3, 4)
+SAVED = bn.forward(X)[1]
+NAN = np.where(X == 5, np.nan, X)
+BAD = {
+    "saved": (lambda: bn.diagnose(X, X, X), TypeError, "saved must be what forward returned, got ndarray"),
+    "dy of another layout": (
+        lambda: bn.diagnose(X, X.swapaxes(1, 2), SAVED),
+        ValueError,
+        "dy must have the shape of x",
+    ),
+    "dx of another shape": (
+        lambda: bn.diagnose(X[0], X, SAVED),
+        ValueError,
+        r"dx must have the shape of x, \(2, 3, 4\), or its axes in another order, got \(3, 4\)",
+    ),
+    "dx of integers": (
+        lambda: bn.diagnose(X.astype(int), X, SAVED),
+        TypeError,
+        "dx must have dtype float32 or float64",
+    ),
+    "NaN in dx": (lambda: bn.diagnose(NAN, X, SAVED), ValueError, r"dx must be finite, got nan at \(0, 1, 1\)"),
+    "NaN in dy": (lambda: bn.diagnose(X, NAN, SAVED), ValueError, r"dy must be finite, got nan at \(0, 1, 1\)"),
+    "NaN in x": (
+        lambda: bn.diagnose(X, X, bn.forward(NAN)[1]),
+        ValueError,
+        r"x must be finite, got nan at \(0, 1, 1\)",
+    ),
+    "dgamma too short": (
+        lambda: bn.diagnose(X, X, SAVED, np.ones(2)),
+        ValueError,
+        r"dgamma must have shape \(3,\), got \(2,\)",
+    ),
+    "dbeta a number": (
+        lambda: bn.diagnose(X, X, SAVED, None, 3.0),
+        ValueError,
+        r"dbeta must have shape \(3,\), got \(\)",
+    ),
+    "n = 1": (
+        lambda: bn.diagnose(X[:1, :, :1], X[:1, :, :1], bn.forward(X[:1, :, :1])[1]),
+        ValueError,
+        r"x must have at least 2 values per channel, got shape \(1, 3, 1\)",
+    ),
+    "no channels": (
+        lambda: bn.diagnose(np.ones((4, 0)), np.ones((4, 0)), bn.forward(np.ones((4, 0)))[1]),
+        ValueError,
+        r"x must have channels, got shape \(4, 0\) with axis=1",
+    ),
+    "n = 0": (
+        lambda: bn.diagnose(X[:0], X[:0], bn.forward(X[:0])[1]),
+        ValueError,
+        "x must have at least 2 values per channel",
+    ),
+}
+
+
+@pytest.mark.parametrize(("call", "error", "message"), BAD.values(), ids=BAD)
+def test_bad_input(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
