@@ -13,7 +13,7 @@ import pytest
 import batchnorm as bn
 from batchnorm import _cpu, _dispatch
 
-DOCUMENTED = ["functional", "layer", "reference", "explain", "diagnosis", "_threads", "_config"]
+DOCUMENTED = ["functional", "layer", "reference", "explain", "diagnosis", "cs231n", "_threads", "_config"]
 
 
 @pytest.mark.parametrize("name", DOCUMENTED)

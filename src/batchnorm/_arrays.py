@@ -138,10 +138,10 @@ def as_eps(eps: float) -> float:
     return value
 
 
-def as_momentum(momentum: float) -> float:
+def as_momentum(momentum: float, weighs: str = "new batch") -> float:
     value = _as_number(momentum, "momentum")
     if not 0 <= value <= 1:
-        raise ValueError(f"momentum, the weight of the new batch, must be between 0 and 1, got {value}")
+        raise ValueError(f"momentum, the weight of the {weighs}, must be between 0 and 1, got {value}")
     return value
 
 

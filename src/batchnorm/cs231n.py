@@ -1,0 +1,171 @@
+"""The functions of Stanford's CS231n batch normalization assignment by their names, on the compiled kernels.
+
+    from batchnorm.cs231n import batchnorm_forward, batchnorm_backward, batchnorm_backward_alt
+    from batchnorm.cs231n import spatial_batchnorm_forward, spatial_batchnorm_backward
+
+in place of one's own, and everything around them runs as before: same arguments, same `bn_param`, same results. What
+that course does differently from the rest of this package:
+
+- Running statistics are created at zero, the variance too, on the first call, and live in `bn_param`.
+- Its momentum, 0.9, is the weight of the OLD value: running ← momentum·running + (1 − momentum)·batch.
+- The running variance takes the biased variance of the batch.
+- `mode` is "train" or "test"; in test mode there is no cache.
+- `cache` is nobody's business but the functions'; here it is what `batchnorm.forward` calls `saved`.
+
+The course has two backward passes, one along the graph and one simplified on paper. They compute the same, and there
+is one kernel; `batchnorm.pathways` has the terms of the graph.
+"""
+
+from collections.abc import MutableMapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from . import _arrays, functional
+from ._arrays import Array
+from .functional import Gradients, Saved
+
+Cache = Saved | None
+
+
+def batchnorm_forward(
+    x: ArrayLike, gamma: ArrayLike, beta: ArrayLike, bn_param: MutableMapping[str, Any]
+) -> tuple[Array, Cache]:
+    """y = gamma·(x − μ)/√(σ² + eps) + beta for x of shape (N, D).
+
+    In mode "train" μ and σ² are those of the batch, Σx/N and Σ(x − μ)²/N, and the running statistics are moved,
+    running ← momentum·running + (1 − momentum)·batch; in mode "test" they are the running statistics.
+
+    Parameters
+    ----------
+    x : array_like of float32 or float64, shape (N, D)
+    gamma, beta : array_like, shape (D,)
+    bn_param : dict
+        "mode": "train" or "test". "eps": 1e-5 if missing. "momentum": the weight of the OLD value, 0.9 if missing.
+        "running_mean", "running_var": of shape (D,), zeros if missing; in mode "train" new arrays are put there.
+
+    Returns
+    -------
+    out : ndarray, shape (N, D)
+    cache : Saved, or None in mode "test"
+        For `batchnorm_backward`.
+
+    Raises
+    ------
+    KeyError
+        If `bn_param` has no "mode".
+    TypeError
+        If a dtype is neither float32 nor float64.
+    ValueError
+        If a shape or an entry of `bn_param` does not fit. Nothing is changed then.
+
+    References
+    ----------
+    Stanford CS231n, assignment 2, https://cs231n.github.io.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> bn_param = {"mode": "train"}
+    >>> out, cache = batchnorm_forward(np.array([[1.0], [3.0]]), np.ones(1), np.zeros(1), bn_param)
+    >>> bn_param["running_mean"].round(12), bn_param["running_var"].round(12)
+    (array([0.2]), array([0.1]))
+    """
+    return _forward(_with_dimensions(x, 2, "(N, D)"), gamma, beta, bn_param)
+
+
+def batchnorm_backward(dout: ArrayLike, cache: Cache) -> Gradients:
+    """dx = gamma·rstd·(dout − dbeta/N − xhat·dgamma/N), dgamma = Σdout·xhat, dbeta = Σdout.
+
+    Parameters
+    ----------
+    dout : array_like, shape (N, D)
+    cache : Saved
+        From `batchnorm_forward` in mode "train".
+
+    Returns
+    -------
+    dx, dgamma, dbeta : ndarray
+
+    Raises
+    ------
+    TypeError, ValueError
+        If `cache` is not from mode "train", or dout does not fit.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> out, cache = batchnorm_forward(np.array([[1.0], [2.0], [6.0]]), np.ones(1), np.zeros(1), {"mode": "train"})
+    >>> dx, dgamma, dbeta = batchnorm_backward(np.array([[1.0], [0.0], [0.0]]), cache)
+    >>> dbeta
+    array([1.])
+    """
+    if not isinstance(cache, Saved):
+        raise TypeError(f"cache must be what the forward pass returned in mode 'train', got {type(cache).__name__}")
+    return functional.backward(dout, cache)
+
+
+def batchnorm_backward_alt(dout: ArrayLike, cache: Cache) -> Gradients:
+    """The same as `batchnorm_backward`; the assignment's name for the simplified derivation."""
+    return batchnorm_backward(dout, cache)
+
+
+def spatial_batchnorm_forward(
+    x: ArrayLike, gamma: ArrayLike, beta: ArrayLike, bn_param: MutableMapping[str, Any]
+) -> tuple[Array, Cache]:
+    """`batchnorm_forward` for x of shape (N, C, H, W), a channel's statistics taken over N, H and W.
+
+    Parameters
+    ----------
+    x : array_like of float32 or float64, shape (N, C, H, W)
+    gamma, beta : array_like, shape (C,)
+    bn_param : dict
+        As for `batchnorm_forward`, the running statistics of shape (C,).
+
+    Returns
+    -------
+    out : ndarray, shape (N, C, H, W)
+    cache : Saved, or None in mode "test"
+
+    Raises
+    ------
+    KeyError, TypeError, ValueError
+        As `batchnorm_forward`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> x = np.arange(16.0).reshape(2, 2, 2, 2)
+    >>> out, cache = spatial_batchnorm_forward(x, np.ones(2), np.zeros(2), {"mode": "train", "eps": 0.0})
+    >>> out.mean(axis=(0, 2, 3)).round(12), out.var(axis=(0, 2, 3)).round(12)
+    (array([0., 0.]), array([1., 1.]))
+    """
+    return _forward(_with_dimensions(x, 4, "(N, C, H, W)"), gamma, beta, bn_param)
+
+
+def spatial_batchnorm_backward(dout: ArrayLike, cache: Cache) -> Gradients:
+    """`batchnorm_backward` for dout of shape (N, C, H, W)."""
+    return batchnorm_backward(dout, cache)
+
+
+def _with_dimensions(x: ArrayLike, dimensions: int, wanted: str) -> Array:
+    array = _arrays.as_float(x, "x")
+    if array.ndim != dimensions:
+        raise ValueError(f"x must have shape {wanted}, got {array.shape}")
+    return array
+
+
+def _forward(x: Array, gamma: ArrayLike, beta: ArrayLike, bn_param: MutableMapping[str, Any]) -> tuple[Array, Cache]:
+    mode, eps = bn_param["mode"], bn_param.get("eps", 1e-5)
+    if mode not in ("train", "test"):
+        raise ValueError(f"bn_param['mode'] must be 'train' or 'test', got {mode!r}")
+    weight_of_old = _arrays.as_momentum(bn_param.get("momentum", 0.9), "old value")
+    mean, var = (bn_param.get(name, np.zeros(x.shape[1], x.dtype)) for name in ("running_mean", "running_var"))
+    if mode == "test":
+        return functional.inference(x, mean, var, gamma, beta, eps=eps), None
+    running_mean, running_var = np.array(mean), np.array(var)
+    y, saved = functional.forward(x, gamma, beta, eps=eps)
+    functional.update_running(running_mean, running_var, saved, momentum=1 - weight_of_old, unbiased=False)
+    bn_param["running_mean"], bn_param["running_var"] = running_mean, running_var
+    return y, saved
