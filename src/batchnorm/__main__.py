@@ -10,7 +10,8 @@ import sys
 from collections.abc import Sequence
 
 COMMANDS = {
-    "profile": "time forward, backward and inference on the layer shapes of real networks",
+    "explain": ("worked_example", "follow a gradient through four values, by its three pathways"),
+    "profile": ("profile", "time forward, backward and inference on the layer shapes of real networks"),
 }
 
 
@@ -18,13 +19,13 @@ def main(argv: Sequence[str]) -> int:
     """Run one command and return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m batchnorm", description="Batch normalization for NumPy.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    for name, summary in COMMANDS.items():
+    for name, (_, summary) in COMMANDS.items():
         commands.add_parser(name, help=summary, description=f"{summary.capitalize()}.")
     if not argv:
         parser.print_help(sys.stderr)
         return 2
     name = parser.parse_args(argv[:1]).command
-    command = importlib.import_module(f"batchnorm.{name}")
+    command = importlib.import_module(f"batchnorm.{COMMANDS[name][0]}")
     command.add_arguments(commands.choices[name])
     arguments = parser.parse_args(argv)
     try:

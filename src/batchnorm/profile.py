@@ -14,7 +14,6 @@
 """
 
 import argparse
-import importlib
 import itertools
 import json
 import os
@@ -32,6 +31,7 @@ import numpy as np
 
 from . import functional, reference
 from ._config import show_config
+from ._extras import require
 from ._threads import get_num_threads
 from .reference import Array
 
@@ -80,11 +80,7 @@ NETWORKS: dict[str, Mapping[tuple[int, int], int]] = {
 
 
 def _import(module: str, requirement: str = "batchnorm[profile]") -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        package, install = module.partition(".")[0], f"python -m pip install '{requirement}'"
-        raise SystemExit(f"python -m batchnorm profile: {package} is missing, install it with {install}") from None
+    return require(module, "profile", requirement)
 
 
 class Problem(NamedTuple):

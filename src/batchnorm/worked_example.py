@@ -1,0 +1,177 @@
+"""`python -m batchnorm explain`: batch normalization of four values, every number of it, in the terminal.
+
+- The numbers are those of the library, `forward`, `moment_gradients`, `pathways` and `backward`; beside each gradient
+  stands a central difference of the loss Σ y·dy, so nothing has to be believed.
+- A pathway is a way in which x occurs in y: by itself, in the mean, in the variance. Its difference moves that
+  occurrence alone.
+- Values have one decimal and no two are equal, so that they can be followed with pencil and paper.
+"""
+
+import argparse
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+import numpy as np
+
+from . import explain, functional
+from ._extras import require
+from .reference import Array
+
+GAMMA, BETA, EPS = 1.5, 0.5, 1e-5
+STEP = 1e-5
+GIVEN = ("x", "dy")
+WIDTH = 80
+
+FORWARD = """
+[bold]Forward.[/] One channel of n = {n} values; gamma = {gamma}, beta = {beta}, eps = {eps}.
+
+  mean μ  = Σx/n           = {mean:8.4f}
+  var  σ² = Σ(x − μ)²/n    = {var:8.4f}
+  rstd    = 1/√(σ² + eps)  = {rstd:8.4f}
+"""
+
+BACKWARD = """
+[bold]Backward.[/] dy is the gradient of a loss with respect to y. μ and σ² are made of
+the batch, so x reaches the loss in three ways, and dx has three terms:
+
+  dxhat = dy·gamma
+  dvar  = Σ dxhat·(x − μ)·(−½)·rstd³            = {dvar:8.4f}
+  dmean = −rstd·Σ dxhat + dvar·(−2/n)·Σ(x − μ)  = {dmean:8.4f}
+  dx    = dxhat·rstd + dmean/n + dvar·2(x − μ)/n
+        =   direct   +  mean   +    variance
+
+Each "diff" is the central difference of the loss, step {step:g}, when x is moved
+in that way alone: by itself, in μ, in σ², or in all three.
+"""
+
+CENTERING = """
+[bold]Not 1 − 1 = 0.[/] ∂(x − μ)/∂x is not a number but the matrix I − 11ᵀ/n: each x
+moves its own deviation by {diagonal:g} and the other {others} by {other:g}. Its columns add up
+to 0, and so does dx ({total:.0e}): moving all of x would move nothing.
+"""
+
+TWO = """
+[bold]Two values,[/] eps = 0. Whatever they are, xhat is −1 and 1: there is nothing to
+gain by moving them, and the right dx is 0. Without the mean pathway dx moves
+both by the same amount, step after step, and y stays what it was:
+"""
+
+
+def loss(dy: Array, direct: Array, of_mean: Array, of_var: Array, eps: float) -> float:
+    """Σ y·dy, with an x for each way in which x occurs in y."""
+    xhat = (direct - of_mean.mean()) / np.sqrt(of_var.var() + eps)
+    return float((dy * (GAMMA * xhat + BETA)).sum())
+
+
+def differences(dy: Array, x: Array, eps: float, moves: tuple[bool, bool, bool]) -> Array:
+    """Central differences of the loss by each value, in those occurrences of x that move."""
+
+    def at(moved: Array) -> float:
+        direct, of_mean, of_var = (moved if moves_too else x for moves_too in moves)
+        return loss(dy, direct, of_mean, of_var, eps)
+
+    steps = STEP * np.eye(x.size)
+    return np.array([(at(x + step) - at(x - step)) / (2 * STEP) for step in steps])
+
+
+DIRECT, MEAN, VARIANCE, ALL = (True, False, False), (False, True, False), (False, False, True), (True, True, True)
+WITHOUT_MEAN = (True, False, True)
+
+
+def _numbers(rng: np.random.Generator, n: int, least: int = -30) -> Array:
+    """Different values with one decimal, from least/10 on."""
+    return rng.choice(np.arange(least, 60), n, replace=False) / 10
+
+
+def _table(columns: Sequence[tuple[str, str, Array]]) -> Any:
+    """Columns of numbers: header, style, values."""
+    table = require("rich.table", "explain", "batchnorm[explain]").Table
+    box = require("rich.box", "explain", "batchnorm[explain]")
+    grid = table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 0, 0, 1))
+    for header, style, _ in columns:
+        grid.add_column(header, style=style, header_style=style, justify="right", no_wrap=True)
+    # Numbers that were chosen have one decimal; adding 0 turns −0 into 0.
+    texts = [
+        [f"{round(value, 4) + 0.0:.{1 if name in GIVEN else 4}f}" for value in values] for name, _, values in columns
+    ]
+    for row in zip(*texts, strict=True):
+        grid.add_row(*row)
+    return grid
+
+
+def _four_values(show: Callable[[Any], None], rng: np.random.Generator) -> None:
+    x, dy = _numbers(rng, 4), _numbers(rng, 4)
+    column = x[:, None]
+    y, saved = functional.forward(column, [GAMMA], [BETA], eps=EPS)
+    xhat = (x - saved.mean) * saved.rstd
+    show(
+        FORWARD.format(
+            n=x.size, gamma=GAMMA, beta=BETA, eps=EPS, mean=saved.mean[0], var=saved.var[0], rstd=saved.rstd[0]
+        )
+    )
+    show(_table([("x", "", x), ("x − μ", "", x - saved.mean), ("xhat", "", xhat), ("y", "bold", y[:, 0])]))
+    _, dvar, dmean = explain.moment_gradients(dy[:, None], saved)
+    paths = explain.pathways(dy[:, None], saved)
+    dx = functional.backward(dy[:, None], saved).dx
+    assert dx is not None
+    show(BACKWARD.format(dvar=dvar[0], dmean=dmean[0], step=STEP))
+    columns = [("dy", "", dy)]
+    for name, style, values, moves in (
+        ("direct", "green", paths.direct, DIRECT),
+        ("mean", "yellow", paths.mean, MEAN),
+        ("variance", "magenta", paths.variance, VARIANCE),
+        ("dx", "bold", dx, ALL),
+    ):
+        columns += [(name, style, values[:, 0]), ("diff", "dim", differences(dy, x, EPS, moves))]
+    show(_table(columns))
+    row = explain.centering_matrix(x.size)[0]
+    show(CENTERING.format(diagonal=row[0], other=row[1], others=x.size - 1, total=abs(dx.sum())))
+
+
+def _two_values(show: Callable[[Any], None], rng: np.random.Generator) -> None:
+    x, dy = _numbers(rng, 2), _numbers(rng, 2, least=1)
+    y, saved = functional.forward(x[:, None], [GAMMA], [BETA], eps=0.0)
+    dx = functional.backward(dy[:, None], saved).dx
+    without = functional.backward(dy[:, None], saved, through=("variance",)).dx
+    assert dx is not None
+    assert without is not None
+    after = functional.forward(x[:, None] - without, [GAMMA], [BETA], eps=0.0)[0]
+    show(TWO)
+    show(
+        _table(
+            [
+                ("x", "", x),
+                ("y", "bold", y[:, 0]),
+                ("dy", "", dy),
+                ("dx", "bold", dx[:, 0]),
+                ("diff", "dim", differences(dy, x, 0.0, ALL)),
+                ("no mean", "yellow", without[:, 0]),
+                ("diff", "dim", differences(dy, x, 0.0, WITHOUT_MEAN)),
+                ("new x", "", x - without[:, 0]),
+                ("new y", "bold", after[:, 0]),
+            ]
+        )
+    )
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be a whole number, at least 0, got {text!r}")
+    return int(text)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
+    parser.add_argument("--seed", type=_seed, default=0, metavar="N", help="of the numbers (default 0)")
+
+
+def run(arguments: argparse.Namespace, _error: Callable[[str], NoReturn]) -> int:
+    """Print the example."""
+    console = require("rich.console", "explain", "batchnorm[explain]").Console
+    screen = console()
+    screen = console(width=max(WIDTH, screen.width) if screen.is_terminal else WIDTH)
+    rng = np.random.default_rng(arguments.seed)
+    for part in (_four_values, _two_values):
+        part(lambda what: screen.print(what, highlight=False, soft_wrap=isinstance(what, str)), rng)
+    screen.print("\nMore: help(batchnorm.pathways), docs/derivation.md.", highlight=False)
+    return 0
