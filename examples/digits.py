@@ -19,7 +19,7 @@ import argparse
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -170,6 +170,33 @@ def batches(x: Array, labels: Labels, generator: Generator) -> Iterator[tuple[Ar
         yield x[batch] + NOISE * noise, labels[batch]
 
 
+@np.errstate(over="ignore", invalid="ignore")
+def train_epoch(network: Network, sgd: SGD, x: Array, labels: Labels, generator: Generator) -> float:
+    """Every batch once; the mean loss, or the first one that is not finite."""
+    losses = []
+    for batch, batch_labels in batches(x, labels, generator):
+        loss, dy = softmax_cross_entropy(network.forward(batch), batch_labels)
+        if not np.isfinite(loss):
+            return loss
+        network.backward(dy)
+        sgd.step()
+        losses.append(loss)
+    return float(np.mean(losses))
+
+
+def fit(network: Network, learning_rate: float, x: Array, labels: Labels, generator: Generator) -> Iterator[float]:
+    """The loss of one epoch after the other, as long as it is finite."""
+    sgd = SGD(network, learning_rate)
+    while np.isfinite(loss := train_epoch(network, sgd, x, labels, generator)):
+        yield loss
+
+
+@np.errstate(over="ignore", invalid="ignore")
+def accuracy(network: Network, x: Array, labels: Labels) -> float:
+    """Images whose class is found, in percent."""
+    return 100 * float(np.mean(network.predict(x).argmax(axis=1) == labels))
+
+
 @dataclass
 class Curves:
     """Training loss and test accuracy after each epoch; they end where the loss was no longer finite."""
@@ -182,25 +209,15 @@ class Curves:
         return "diverged" if self.diverged else f"{self.accuracies[-1]:.2f} %"
 
 
-@np.errstate(over="ignore", invalid="ignore")
 def train(x: Array, labels: Labels, batch_norm: bool, learning_rate: float, epochs: int, seed: int) -> Curves:
     generator = np.random.default_rng(seed)
     x, labels, test_x, test_labels = split(x, labels, generator)
     network = Network(SIZES, generator, batch_norm)
-    sgd = SGD(network, learning_rate)
     curves = Curves()
-    for _ in range(epochs):
-        losses = []
-        for batch, batch_labels in batches(x, labels, generator):
-            loss, dy = softmax_cross_entropy(network.forward(batch), batch_labels)
-            if not np.isfinite(loss):
-                curves.diverged = True
-                return curves
-            network.backward(dy)
-            sgd.step()
-            losses.append(loss)
-        curves.losses.append(float(np.mean(losses)))
-        curves.accuracies.append(100 * float(np.mean(network.predict(test_x).argmax(axis=1) == test_labels)))
+    for loss in islice(fit(network, learning_rate, x, labels, generator), epochs):
+        curves.losses.append(loss)
+        curves.accuracies.append(accuracy(network, test_x, test_labels))
+    curves.diverged = len(curves.losses) < epochs
     return curves
 
 
@@ -232,11 +249,12 @@ def draw(sweep: Sweep, path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Train on handwritten digits with and without batch normalization.")
+def options(description: str, plot: str) -> argparse.Namespace:
+    """The command line: epochs, seed and picture."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--epochs", type=int, default=30, metavar="N", help="of training (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of all that is random (%(default)s)")
-    parser.add_argument("--plot", type=Path, default="digits.png", metavar="FILE", help="the picture (%(default)s)")
+    parser.add_argument("--plot", type=Path, default=plot, metavar="FILE", help="the picture (%(default)s)")
     chosen = parser.parse_args()
     if chosen.epochs < 1:
         parser.error(f"argument --epochs: must be at least 1, got {chosen.epochs}")
@@ -247,17 +265,23 @@ def options() -> argparse.Namespace:
     return chosen
 
 
-def main() -> None:
-    chosen = options()
+def load() -> tuple[Array, Labels]:
+    """Images from 0 to 1 and their labels; one thread from here on."""
     try:
         import matplotlib.figure  # noqa: F401
         from sklearn.datasets import load_digits
         from threadpoolctl import threadpool_limits
     except ImportError:
-        sys.exit("digits.py needs scikit-learn and matplotlib: python -m pip install '.[examples]'")
+        script = Path(sys.argv[0]).name
+        sys.exit(f"{script} needs scikit-learn and matplotlib: python -m pip install '.[examples]'")
     threadpool_limits(1)
     images, labels = load_digits(return_X_y=True)
-    x = (images / 16).astype(np.float32)
+    return (images / 16).astype(np.float32), labels
+
+
+def main() -> None:
+    chosen = options("Train on handwritten digits with and without batch normalization.", "digits.png")
+    x, labels = load()
     sweep: Sweep = {}
     print(f"test accuracy after epoch {chosen.epochs}\n")
     print(f"learning rate{NAMES[True]:>18}{NAMES[False]:>12}")

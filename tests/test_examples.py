@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-DIGITS = Path(__file__).parents[1] / "examples" / "digits.py"
+EXAMPLES = Path(__file__).parents[1] / "examples"
+SCRIPTS = ["digits.py", "stop_gradient.py"]
 
 needs_extra = pytest.mark.skipif(
     not all(importlib.util.find_spec(name) for name in ("sklearn", "matplotlib")),
@@ -24,8 +25,8 @@ def level():
     """Once is enough: a process of its own chooses its level itself."""
 
 
-def run(*arguments, cwd, **environment):
-    command = [sys.executable, "-W", "error", str(DIGITS), *arguments]
+def run(script, *arguments, cwd, **environment):
+    command = [sys.executable, "-W", "error", str(EXAMPLES / script), *arguments]
     return subprocess.run(
         command, cwd=cwd, env=os.environ | environment, capture_output=True, text=True, timeout=120, check=False
     )
@@ -33,7 +34,7 @@ def run(*arguments, cwd, **environment):
 
 @needs_extra
 def test_digits_learns_and_draws(tmp_path):
-    done = run("--epochs", "4", "--plot", "curves.png", cwd=tmp_path)
+    done = run("digits.py", "--epochs", "4", "--plot", "curves.png", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "Warning" not in done.stderr
     reported = re.search(
@@ -45,30 +46,45 @@ def test_digits_learns_and_draws(tmp_path):
 
 
 @needs_extra
-def test_digits_is_repeatable(tmp_path):
-    first, second = (run("--epochs", "1", "--seed", "3", cwd=tmp_path) for _ in range(2))
+def test_stop_gradient_shows_the_drift(tmp_path):
+    """Without the path through the mean, what batch norm takes away grows."""
+    done = run("stop_gradient.py", "--epochs", "2", "--plot", "curves.png", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = re.findall(r"^([a-z ]+?)  +\d.* (\d+\.\d\d)$", done.stdout, re.MULTILINE)
+    offsets = {name: float(offset) for name, offset in rows}
+    assert list(offsets) == ["full gradient", "without variance path", "without mean path", "without both"]
+    whole = max(offsets["full gradient"], offsets["without variance path"])
+    assert min(offsets["without mean path"], offsets["without both"]) > 1.2 * whole
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+
+
+@needs_extra
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_it_is_repeatable(tmp_path, script):
+    first, second = (run(script, "--epochs", "1", "--seed", "3", cwd=tmp_path) for _ in range(2))
     assert first.stdout == second.stdout != ""
-    assert (tmp_path / "digits.png").exists()
+    assert (tmp_path / script).with_suffix(".png").exists()
 
 
+@pytest.mark.parametrize("script", SCRIPTS)
 @pytest.mark.parametrize("missing", ["sklearn", "matplotlib"])
-def test_digits_names_the_command_for_what_is_missing(tmp_path, missing):
+def test_it_names_the_command_for_what_is_missing(tmp_path, missing, script):
     (tmp_path / missing).mkdir()
     (tmp_path / missing / "__init__.py").write_text(f"raise ImportError('no {missing}')\n")
-    done = run(cwd=tmp_path, PYTHONPATH=str(tmp_path))
+    done = run(script, cwd=tmp_path, PYTHONPATH=str(tmp_path))
     assert done.returncode == 1
     assert done.stdout == ""
-    assert len(done.stderr.splitlines()) == 1
-    assert "python -m pip install '.[examples]'" in done.stderr
+    assert done.stderr == f"{script} needs scikit-learn and matplotlib: python -m pip install '.[examples]'\n"
 
 
+@pytest.mark.parametrize("script", SCRIPTS)
 @pytest.mark.parametrize(
     "options",
     [("--epochs", "0"), ("--seed", "-1"), ("--plot", "nowhere/digits.png"), ("--plot", "digits.xyz")],
     ids=" ".join,
 )
-def test_digits_refuses_bad_options(tmp_path, options):
-    done = run(*options, cwd=tmp_path)
+def test_it_refuses_bad_options(tmp_path, options, script):
+    done = run(script, *options, cwd=tmp_path)
     assert done.returncode == 2
     assert f"error: argument {options[0]}" in done.stderr
     assert "Traceback" not in done.stderr
@@ -76,7 +92,7 @@ def test_digits_refuses_bad_options(tmp_path, options):
 
 @pytest.mark.parametrize("batch_norm", [False, True])
 def test_digits_stops_quietly_when_the_loss_is_not_finite(batch_norm):
-    train = runpy.run_path(str(DIGITS))["train"]
+    train = runpy.run_path(str(EXAMPLES / "digits.py"))["train"]
     generator = np.random.default_rng(0)
     x, labels = generator.random((640, 64), np.float32), generator.integers(10, size=640)
     curves = train(x, labels, batch_norm, learning_rate=1e30, epochs=2, seed=0)
