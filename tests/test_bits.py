@@ -92,7 +92,7 @@ def test_steps_are_the_fused_call(view, dtype, rng):
     statistics = np.zeros((6, view[1]))
     statistics[4:] = rng.standard_normal((2, view[1]))
     gamma, beta = statistics[4:].copy()
-    gradients = np.zeros((5, view[1]))
+    gradients = np.zeros((7, view[1]))
     kernels.moments(x, view, statistics, 1e-5, 2)
     kernels.normalize(x, y, view, statistics, 2)
     kernels.grad_sums(dy, x, view, statistics, gradients, 2)

@@ -923,24 +923,23 @@ cdef void set_gradient(const Job *job, Py_ssize_t tile) noexcept nogil:
     cdef const double *restrict g = job.gradients + first
     cdef double *restrict to = job.coefficient + first
     cdef double n = job.N * job.S
-    cdef double dmean, dvar, slope, centre
-    cdef bint sloped = is_sloped(job.through), whole_shift = job.whole_shift
+    cdef double dmean, dvar, upstream_dmean, upstream_dvar, slope, centre, apart
+    cdef bint sloped = is_sloped(job.through), whole_shift = job.whole_shift or not sloped
     cdef bint mean = job.through & THROUGH_MEAN, variance = job.through & THROUGH_VARIANCE
     cdef bint upstream = job.through & UPSTREAM
     for c in range(min(job.tile_channels, C - first)):
-        dmean = g[DMEAN * C + c] if mean else 0
-        dvar = g[DVAR * C + c] if variance else 0
-        if upstream:
-            dmean += g[UPSTREAM_DMEAN * C + c]
-            dvar += g[UPSTREAM_DVAR * C + c]
+        # Everything is read, so that choosing needs no branch.
+        dmean, upstream_dmean = g[DMEAN * C + c], g[UPSTREAM_DMEAN * C + c]
+        dvar, upstream_dvar = g[DVAR * C + c], g[UPSTREAM_DVAR * C + c]
+        dmean = (dmean if mean else 0) + (upstream_dmean if upstream else 0)
+        dvar = (dvar if variance else 0) + (upstream_dvar if upstream else 0)
         slope = 2 * dvar / n
-        centre = 0 if whole_shift or not sloped else s[MEAN * C + c]
+        centre = 0 if whole_shift else s[MEAN * C + c]
+        apart = s[MEAN * C + c] - centre + s[MEAN_LOW * C + c]
         to[CENTRE * C + c] = centre
         to[SCALE * C + c] = s[GAMMA * C + c] * s[RSTD * C + c]
         to[SLOPE * C + c] = slope
-        to[SHIFT * C + c] = dmean / n
-        if sloped:
-            to[SHIFT * C + c] -= (s[MEAN * C + c] - centre + s[MEAN_LOW * C + c]) * slope
+        to[SHIFT * C + c] = dmean / n - (apart * slope if sloped else 0)
 
 
 cdef void finish_backward(const Job *job, Py_ssize_t tile) noexcept nogil:
