@@ -6,6 +6,7 @@ Decisions:
   the dtype of x. Results are for reading and checking, so they are float64 too.
 - Readable before fast: whole arrays are allocated. `backward` computes the same sum, or any part of it with `through=`,
   in two passes without them.
+- Arrays are laid out channel by channel, because NumPy adds up pairwise along the memory, and one by one across it.
 - A channel needs two values. One value is its own mean: y is beta whatever x is, and there is nothing to take apart.
 """
 
@@ -42,13 +43,19 @@ def textbook(saved: Saved) -> reference.Cache:
     mean, mean_low, rstd, gamma = (
         np.expand_dims(row, axes) for row in (saved.mean, saved.mean_low, saved.rstd, saved.gamma)
     )
-    xmu = saved.x - mean - mean_low
+    xmu = _by_channel(saved.x, saved) - mean - mean_low
     return reference.Cache(xmu, xmu * rstd, rstd, gamma, axes)
 
 
 def upstream(dy: ArrayLike, saved: Saved) -> Array:
     """dy in float64, like x."""
-    return functional.like_x(dy, saved.x).astype(np.float64)
+    return _by_channel(functional.like_x(dy, saved.x), saved)
+
+
+def _by_channel(array: Array, saved: Saved) -> Array:
+    """A float64 copy of the same shape, with the values of a channel next to each other in memory."""
+    rows = np.array(np.moveaxis(array, saved.axis, 0), np.float64, order="C")
+    return np.moveaxis(rows, 0, saved.axis)
 
 
 def pathways(dy: ArrayLike, saved: Saved) -> Pathways:
@@ -67,7 +74,7 @@ def pathways(dy: ArrayLike, saved: Saved) -> Pathways:
     Returns
     -------
     Pathways
-        A named tuple (direct, mean, variance) of float64 arrays of x's shape. Their sum is dx.
+        A named tuple (direct, mean, variance) of float64 arrays of x's shape and order in memory. Their sum is dx.
 
     Raises
     ------
@@ -97,7 +104,8 @@ def pathways(dy: ArrayLike, saved: Saved) -> Pathways:
     """
     cache = textbook(saved)
     terms = reference.backward_terms(upstream(dy, saved), cache)
-    return Pathways(terms.direct, np.broadcast_to(terms.mean, terms.direct.shape).copy(), terms.variance)
+    parts = np.broadcast_arrays(terms.direct, terms.mean, terms.variance)
+    return Pathways(*(saved._layout.copy(part) for part in parts))
 
 
 def moment_gradients(dy: ArrayLike, saved: Saved) -> MomentGradients:
@@ -137,7 +145,7 @@ def moment_gradients(dy: ArrayLike, saved: Saved) -> MomentGradients:
     """
     cache = textbook(saved)
     dxhat, dvar, dmean = reference.moment_gradients(upstream(dy, saved), cache)
-    return MomentGradients(dxhat, dvar.reshape(-1), dmean.reshape(-1))
+    return MomentGradients(saved._layout.copy(dxhat), dvar.reshape(-1), dmean.reshape(-1))
 
 
 def centering_matrix(n: int, *, max_bytes: int = MAX_BYTES) -> Array:
