@@ -47,7 +47,7 @@ def test_pathways_add_up_to_dx(view, dtype, rng):
     x, dy = (rng.standard_normal(view) + 1).astype(dtype), rng.standard_normal(view).astype(dtype)
     gamma = rng.standard_normal(view[1]).astype(dtype)
     check(x, dy, gamma)
-    # A dy with a mean makes both sums round at a size that they share with no term.
+    # With a mean in dy its sum, and what rounding leaves of it, grows with n.
     check(x, dy + dy.dtype.type(2), gamma, sum_limit=ULPS["dx"][dtype])
 
 
