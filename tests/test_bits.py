@@ -89,14 +89,14 @@ def test_steps_are_the_fused_call(view, dtype, rng):
     kernels = _dispatch.kernels
     x, dy = (rng.standard_normal(view) + 2).astype(dtype), rng.standard_normal(view).astype(dtype)
     y, dx = np.empty_like(x), np.empty_like(x)
-    statistics = np.zeros((6, view[1]))
-    statistics[4:] = rng.standard_normal((2, view[1]))
-    gamma, beta = statistics[4:].copy()
-    gradients = np.zeros((7, view[1]))
+    statistics = np.zeros((7, view[1]))
+    statistics[4:6] = rng.standard_normal((2, view[1]))
+    gamma, beta = statistics[4:6].copy()
+    gradients, n = np.zeros((7, view[1])), view[0] * view[2]
     kernels.moments(x, view, statistics, 1e-5, 2)
     kernels.normalize(x, y, view, statistics, 2)
     kernels.grad_sums(dy, x, view, statistics, gradients, 2)
-    kernels.grad_apply(dy, x, dx, view, statistics, gradients, 3, 2)
+    kernels.grad_apply(dy, x, dx, view, statistics, gradients, 3, n, 2)
     fused_y, saved = bn.forward(x, gamma, beta)
     fused = bn.backward(dy, saved)
     assert y.tobytes() == fused_y.tobytes()
@@ -104,7 +104,7 @@ def test_steps_are_the_fused_call(view, dtype, rng):
     assert dx.tobytes() == fused.dx.tobytes()
     assert gradients[2].tobytes() == fused.dgamma.tobytes()
     for bits, through in enumerate(THROUGH):
-        kernels.grad_apply(dy, x, dx, view, statistics, gradients, bits, 2)
+        kernels.grad_apply(dy, x, dx, view, statistics, gradients, bits, n, 2)
         assert dx.tobytes() == bn.backward(dy, saved, through=through).dx.tobytes()
 
 

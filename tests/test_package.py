@@ -13,7 +13,7 @@ import pytest
 import batchnorm as bn
 from batchnorm import _cpu, _dispatch
 
-DOCUMENTED = ["functional", "layer", "reference", "explain", "diagnosis", "cs231n", "_threads", "_config"]
+DOCUMENTED = ["functional", "layer", "reference", "explain", "diagnosis", "cs231n", "moments", "_threads", "_config"]
 
 
 @pytest.mark.parametrize("name", DOCUMENTED)
@@ -28,7 +28,8 @@ def test_all_public_names_are_documented():
         assert getattr(bn, name).__doc__, name
     compute = (bn.forward, bn.backward, bn.inference, bn.inference_backward, bn.update_running, bn.BatchNorm)
     explain = (bn.pathways, bn.moment_gradients, bn.jacobian, bn.centering_matrix, bn.diagnose)
-    for function in compute + explain:
+    merge = (bn.Moments, bn.population, bn.grad_sums)
+    for function in compute + explain + merge:
         for section in ("Parameters", "Examples"):
             assert f"{section}\n" in function.__doc__, (function, section)
 

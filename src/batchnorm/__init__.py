@@ -16,19 +16,23 @@ from .functional import (
     Saved,
     backward,
     forward,
+    grad_sums,
     inference,
     inference_backward,
     update_running,
 )
 from .layer import BatchNorm
+from .moments import GradientSums, Moments, population
 from .reference import MomentGradients
 
 __all__ = [
     "BatchNorm",
     "Diagnosis",
+    "GradientSums",
     "Gradients",
     "InferenceGradients",
     "MomentGradients",
+    "Moments",
     "Pathways",
     "Saved",
     "__version__",
@@ -37,11 +41,13 @@ __all__ = [
     "diagnose",
     "forward",
     "get_num_threads",
+    "grad_sums",
     "inference",
     "inference_backward",
     "jacobian",
     "moment_gradients",
     "pathways",
+    "population",
     "set_num_threads",
     "show_config",
     "update_running",

@@ -70,7 +70,8 @@ def deliver(result: Array, out: Array) -> Array:
 
 
 @lru_cache(maxsize=256)
-def _layout(shape: tuple[int, ...], axis: int, order: tuple[int, ...] | None) -> Layout:
+def layout_of(shape: tuple[int, ...], axis: int, order: tuple[int, ...] | None = None) -> Layout:
+    """The layout of an array whose axes lie in memory in that order."""
     if len(shape) < 2:
         raise ValueError(f"x must have at least 2 dimensions, got shape {shape}")
     if not -len(shape) <= axis < len(shape):
@@ -104,9 +105,9 @@ def lay_out(x: Array, axis: int) -> tuple[Array, Layout]:
         axis = as_index(axis, "axis")
     flags = x.flags
     if flags.c_contiguous and flags.aligned:
-        return x, _layout(x.shape, axis, None)
+        return x, layout_of(x.shape, axis, None)
     order = tuple(sorted(range(x.ndim), key=lambda i: -abs(x.strides[i])))
-    layout = _layout(x.shape, axis, order)
+    layout = layout_of(x.shape, axis, order)
     return (x, layout) if layout.fits(x) else (layout.copy(x), layout)
 
 

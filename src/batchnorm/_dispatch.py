@@ -32,6 +32,7 @@ class Kernels:
         self.grad_sums: Kernel = module.grad_sums
         self.grad_apply: Kernel = module.grad_apply
         self.backward: Kernel = module.backward
+        self.channel_gradients: Kernel = module.channel_gradients
         # Matching a fused signature costs a call more than the arithmetic of a small layer.
         self.update_running: dict[str, Kernel] = {
             "f": module.update_running["float"],

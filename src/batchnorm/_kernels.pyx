@@ -90,7 +90,7 @@ cdef enum:
 
 # Rows of the tables that the façade allocates, one column a channel.
 cdef enum:
-    MEAN, MEAN_LOW, VAR, RSTD, GAMMA, BETA, STATISTICS_ROWS
+    MEAN, MEAN_LOW, VAR, RSTD, GAMMA, BETA, SUM_XMU2, STATISTICS_ROWS
 
 # The upstream gradients are the caller's, of the mean and the variance that `forward` returned.
 cdef enum:
@@ -116,6 +116,7 @@ cdef struct Job:
     bint stream             # the result goes around the cache
     bint whole_shift        # the mean in the gradient is part of its shift
     int through             # the paths of the gradient
+    double count            # values of a channel that its statistics were made of
     Py_ssize_t tiles, tile_channels
     Py_ssize_t blocks, block_rows, segments, segment
     Py_ssize_t group        # G: rows of columns laid side by side
@@ -882,6 +883,7 @@ cdef void finish_moments(const Job *job, Py_ssize_t tile) noexcept nogil:
         back = mean - pivot
         s[MEAN * C + c] = mean
         s[MEAN_LOW * C + c] = (pivot - (mean - back)) + (delta - back)      # what the sum rounded off (Knuth's TwoSum)
+        s[SUM_XMU2 * C + c] = merged[M2 * C + c]
         s[VAR * C + c] = merged[M2 * C + c] / n
     set_rstd(s + VAR * C, s + RSTD * C, channels, job.eps)
     set_affine(job, first, channels)
@@ -894,18 +896,26 @@ cdef void finish_statistics(const Job *job, Py_ssize_t tile) noexcept nogil:
 
 
 cdef void finish_sums(const Job *job, Py_ssize_t tile) noexcept nogil:
-    """The sums of a tile, and of those the gradients of gamma, mean and var (that of beta is Σdy)."""
     cdef Py_ssize_t c, C = job.C, first = tile * job.tile_channels
     cdef Py_ssize_t channels = min(job.tile_channels, C - first)
     cdef const double *restrict merged = job.partial + first
     cdef const double *restrict s = job.statistics + first
     cdef double *restrict g = job.gradients + first
-    cdef double scale
     merge_blocks(job, first, channels, False)
     for c in range(channels):
-        scale = s[GAMMA * C + c] * s[RSTD * C + c]
         g[SUM_DY * C + c] = merged[SUM_DY * C + c]
         g[SUM_DY_XMU * C + c] = merged[SUM_DY_XMU * C + c] - s[MEAN_LOW * C + c] * merged[SUM_DY * C + c]
+    set_channel_gradients(job, first, channels)
+
+
+cdef void set_channel_gradients(const Job *job, Py_ssize_t first, Py_ssize_t channels) noexcept nogil:
+    """The gradients of gamma, mean and var from the sums (that of beta is Σdy)."""
+    cdef Py_ssize_t c, C = job.C
+    cdef const double *restrict s = job.statistics + first
+    cdef double *restrict g = job.gradients + first
+    cdef double scale
+    for c in range(channels):
+        scale = s[GAMMA * C + c] * s[RSTD * C + c]
         g[DGAMMA * C + c] = g[SUM_DY_XMU * C + c] * s[RSTD * C + c]
         g[DMEAN * C + c] = -scale * g[SUM_DY * C + c]
         g[DVAR * C + c] = -0.5 * scale * (s[RSTD * C + c] * g[DGAMMA * C + c])
@@ -922,7 +932,7 @@ cdef void set_gradient(const Job *job, Py_ssize_t tile) noexcept nogil:
     cdef const double *restrict s = job.statistics + first
     cdef const double *restrict g = job.gradients + first
     cdef double *restrict to = job.coefficient + first
-    cdef double n = job.N * job.S
+    cdef double n = job.count
     cdef double dmean, dvar, upstream_dmean, upstream_dvar, slope, centre, apart
     cdef bint sloped = is_sloped(job.through), whole_shift = job.whole_shift or not sloped
     cdef bint mean = job.through & THROUGH_MEAN, variance = job.through & THROUGH_VARIANCE
@@ -944,6 +954,13 @@ cdef void set_gradient(const Job *job, Py_ssize_t tile) noexcept nogil:
 
 cdef void finish_backward(const Job *job, Py_ssize_t tile) noexcept nogil:
     finish_sums(job, tile)
+    set_gradient(job, tile)
+
+
+cdef void finish_given_sums(const Job *job, Py_ssize_t tile) noexcept nogil:
+    """Nothing to merge: the sums are given."""
+    cdef Py_ssize_t first = tile * job.tile_channels
+    set_channel_gradients(job, first, min(job.tile_channels, job.C - first))
     set_gradient(job, tile)
 
 
@@ -1104,7 +1121,7 @@ cdef void run(Pass which, const floating *x, const floating *dy, floating *out, 
     elif which == GRAD_SUMS:
         sweep(grad_sums_block[floating], finish_sums, NULL, x, dy, out, job, num_threads)
     elif which == GRAD_APPLY:
-        sweep(NULL, set_gradient, gradient_block[floating], x, dy, out, job, num_threads)
+        sweep(NULL, finish_given_sums, gradient_block[floating], x, dy, out, job, num_threads)
     else:
         sweep(grad_sums_block[floating], finish_backward, gradient_block[floating], x, dy, out, job, num_threads)
 
@@ -1118,7 +1135,7 @@ cdef int borrow(Py_buffer *buffer, object array, bint to_write) except -1:
 
 
 cdef int call(Pass which, x, dy, out, tuple view, statistics, gradients, double eps, int through,
-              int num_threads) except -1:
+              double count, int num_threads) except -1:
     """Borrow the memory of the arrays, lay out the work, get scratch for a few numbers a block and channel, and run."""
     cdef Py_buffer at[5]
     cdef Job job
@@ -1134,7 +1151,7 @@ cdef int call(Pass which, x, dy, out, tuple view, statistics, gradients, double 
         borrow(&at[3], statistics, which <= NORMALIZE)
         borrow(&at[4], gradients, True)
         lay_out(&job, N, C, S, at[0].itemsize, arrays)
-        job.eps, job.through = eps, through
+        job.eps, job.through, job.count = eps, through, count
         job.statistics, job.gradients = <double *> at[3].buf, <double *> at[4].buf
         job.coefficient = <double *> malloc((COEFFICIENT_ROWS + PARTIAL_ROWS * job.blocks) * C * sizeof(double))
         if job.coefficient == NULL:
@@ -1187,37 +1204,46 @@ cdef int set_channels(table, Py_ssize_t row, values, double otherwise) except -1
 
 def moments(x, tuple view, statistics, double eps, int num_threads):
     """mean, var and rstd of each channel into `statistics`."""
-    call(MOMENTS, x, None, None, view, statistics, None, eps, 0, num_threads)
+    call(MOMENTS, x, None, None, view, statistics, None, eps, 0, 0, num_threads)
 
 
 def forward(x, y, tuple view, statistics, gamma, beta, double eps, int num_threads):
     """`moments`, then y = gamma·(x − mean)·rstd + beta."""
     set_channels(statistics, GAMMA, gamma, 1)
     set_channels(statistics, BETA, beta, 0)
-    call(FORWARD, x, None, y, view, statistics, None, eps, 0, num_threads)
+    call(FORWARD, x, None, y, view, statistics, None, eps, 0, 0, num_threads)
 
 
 def normalize(x, y, tuple view, statistics, int num_threads):
     """y = gamma·(x − mean)·rstd + beta with the mean and rstd in `statistics`."""
-    call(NORMALIZE, x, None, y, view, statistics, None, 0, 0, num_threads)
+    call(NORMALIZE, x, None, y, view, statistics, None, 0, 0, 0, num_threads)
 
 
 def grad_sums(dy, x, tuple view, statistics, gradients, int num_threads):
     """Σdy, Σdy·(x − mean) and dgamma of each channel into `gradients`."""
-    call(GRAD_SUMS, x, dy, None, view, statistics, gradients, 0, 0, num_threads)
+    call(GRAD_SUMS, x, dy, None, view, statistics, gradients, 0, 0, 0, num_threads)
 
 
-def grad_apply(dy, x, dx, tuple view, statistics, gradients, int through, int num_threads):
-    """dx = dy·gamma·rstd + dmean/n + dvar·2(x − mean)/n with the sums in `gradients`, as far as `through` says.
+def grad_apply(dy, x, dx, tuple view, statistics, gradients, int through, double count, int num_threads):
+    """dx = dy·gamma·rstd + dmean/n + dvar·2(x − mean)/n from the sums in `gradients`, as far as `through` says.
 
-    With both paths it is gamma·rstd·(dy − dbeta/n − xhat·dgamma/n); with neither the statistics do not depend on x.
+    n is `count`, the values of a channel that the statistics were made of. With both paths it is gamma·rstd·(dy − dbeta/n − xhat·dgamma/n); with neither the statistics do not depend on x.
     """
-    call(GRAD_APPLY, x, dy, dx, view, statistics, gradients, 0, through, num_threads)
+    call(GRAD_APPLY, x, dy, dx, view, statistics, gradients, 0, through, count, num_threads)
 
 
-def backward(dy, x, dx, tuple view, statistics, gradients, int through, int num_threads):
+def backward(dy, x, dx, tuple view, statistics, gradients, int through, double count, int num_threads):
     """`grad_sums`, then `grad_apply`."""
-    call(BACKWARD, x, dy, dx, view, statistics, gradients, 0, through, num_threads)
+    call(BACKWARD, x, dy, dx, view, statistics, gradients, 0, through, count, num_threads)
+
+
+def channel_gradients(tuple view, double[:, ::1] statistics, double[:, ::1] gradients):
+    """dgamma, dmean and dvar from the sums in `gradients`."""
+    cdef Job job
+    job.C = view[1]
+    if job.C > 0:
+        job.statistics, job.gradients = &statistics[0, 0], &gradients[0, 0]
+        set_channel_gradients(&job, 0, job.C)
 
 
 def fix_statistics(statistics, mean, var, gamma, beta, double eps):

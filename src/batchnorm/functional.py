@@ -17,9 +17,10 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from . import _arrays, _dispatch, _threads
 from ._arrays import Array, Layout
+from .moments import GradientSums, Moments
 
 # Rows of the tables shared with the kernels.
-_MEAN, _MEAN_LOW, _VAR, _RSTD, _GAMMA, _BETA, _STATISTICS_ROWS = range(7)
+_MEAN, _MEAN_LOW, _VAR, _RSTD, _GAMMA, _BETA, _SUM_XMU2, _STATISTICS_ROWS = range(8)
 _SUM_DY, _SUM_DY_XMU, _DGAMMA, _DMEAN, _DVAR, _UPSTREAM_DMEAN, _UPSTREAM_DVAR, _GRADIENT_ROWS = range(8)
 
 # What dx is made of besides the direct path, in the bits of the kernels.
@@ -69,7 +70,7 @@ class Saved:
         The channel axis, at least 0.
     eps : float
     count : int
-        Values of one channel, n.
+        Values of a channel that its statistics were made of, n.
     mean, var, rstd : ndarray of float64, shape (C,)
         Batch mean μ, biased variance σ² and 1/√(σ² + eps). Read-only.
     gamma : ndarray of float64, shape (C,)
@@ -78,7 +79,7 @@ class Saved:
         What μ has more digits than `mean`: x − mean − mean_low keeps those of float64 data far from 0. Read-only.
     """
 
-    __slots__ = ("_dtypes", "_eps", "_layout", "_statistics", "_x")
+    __slots__ = ("_count", "_dtypes", "_eps", "_layout", "_statistics", "_x")
 
     def __init__(
         self,
@@ -87,15 +88,17 @@ class Saved:
         layout: Layout,
         statistics: NDArray[np.float64],
         dtypes: tuple[DTypeLike | None, DTypeLike | None],
+        count: int,
     ) -> None:
         self._x = x
         self._eps = eps
         self._layout = layout
         self._statistics = statistics
         self._dtypes = dtypes
+        self._count = count
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _restored, (self._x, self._eps, self._layout, self._statistics, self._dtypes)
+        return _restored, (self._x, self._eps, self._layout, self._statistics, self._dtypes, self._count)
 
     @property
     def x(self) -> Array:
@@ -111,7 +114,7 @@ class Saved:
 
     @property
     def count(self) -> int:
-        return self._layout.values
+        return self._count
 
     def _row(self, row: int) -> NDArray[np.float64]:
         array: NDArray[np.float64] = self._statistics[row]
@@ -172,6 +175,7 @@ def forward(
     *,
     axis: int = 1,
     eps: float = 1e-5,
+    moments: Moments | None = None,
     out: Array | None = None,
     num_threads: int | None = None,
 ) -> tuple[Array, Saved]:
@@ -189,6 +193,9 @@ def forward(
         The channel axis.
     eps : float, default 1e-5
         Added to the variance, under the root; finite, at least 0. With eps = 0 a channel without spread gives beta.
+    moments : Moments, optional
+        Statistics of a larger batch that x is a part of, in place of x's own: `Moments.of` each part, added up. With
+        those of x alone, y is the same, bit for bit.
     out : ndarray, optional
         Where to write y; of x's shape and dtype, sharing no memory with the inputs.
     num_threads : int, optional
@@ -206,7 +213,8 @@ def forward(
     TypeError
         If a dtype is neither float32 nor float64.
     ValueError
-        If a shape, `axis` or `eps` does not fit, or `out` is read-only or overlaps an input. Nothing is written then.
+        If a shape, `axis`, `eps` or `moments` does not fit, or `out` is read-only or overlaps an input. Nothing is
+        written then.
 
     Notes
     -----
@@ -237,6 +245,8 @@ def forward(
     if beta is not None:
         beta = _arrays.as_channels(beta, "beta", channels)
     eps = _arrays.as_eps(eps)
+    if moments is not None:
+        _check_moments(moments, layout)
     threads = _threads.threads_for(x.size, num_threads)
     if out is None:
         y = layout.empty(dtype)
@@ -245,14 +255,28 @@ def forward(
         _arrays.check_overlap(out, {"x": given, "gamma": gamma, "beta": beta})
         y = layout.room(out, dtype)
     statistics = np.empty((_STATISTICS_ROWS, channels))
-    if x.size:
+    if moments is not None:
+        _dispatch.kernels.fix_statistics(statistics, moments.mean, moments.var(), gamma, beta, eps)
+        statistics[_MEAN_LOW] = moments.mean_low
+        if x.size:
+            _dispatch.kernels.normalize(x, y, layout.view, statistics, threads)
+    elif x.size:
         _dispatch.kernels.forward(x, y, layout.view, statistics, gamma, beta, eps, threads)
     else:
         statistics[...] = 0
     if out is not None:
         y = _arrays.deliver(y, out)
     dtypes = (None if gamma is None else gamma.dtype, None if beta is None else beta.dtype)
-    return y, Saved(x, eps, layout, statistics, dtypes)
+    return y, Saved(x, eps, layout, statistics, dtypes, layout.values if moments is None else moments.count)
+
+
+def _check_moments(moments: Moments, layout: Layout) -> None:
+    if not isinstance(moments, Moments):
+        raise TypeError(f"moments must be Moments, got {type(moments).__name__}")
+    if moments.mean.size != layout.view[1]:
+        raise ValueError(f"moments must have {layout.view[1]} channels, got {moments.mean.size}")
+    if moments.count < layout.values:
+        raise ValueError(f"moments must be those of x and more, at least {layout.values} values, got {moments.count}")
 
 
 def backward(
@@ -262,6 +286,7 @@ def backward(
     through: Collection[str] = _THROUGH,
     dmean: ArrayLike | None = None,
     dvar: ArrayLike | None = None,
+    sums: GradientSums | None = None,
     need: Collection[str] = _NEED,
     out: Array | None = None,
     num_threads: int | None = None,
@@ -285,6 +310,9 @@ def backward(
     dmean, dvar : array_like, shape (C,), optional
         Upstream gradients of `saved.mean` and `saved.var` themselves, where a loss depends on them. They add
         dmean/n + dvar·2(x − μ)/n to dx, whatever `through` is.
+    sums : GradientSums, optional
+        Sums over the larger batch whose `moments` went into `forward`, in place of those of dy: `grad_sums` of each
+        part, added up. dgamma and dbeta are then those of the larger batch.
     need : collection of {"dx", "dgamma", "dbeta"}, optional
         The gradients to compute, all by default; the others are None.
     out : ndarray, optional
@@ -303,8 +331,8 @@ def backward(
     TypeError
         If `saved` is not from `forward`, or dy has another dtype than x.
     ValueError
-        If dy has another shape than x, `through` or `need` hold another name, dmean or dvar have another shape, or
-        `out` does not fit. Nothing is written then.
+        If dy has another shape than x, `through` or `need` hold another name, dmean or dvar have another shape, `sums`
+        are not over as many values as the statistics, or `out` does not fit. Nothing is written then.
 
     References
     ----------
@@ -337,7 +365,21 @@ def backward(
         paths |= _UPSTREAM
         table[_UPSTREAM_DMEAN] = 0 if dmean is None else _arrays.as_channels(dmean, "dmean", channels)
         table[_UPSTREAM_DVAR] = 0 if dvar is None else _arrays.as_channels(dvar, "dvar", channels)
-    return _backward(dy, saved, paths, _names(need, "need", _NEED), table, out, num_threads)
+    if sums is not None:
+        _check_sums(sums, saved)
+        table[_SUM_DY], table[_SUM_DY_XMU] = sums.sum_dy, sums.sum_dy_xmu
+    return _backward(dy, saved, paths, _names(need, "need", _NEED), table, out, num_threads, sums is not None)
+
+
+def _check_sums(sums: GradientSums, saved: Saved) -> None:
+    if not isinstance(sums, GradientSums):
+        raise TypeError(f"sums must be GradientSums, got {type(sums).__name__}")
+    if sums.sum_dy.size != saved._layout.view[1]:
+        raise ValueError(f"sums must have {saved._layout.view[1]} channels, got {sums.sum_dy.size}")
+    if sums.count != saved.count:
+        raise ValueError(
+            f"sums must be over the {saved.count} values a channel that the statistics were made of, got {sums.count}"
+        )
 
 
 def _backward(
@@ -348,8 +390,9 @@ def _backward(
     table: NDArray[np.float64],
     out: Array | None,
     num_threads: int | None,
+    summed: bool = False,
 ) -> Gradients:
-    """The gradients that are needed; all those of the channels are left in the table."""
+    """The gradients that are needed; all those of the channels are left in the table, which may hold the sums."""
     x, layout, statistics = saved._x, saved._layout, saved._statistics
     dtype = x.dtype
     dy = like_x(dy, x)
@@ -362,12 +405,17 @@ def _backward(
     dx = None
     if "dx" in need:
         dx = layout.empty(dtype) if out is None else layout.room(out, dtype)
-    if not x.size:
+    kernels = _dispatch.kernels
+    if summed:
+        kernels.channel_gradients(layout.view, statistics, table)
+        if dx is not None and x.size:
+            kernels.grad_apply(layout.bring(dy), x, dx, layout.view, statistics, table, paths, saved.count, threads)
+    elif not x.size:
         table[...] = 0
     elif dx is None:
-        _dispatch.kernels.grad_sums(layout.bring(dy), x, layout.view, statistics, table, threads)
+        kernels.grad_sums(layout.bring(dy), x, layout.view, statistics, table, threads)
     else:
-        _dispatch.kernels.backward(layout.bring(dy), x, dx, layout.view, statistics, table, paths, threads)
+        kernels.backward(layout.bring(dy), x, dx, layout.view, statistics, table, paths, saved.count, threads)
     if dx is not None and out is not None:
         dx = _arrays.deliver(dx, out)
     gamma_dtype, beta_dtype = saved._dtypes
@@ -376,6 +424,52 @@ def _backward(
         table[_DGAMMA].astype(gamma_dtype) if "dgamma" in need and gamma_dtype is not None else None,
         table[_SUM_DY].astype(beta_dtype) if "dbeta" in need and beta_dtype is not None else None,
     )
+
+
+def grad_sums(dy: ArrayLike, saved: Saved, *, num_threads: int | None = None) -> GradientSums:
+    """The sums that `backward` needs, Σdy and Σdy·(x − μ) over all axes but the channel axis.
+
+    Those of the parts of a batch are added up; `backward(dy, saved, sums=...)` goes on from there. With the sums of dy
+    alone it gives the same as without, bit for bit.
+
+    Parameters
+    ----------
+    dy : array_like
+        Upstream gradient, of x's shape and dtype.
+    saved : Saved
+        From `forward`.
+    num_threads : int, optional
+        Threads for this call. Its results do not depend on it.
+
+    Returns
+    -------
+    GradientSums
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `backward`.
+
+    Examples
+    --------
+    >>> import numpy as np, batchnorm as bn
+    >>> x, dy = np.array([[1.0], [2.0], [6.0]]), np.array([[1.0], [0.0], [5.0]])
+    >>> moments = bn.Moments.of(x[:1]) + bn.Moments.of(x[1:])
+    >>> saved = [bn.forward(part, moments=moments)[1] for part in (x[:1], x[1:])]
+    >>> sums = bn.grad_sums(dy[:1], saved[0]) + bn.grad_sums(dy[1:], saved[1])
+    >>> sums
+    GradientSums(count=3, sum_dy=[6.], sum_dy_xmu=[13.])
+    >>> dx = bn.backward(dy[1:], saved[1], sums=sums).dx
+    """
+    if not isinstance(saved, Saved):
+        raise TypeError(f"saved must be what forward returned, got {type(saved).__name__}")
+    x, layout = saved._x, saved._layout
+    dy = like_x(dy, x)
+    table = np.zeros((_GRADIENT_ROWS, layout.view[1]))
+    if x.size:
+        threads = _threads.threads_for(x.size, num_threads)
+        _dispatch.kernels.grad_sums(layout.bring(dy), x, layout.view, saved._statistics, table, threads)
+    return GradientSums(layout.values, table[_SUM_DY], table[_SUM_DY_XMU])
 
 
 def update_running(
@@ -604,7 +698,7 @@ def inference_backward(
     if out is not None:
         _arrays.check_overlap(out, given)
     dtype = x.dtype if given["gamma"] is None else given["gamma"].dtype
-    saved = Saved(x, eps, layout, statistics, (dtype, dtype))
+    saved = Saved(x, eps, layout, statistics, (dtype, dtype), layout.values)
     table = np.empty((_GRADIENT_ROWS, layout.view[1]))
     need = _names(need, "need", _NEED if need is _NEED else _INFERENCE_NEED)
     gradients = InferenceGradients(*_backward(dy, saved, 0, need, table, out, num_threads))

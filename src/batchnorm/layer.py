@@ -5,7 +5,7 @@ parameters, running statistics and the counter as they were.
 """
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike, DTypeLike
 from . import _arrays, functional
 from ._arrays import Array
 from .functional import Gradients
+from .moments import population
 
 
 class BatchNorm:
@@ -225,6 +226,50 @@ class BatchNorm:
         self.dgamma = gradients.dgamma if self.affine else None
         self.dbeta = gradients.dbeta if self.affine else None
         return gradients.dx
+
+    def recalibrate(
+        self, batches: Iterable[ArrayLike], *, progress: bool = True, num_threads: int | None = None
+    ) -> None:
+        """Set the running statistics to those of a data set: running_mean ← μ, running_var ← Σ(x − μ)²/(n − 1).
+
+        Other than the moving average that training leaves, these are the statistics of all of the data, for one set of
+        weights: the paper's inference. `num_batches_tracked` stays.
+
+        Parameters
+        ----------
+        batches : iterable of array_like
+            What the layer is given, batch by batch; see `population`.
+        progress, num_threads
+            As in `population`.
+
+        Raises
+        ------
+        RuntimeError
+            If the layer has no running statistics.
+        TypeError, ValueError
+            As `population`; ValueError also if there are other than `num_features` channels or less than two values
+            a channel. The layer is as it was then.
+
+        References
+        ----------
+        Ioffe and Szegedy, "Batch Normalization", 2015, arXiv:1502.03167, algorithm 2, steps 8 to 11.
+
+        Examples
+        --------
+        >>> import numpy as np, batchnorm as bn
+        >>> layer = bn.BatchNorm(1, dtype=np.float64)
+        >>> layer.recalibrate([np.array([[1.0], [2.0]]), np.array([[6.0]])])
+        >>> layer.running_mean, layer.running_var
+        (array([3.]), array([7.]))
+        """
+        if self.running_mean is None or self.running_var is None:
+            raise RuntimeError("recalibrate needs a layer with running statistics")
+        moments = population(batches, self.axis, progress=progress, num_threads=num_threads)
+        if moments.mean.size != self.num_features:
+            raise ValueError(f"batches must have {self.num_features} channels, got {moments.mean.size}")
+        if moments.count < 2:
+            raise ValueError(f"batches must hold at least 2 values per channel, got {moments.count}")
+        self.running_mean[...], self.running_var[...] = moments.mean, moments.var(ddof=1)
 
     def _state(self) -> dict[str, Array]:
         """The layer's own arrays under PyTorch's names."""

@@ -1,0 +1,392 @@
+"""Statistics that add up: count, mean and sum of squared deviations a channel, merged by Chan's rule.
+
+Decisions:
+
+- The mean is a pair, `mean + mean_low`, as in the kernels: near a large mean one float64 would cost float64 data its
+  last digits, and that mean is subtracted from every value later. So is m2, or a hundred thousand merges would cost it
+  two digits.
+- Merging is float64 arithmetic on C numbers, written once, in NumPy. The numbers come from the kernels.
+- Immutable: a merge is a new object, so the order of merging is the caller's and nothing else's.
+- `population` cuts its stream anew, into blocks that depend on the shape of a sample alone. The same samples in the
+  same order give the same bits, however they came.
+"""
+
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from . import _arrays, _dispatch, _threads
+from ._arrays import Array
+from ._extras import with_progress
+
+Numbers = NDArray[np.float64]
+
+# Rows of the table of the kernels.
+_MEAN, _MEAN_LOW, _SUM_XMU2, _STATISTICS_ROWS = 0, 1, 6, 7
+
+BLOCK_VALUES = 1 << 20
+
+
+def _two_sum(a: Numbers, b: Numbers) -> tuple[Numbers, Numbers]:
+    """a + b and what it rounded off (Knuth, TAOCP 2, section 4.2.2)."""
+    total = a + b
+    back = total - a
+    return total, (a - (total - back)) + (b - back)
+
+
+def _row(table: Numbers, row: int) -> Numbers:
+    numbers: Numbers = table[row]
+    return numbers
+
+
+def _read_only(rows: ArrayLike) -> Numbers:
+    table = np.array(rows, np.float64)
+    table.flags.writeable = False
+    return table
+
+
+class Moments:
+    """Count, mean μ = Σx/n and m2 = Σ(x − μ)² of each channel, n values a channel; merged with `+`.
+
+    Two parts a and b of the data have together n = n_a + n_b, μ = μ_a + δ·n_b/n and m2 = m2_a + m2_b + δ²·n_a·n_b/n,
+    where δ = μ_b − μ_a. Part sizes may be anything, 0 too.
+
+    Parameters
+    ----------
+    count : int
+        n, at least 0; the same for all channels.
+    mean, m2 : array_like, shape (C,)
+        m2 is not negative.
+    mean_low, m2_low : array_like, shape (C,), optional
+        What the exact values have more digits than `mean` and `m2`; 0 where None.
+
+    Attributes
+    ----------
+    count : int
+    mean, m2, mean_low, m2_low : ndarray of float64, shape (C,)
+        Read-only.
+
+    Raises
+    ------
+    TypeError
+        If `count` is not an integer or a dtype is neither float32 nor float64.
+    ValueError
+        If `count` or a value of m2 is negative, or shapes differ.
+
+    See Also
+    --------
+    population : of a data set that does not fit into memory.
+    forward : `moments=` normalizes with merged statistics.
+
+    References
+    ----------
+    Chan, Golub, LeVeque, "Algorithms for computing the sample variance", The American Statistician 37 (1983) 242.
+
+    Examples
+    --------
+    >>> import numpy as np, batchnorm as bn
+    >>> x = np.array([[1.0, 10.0], [3.0, 30.0], [8.0, 80.0]])
+    >>> moments = bn.Moments.of(x[:1]) + bn.Moments.of(x[1:])
+    >>> moments
+    Moments(count=3, mean=[ 4. 40.], var=[  8.66666667 866.66666667])
+    >>> bool(np.allclose(moments.var(), x.var(axis=0)))
+    True
+    """
+
+    __slots__ = ("_count", "_table")
+
+    def __init__(
+        self,
+        count: int,
+        mean: ArrayLike,
+        m2: ArrayLike,
+        mean_low: ArrayLike | None = None,
+        m2_low: ArrayLike | None = None,
+    ) -> None:
+        count = _arrays.as_index(count, "count")
+        if count < 0:
+            raise ValueError(f"count must be at least 0, got {count}")
+        mean = _arrays.as_float(mean, "mean")
+        if mean.ndim != 1:
+            raise ValueError(f"mean must have shape (C,), got {mean.shape}")
+        m2 = _arrays.as_channels(m2, "m2", mean.size)
+        lows = [
+            np.zeros(mean.size) if low is None else _arrays.as_channels(low, name, mean.size)
+            for name, low in (("mean_low", mean_low), ("m2_low", m2_low))
+        ]
+        if (m2 < 0).any():
+            raise ValueError(f"m2 must not be negative, got {m2.min()}")
+        self._count = count
+        self._table = _read_only([mean, m2, *lows])
+
+    @classmethod
+    def of(cls, x: ArrayLike, axis: int = 1, *, num_threads: int | None = None) -> "Moments":
+        """The moments of the channels of x, by the compiled kernel: those that `forward` normalizes with.
+
+        Parameters
+        ----------
+        x : array_like of float32 or float64, at least 2-D
+            Channels along `axis`.
+        axis : int, default 1
+            The channel axis.
+        num_threads : int, optional
+            Threads for this call. Its results do not depend on it.
+
+        Returns
+        -------
+        Moments
+
+        Raises
+        ------
+        TypeError, ValueError
+            As `forward`.
+        """
+        x, layout = _arrays.lay_out(_arrays.as_float(x, "x"), axis)
+        threads = _threads.threads_for(x.size, num_threads)
+        table = np.zeros((_STATISTICS_ROWS, layout.view[1]))
+        if x.size:
+            _dispatch.kernels.moments(x, layout.view, table, 0.0, threads)
+        return cls(layout.values, table[_MEAN], table[_SUM_XMU2], table[_MEAN_LOW])
+
+    @property
+    def count(self) -> int:
+        return self._count
+
+    @property
+    def mean(self) -> Numbers:
+        return _row(self._table, 0)
+
+    @property
+    def m2(self) -> Numbers:
+        return _row(self._table, 1)
+
+    @property
+    def mean_low(self) -> Numbers:
+        return _row(self._table, 2)
+
+    @property
+    def m2_low(self) -> Numbers:
+        return _row(self._table, 3)
+
+    def var(self, ddof: int = 0) -> Numbers:
+        """m2/(n − ddof): the biased variance for 0, the unbiased one for 1; 0 for an empty count.
+
+        Raises
+        ------
+        ValueError
+            If `ddof` is not less than the count of data that there are.
+        """
+        if self._count and not 0 <= ddof < self._count:
+            raise ValueError(f"ddof must be at least 0 and less than count = {self._count}, got {ddof}")
+        return self.m2 / max(self._count - ddof, 1)
+
+    def std(self, ddof: int = 0) -> Numbers:
+        """The root of `var`."""
+        return np.sqrt(self.var(ddof))
+
+    @np.errstate(invalid="ignore", over="ignore")
+    def merge(self, other: "Moments") -> "Moments":
+        """The moments of both data sets together, as `+`.
+
+        Raises
+        ------
+        TypeError
+            If `other` is no `Moments`.
+        ValueError
+            If it has another number of channels.
+        """
+        if not isinstance(other, Moments):
+            raise TypeError(f"other must be Moments, got {type(other).__name__}")
+        if other.mean.size != self.mean.size:
+            raise ValueError(f"other must have {self.mean.size} channels, got {other.mean.size}")
+        if not self._count or not other._count:
+            return self if self._count else other
+        count = self._count + other._count
+        share = other._count / count
+        delta = (other.mean - self.mean) + (other.mean_low - self.mean_low)
+        mean, mean_low = _two_sum(self.mean, self.mean_low + delta * share)
+        within, rounded = _two_sum(self.m2, other.m2)
+        m2, rounded_too = _two_sum(within, delta * delta * (self._count * share))
+        m2, m2_low = _two_sum(m2, self.m2_low + other.m2_low + rounded + rounded_too)
+        return Moments(count, mean, m2, mean_low, m2_low)
+
+    def __add__(self, other: "Moments") -> "Moments":
+        return self.merge(other) if isinstance(other, Moments) else NotImplemented
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Moments):
+            return NotImplemented
+        return self._count == other._count and np.array_equal(self._table, other._table)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def to_bytes(self) -> bytes:
+        """count, mean, m2, mean_low and m2_low as 4C + 1 little-endian float64 numbers one after the other."""
+        return np.concatenate([[self._count], self._table.ravel()]).astype("<f8").tobytes()
+
+    @classmethod
+    def from_bytes(cls, data: Any) -> "Moments":
+        """The object whose `to_bytes` gave `data`, which may be anything with a buffer.
+
+        Raises
+        ------
+        ValueError
+            If `data` does not hold 4C + 1 numbers, or they are no moments.
+        """
+        numbers = np.frombuffer(data, "<f8")
+        if numbers.size % 4 != 1 or not numbers[0] >= 0 or numbers[0] != int(numbers[0]):
+            raise ValueError(f"data must hold a count and four numbers a channel, got {numbers.size} numbers")
+        return cls(int(numbers[0]), *numbers[1:].reshape(4, -1))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Moments.from_bytes, (self.to_bytes(),)
+
+    def __repr__(self) -> str:
+        return f"Moments(count={self._count}, mean={self.mean}, var={self.var()})"
+
+
+class GradientSums:
+    """Σdy and Σdy·(x − μ) of each channel over some of its values; merged with `+`.
+
+    Attributes
+    ----------
+    count : int
+        Values of a channel that were summed.
+    sum_dy, sum_dy_xmu : ndarray of float64, shape (C,)
+        Read-only.
+    """
+
+    __slots__ = ("_count", "_table")
+
+    def __init__(self, count: int, sum_dy: ArrayLike, sum_dy_xmu: ArrayLike) -> None:
+        self._count = _arrays.as_index(count, "count")
+        first = _arrays.as_float(sum_dy, "sum_dy")
+        second = _arrays.as_channels(sum_dy_xmu, "sum_dy_xmu", first.size)
+        self._table = _read_only([first, second])
+
+    @property
+    def count(self) -> int:
+        return self._count
+
+    @property
+    def sum_dy(self) -> Numbers:
+        return _row(self._table, 0)
+
+    @property
+    def sum_dy_xmu(self) -> Numbers:
+        return _row(self._table, 1)
+
+    def merge(self, other: "GradientSums") -> "GradientSums":
+        """The sums over both parts, as `+`.
+
+        Raises
+        ------
+        TypeError
+            If `other` is no `GradientSums`.
+        ValueError
+            If it has another number of channels.
+        """
+        if not isinstance(other, GradientSums):
+            raise TypeError(f"other must be GradientSums, got {type(other).__name__}")
+        if other.sum_dy.size != self.sum_dy.size:
+            raise ValueError(f"other must have {self.sum_dy.size} channels, got {other.sum_dy.size}")
+        return GradientSums(self._count + other._count, *(self._table + other._table))
+
+    def __add__(self, other: "GradientSums") -> "GradientSums":
+        return self.merge(other) if isinstance(other, GradientSums) else NotImplemented
+
+    def __repr__(self) -> str:
+        return f"GradientSums(count={self._count}, sum_dy={self.sum_dy}, sum_dy_xmu={self.sum_dy_xmu})"
+
+
+def _samples(batches: Iterable[ArrayLike], axis: int) -> Iterator[tuple[Array, int]]:
+    """Each batch with its samples along axis 0, and the channel axis."""
+    channels = None
+    for batch in batches:
+        array = _arrays.as_float(batch, "a batch")
+        channel = _arrays.layout_of(array.shape, axis).axis
+        if channels not in (None, array.shape[channel]):
+            raise ValueError(f"a batch must have {channels} channels along axis {axis}, got shape {array.shape}")
+        channels = array.shape[channel]
+        yield (array, channel) if channel else (np.moveaxis(array, 1, 0), 1)
+
+
+def _blocks(samples: Iterable[tuple[Array, int]]) -> Iterator[tuple[Array, int]]:
+    """The same samples in blocks that depend on their shape and dtype alone; a change of those ends a block."""
+    held, filled, channel = np.empty((0, 0)), 0, 0
+    for array, axis in samples:
+        if (array.shape[1:], array.dtype, axis) != (held.shape[1:], held.dtype, channel):
+            if channel:
+                yield held[:filled], channel
+            rows = max(1, BLOCK_VALUES // max(1, math.prod(array.shape[1:])))
+            held, filled, channel = np.empty((rows, *array.shape[1:]), array.dtype), 0, axis
+        start = 0
+        while start < len(array):
+            take = min(len(held) - filled, len(array) - start)
+            held[filled : filled + take] = array[start : start + take]
+            start, filled = start + take, filled + take
+            if filled == len(held):
+                yield held, channel
+                filled = 0
+    if channel:
+        yield held[:filled], channel
+
+
+def population(
+    batches: Iterable[ArrayLike],
+    axis: int = 1,
+    *,
+    progress: bool = True,
+    num_threads: int | None = None,
+) -> Moments:
+    """The moments of a data set that comes in batches: μ = Σx/n and Σ(x − μ)², over all of it.
+
+    Other than an average of the batches' variances, this is the variance of the whole, whatever the batches: the same
+    samples in the same order give the same bits, however they are cut. Memory is that of one batch and one block of a
+    million values.
+
+    Parameters
+    ----------
+    batches : iterable of array_like
+        Of float32 or float64, with the same number of channels along `axis` each: a list, a generator, chunks of a
+        memory-mapped file. Sizes may differ, also of the other axes.
+    axis : int, default 1
+        The channel axis. Samples are cut along the first other one.
+    progress : bool, default True
+        Show a bar if standard error is a terminal, `batches` has a length and rich is installed.
+    num_threads : int, optional
+        Threads for this call. Its results do not depend on it.
+
+    Returns
+    -------
+    Moments
+
+    Raises
+    ------
+    TypeError
+        If a dtype is neither float32 nor float64.
+    ValueError
+        If there is no batch, or one has another number of channels than the first.
+
+    References
+    ----------
+    Ioffe and Szegedy, "Batch Normalization", 2015, arXiv:1502.03167, algorithm 2, step 10.
+
+    Examples
+    --------
+    >>> import numpy as np, batchnorm as bn
+    >>> x = np.random.default_rng(0).standard_normal((1000, 3))
+    >>> bn.population(x[i : i + 64] for i in range(0, 1000, 64)) == bn.population([x[:1], x[1:]])
+    True
+    """
+    shown = with_progress(batches, "population") if progress else batches
+    total = None
+    for block, channel in _blocks(_samples(shown, _arrays.as_index(axis, "axis"))):
+        part = Moments.of(block, channel, num_threads=num_threads)
+        total = part if total is None else total + part
+    if total is None:
+        raise ValueError("batches must hold at least one batch, got none")
+    return total
