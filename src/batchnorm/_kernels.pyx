@@ -895,6 +895,15 @@ cdef void finish_statistics(const Job *job, Py_ssize_t tile) noexcept nogil:
     set_affine(job, first, min(job.tile_channels, job.C - first))
 
 
+cdef inline void set_channel_gradients(const double *s, double *g, Py_ssize_t C) noexcept nogil:
+    """The gradients of gamma, mean and var from the sums of a channel (that of beta is Σdy)."""
+    cdef double scale = s[GAMMA * C] * s[RSTD * C]
+    cdef double dgamma = g[SUM_DY_XMU * C] * s[RSTD * C]
+    g[DGAMMA * C] = dgamma
+    g[DMEAN * C] = -scale * g[SUM_DY * C]
+    g[DVAR * C] = -0.5 * scale * (s[RSTD * C] * dgamma)
+
+
 cdef void finish_sums(const Job *job, Py_ssize_t tile) noexcept nogil:
     cdef Py_ssize_t c, C = job.C, first = tile * job.tile_channels
     cdef Py_ssize_t channels = min(job.tile_channels, C - first)
@@ -905,20 +914,7 @@ cdef void finish_sums(const Job *job, Py_ssize_t tile) noexcept nogil:
     for c in range(channels):
         g[SUM_DY * C + c] = merged[SUM_DY * C + c]
         g[SUM_DY_XMU * C + c] = merged[SUM_DY_XMU * C + c] - s[MEAN_LOW * C + c] * merged[SUM_DY * C + c]
-    set_channel_gradients(job, first, channels)
-
-
-cdef void set_channel_gradients(const Job *job, Py_ssize_t first, Py_ssize_t channels) noexcept nogil:
-    """The gradients of gamma, mean and var from the sums (that of beta is Σdy)."""
-    cdef Py_ssize_t c, C = job.C
-    cdef const double *restrict s = job.statistics + first
-    cdef double *restrict g = job.gradients + first
-    cdef double scale
-    for c in range(channels):
-        scale = s[GAMMA * C + c] * s[RSTD * C + c]
-        g[DGAMMA * C + c] = g[SUM_DY_XMU * C + c] * s[RSTD * C + c]
-        g[DMEAN * C + c] = -scale * g[SUM_DY * C + c]
-        g[DVAR * C + c] = -0.5 * scale * (s[RSTD * C + c] * g[DGAMMA * C + c])
+        set_channel_gradients(s + c, g + c, C)
 
 
 cdef inline bint is_sloped(int through) noexcept nogil:
@@ -959,8 +955,9 @@ cdef void finish_backward(const Job *job, Py_ssize_t tile) noexcept nogil:
 
 cdef void finish_given_sums(const Job *job, Py_ssize_t tile) noexcept nogil:
     """Nothing to merge: the sums are given."""
-    cdef Py_ssize_t first = tile * job.tile_channels
-    set_channel_gradients(job, first, min(job.tile_channels, job.C - first))
+    cdef Py_ssize_t c, first = tile * job.tile_channels
+    for c in range(first, min(first + job.tile_channels, job.C)):
+        set_channel_gradients(job.statistics + c, job.gradients + c, job.C)
     set_gradient(job, tile)
 
 
@@ -1237,13 +1234,11 @@ def backward(dy, x, dx, tuple view, statistics, gradients, int through, double c
     call(BACKWARD, x, dy, dx, view, statistics, gradients, 0, through, count, num_threads)
 
 
-def channel_gradients(tuple view, double[:, ::1] statistics, double[:, ::1] gradients):
+def channel_gradients(double[:, ::1] statistics, double[:, ::1] gradients):
     """dgamma, dmean and dvar from the sums in `gradients`."""
-    cdef Job job
-    job.C = view[1]
-    if job.C > 0:
-        job.statistics, job.gradients = &statistics[0, 0], &gradients[0, 0]
-        set_channel_gradients(&job, 0, job.C)
+    cdef Py_ssize_t c
+    for c in range(gradients.shape[1]):
+        set_channel_gradients(&statistics[0, c], &gradients[0, c], gradients.shape[1])
 
 
 def fix_statistics(statistics, mean, var, gamma, beta, double eps):

@@ -24,7 +24,7 @@ _MEAN, _MEAN_LOW, _VAR, _RSTD, _GAMMA, _BETA, _SUM_XMU2, _STATISTICS_ROWS = rang
 _SUM_DY, _SUM_DY_XMU, _DGAMMA, _DMEAN, _DVAR, _UPSTREAM_DMEAN, _UPSTREAM_DVAR, _GRADIENT_ROWS = range(8)
 
 # What dx is made of besides the direct path, in the bits of the kernels.
-_THROUGH_MEAN, _THROUGH_VARIANCE, _UPSTREAM = 1, 2, 4
+_THROUGH_MEAN, _THROUGH_VARIANCE, _THROUGH_BOTH, _UPSTREAM = 1, 2, 3, 4
 
 _NEED = ("dx", "dgamma", "dbeta")
 _INFERENCE_NEED = (*_NEED, "dmean", "dvar")
@@ -151,7 +151,7 @@ def _restored(x: Array, eps: float, layout: Layout, *rest: Any) -> Saved:
 
 
 def _names(names: Collection[str], argument: str, known: tuple[str, ...]) -> Collection[str]:
-    if names is not known and (isinstance(names, str) or any(name not in known for name in names)):
+    if isinstance(names, str) or any(name not in known for name in names):
         raise ValueError(f"{argument} must be a collection of names out of {known}, got {names!r}")
     return names
 
@@ -359,8 +359,10 @@ def backward(
         raise TypeError(f"saved must be what forward returned, got {type(saved).__name__}")
     channels = saved._layout.view[1]
     table = np.empty((_GRADIENT_ROWS, channels))
-    through = _names(through, "through", _THROUGH)
-    paths = _THROUGH_MEAN * ("mean" in through) | _THROUGH_VARIANCE * ("variance" in through)
+    paths = _THROUGH_BOTH
+    if through is not _THROUGH:
+        through = _names(through, "through", _THROUGH)
+        paths = _THROUGH_MEAN * ("mean" in through) | _THROUGH_VARIANCE * ("variance" in through)
     if dmean is not None or dvar is not None:
         paths |= _UPSTREAM
         table[_UPSTREAM_DMEAN] = 0 if dmean is None else _arrays.as_channels(dmean, "dmean", channels)
@@ -368,7 +370,9 @@ def backward(
     if sums is not None:
         _check_sums(sums, saved)
         table[_SUM_DY], table[_SUM_DY_XMU] = sums.sum_dy, sums.sum_dy_xmu
-    return _backward(dy, saved, paths, _names(need, "need", _NEED), table, out, num_threads, sums is not None)
+    if need is not _NEED:
+        need = _names(need, "need", _NEED)
+    return _backward(dy, saved, paths, need, table, out, num_threads, sums is not None)
 
 
 def _check_sums(sums: GradientSums, saved: Saved) -> None:
@@ -393,7 +397,7 @@ def _backward(
     summed: bool = False,
 ) -> Gradients:
     """The gradients that are needed; all those of the channels are left in the table, which may hold the sums."""
-    x, layout, statistics = saved._x, saved._layout, saved._statistics
+    x, layout, statistics, count = saved._x, saved._layout, saved._statistics, saved._count
     dtype = x.dtype
     dy = like_x(dy, x)
     threads = _threads.threads_for(x.size, num_threads)
@@ -407,15 +411,15 @@ def _backward(
         dx = layout.empty(dtype) if out is None else layout.room(out, dtype)
     kernels = _dispatch.kernels
     if summed:
-        kernels.channel_gradients(layout.view, statistics, table)
+        kernels.channel_gradients(statistics, table)
         if dx is not None and x.size:
-            kernels.grad_apply(layout.bring(dy), x, dx, layout.view, statistics, table, paths, saved.count, threads)
+            kernels.grad_apply(layout.bring(dy), x, dx, layout.view, statistics, table, paths, count, threads)
     elif not x.size:
         table[...] = 0
     elif dx is None:
         kernels.grad_sums(layout.bring(dy), x, layout.view, statistics, table, threads)
     else:
-        kernels.backward(layout.bring(dy), x, dx, layout.view, statistics, table, paths, saved.count, threads)
+        kernels.backward(layout.bring(dy), x, dx, layout.view, statistics, table, paths, count, threads)
     if dx is not None and out is not None:
         dx = _arrays.deliver(dx, out)
     gamma_dtype, beta_dtype = saved._dtypes
@@ -700,7 +704,8 @@ def inference_backward(
     dtype = x.dtype if given["gamma"] is None else given["gamma"].dtype
     saved = Saved(x, eps, layout, statistics, (dtype, dtype), layout.values)
     table = np.empty((_GRADIENT_ROWS, layout.view[1]))
-    need = _names(need, "need", _NEED if need is _NEED else _INFERENCE_NEED)
+    if need is not _NEED:
+        need = _names(need, "need", _INFERENCE_NEED)
     gradients = InferenceGradients(*_backward(dy, saved, 0, need, table, out, num_threads))
     if "dmean" in need:
         gradients.dmean = table[_DMEAN].astype(given["mean"].dtype)
