@@ -13,7 +13,18 @@ import pytest
 import batchnorm as bn
 from batchnorm import _cpu, _dispatch
 
-DOCUMENTED = ["functional", "layer", "reference", "explain", "diagnosis", "cs231n", "moments", "_threads", "_config"]
+DOCUMENTED = [
+    "functional",
+    "layer",
+    "reference",
+    "explain",
+    "diagnosis",
+    "cs231n",
+    "moments",
+    "mpi",
+    "_threads",
+    "_config",
+]
 
 
 @pytest.mark.parametrize("name", DOCUMENTED)

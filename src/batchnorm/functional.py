@@ -386,6 +386,20 @@ def _check_sums(sums: GradientSums, saved: Saved) -> None:
         )
 
 
+def _check_out(out: Array, need: Collection[str], x: Array, dy: Array) -> None:
+    if "dx" not in need:
+        raise ValueError(f"out is where dx goes, but need does not name it: {need!r}")
+    _arrays.check_out(out, x.shape, x.dtype)
+    _arrays.check_overlap(out, {"x": x, "dy": dy}, may_be_same="dy")
+
+
+def check_backward(dy: ArrayLike, saved: Saved, need: Collection[str], out: Array | None) -> None:
+    """Refuse what `backward` would refuse."""
+    need, dy = _names(need, "need", _NEED), like_x(dy, saved.x)
+    if out is not None:
+        _check_out(out, need, saved.x, dy)
+
+
 def _backward(
     dy: ArrayLike,
     saved: Saved,
@@ -402,10 +416,7 @@ def _backward(
     dy = like_x(dy, x)
     threads = _threads.threads_for(x.size, num_threads)
     if out is not None:
-        if "dx" not in need:
-            raise ValueError(f"out is where dx goes, but need does not name it: {need!r}")
-        _arrays.check_out(out, x.shape, dtype)
-        _arrays.check_overlap(out, {"x": x, "dy": dy}, may_be_same="dy")
+        _check_out(out, need, x, dy)
     dx = None
     if "dx" in need:
         dx = layout.empty(dtype) if out is None else layout.room(out, dtype)

@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, DTypeLike
 
 from . import _arrays, functional
 from ._arrays import Array
-from .functional import Gradients
+from .functional import Gradients, Saved
 from .moments import population
 
 
@@ -184,13 +184,16 @@ class BatchNorm:
         y, saved = functional.forward(
             x, self.gamma, self.beta, axis=self.axis, eps=self.eps, out=out, num_threads=num_threads
         )
-        if self.training and self.running_mean is not None and self.running_var is not None and x.size:
+        self._follow(saved)
+        self._backward = partial(functional.backward, saved=saved)
+        return y
+
+    def _follow(self, saved: Saved) -> None:
+        """Move the running statistics towards a batch, in training."""
+        if self.training and self.running_mean is not None and self.running_var is not None and saved.count:
             momentum = 1 / (self.num_batches_tracked + 1) if self.momentum is None else self.momentum
             functional.update_running(self.running_mean, self.running_var, saved, momentum=momentum)
             self.num_batches_tracked += 1
-
-        self._backward = partial(functional.backward, saved=saved)
-        return y
 
     def backward(
         self,

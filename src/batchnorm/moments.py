@@ -279,6 +279,10 @@ class GradientSums:
     def sum_dy_xmu(self) -> Numbers:
         return _row(self._table, 1)
 
+    def of_parameters(self, rstd: Numbers) -> tuple[Numbers, Numbers]:
+        """dgamma = Σdy·xhat and dbeta = Σdy over these values."""
+        return self.sum_dy_xmu * rstd, self.sum_dy
+
     def merge(self, other: "GradientSums") -> "GradientSums":
         """The sums over both parts, as `+`.
 

@@ -1,0 +1,236 @@
+"""Batch normalization over several processes, on mpi4py: one batch, of which every rank has a part.
+
+Decisions:
+
+- Statistics are merged, not averaged: each rank sends count, mean and Σ(x − μ)² of its part. Parts may differ in size,
+  be empty or hold one sample.
+- Two collectives a step, both Allgather: the parts are added up by every rank in the order of ranks, so that all get
+  the same bits, on every run. A reduction would be free to choose its order.
+- A rank whose arguments are wrong takes part nevertheless and says so in its packet. It raises its own error, the
+  others one that names it, and nobody waits.
+- The mean travels as a pair, as it does in the kernels: with 2C + 1 numbers float64 data at 1e6 would lose five digits.
+- Evaluation needs no communication: running statistics are the same bits everywhere.
+"""
+
+import sys
+from collections.abc import Callable, Collection
+from functools import partial, reduce
+from operator import add
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, DTypeLike
+
+from . import _arrays, functional
+from ._arrays import Array
+from .functional import Gradients, Saved
+from .layer import BatchNorm
+from .moments import GradientSums, Moments, Numbers
+
+# What the first number of a packet says: the dtype of x, or that the rank raises an error.
+_STATUS = {np.dtype(np.float32): 0.0, np.dtype(np.float64): 1.0}
+_REFUSED = 2.0
+
+
+def world() -> Any:
+    """MPI's communicator of all ranks."""
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        raise ImportError(
+            "batchnorm.mpi needs mpi4py and an MPI library: python -m pip install 'batchnorm[mpi]' mpich"
+        ) from error
+    return MPI.COMM_WORLD
+
+
+class SyncBatchNorm(BatchNorm):
+    """`BatchNorm` with the statistics of all ranks: y = gamma·(x − μ)/√(σ² + eps) + beta.
+
+    In training, μ = Σx/n and σ² = Σ(x − μ)²/n over the x of all ranks, n values a channel in all, and the running
+    statistics take the variance times n/(n − 1). Every rank has to call the layer, and its `backward`, in every step,
+    also with an x of no samples. In evaluation the running statistics are used and nothing is sent.
+
+    Parameters
+    ----------
+    num_features : int
+        Channels, C.
+    comm : mpi4py.MPI.Comm, optional
+        The ranks that share a batch; COMM_WORLD where None. Creating the layer is a collective call, too.
+    reduce : {"local", "sum"}, default "local"
+        What `dgamma` and `dbeta` are: the sums over this rank's values, to be added up over the ranks with the other
+        gradients of the network, or over all values already. Adding up what is summed already is the classic mistake.
+    axis, eps, momentum, affine, track_running_stats, dtype
+        As for `BatchNorm`.
+
+    Raises
+    ------
+    ImportError
+        If mpi4py or its MPI library is missing.
+    ValueError
+        On every rank, if the ranks disagree about an argument.
+
+    Notes
+    -----
+    A packet has 3C + 2 numbers in the forward pass and 2C + 1 in the backward pass, of 8 bytes. An exception elsewhere
+    in the program of one rank leaves the others waiting, as always with MPI: start programs with
+    ``mpiexec -n 4 python -m mpi4py program.py``, which ends all of them then.
+
+    Examples
+    --------
+    On one rank, as here, it is `BatchNorm`; `mpiexec -n 4 python -m batchnorm.mpi` compares four with it.
+
+    >>> import numpy as np
+    >>> from batchnorm.mpi import SyncBatchNorm
+    >>> layer = SyncBatchNorm(2, dtype=np.float64)
+    >>> y = layer(np.array([[1.0, 10.0], [3.0, 30.0]]))
+    >>> layer.running_mean
+    array([0.2, 2. ])
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        comm: Any = None,
+        *,
+        reduce: str = "local",
+        axis: int = 1,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        dtype: DTypeLike = np.float32,
+    ) -> None:
+        self.comm = world() if comm is None else comm
+        self.reduce = reduce
+        error: Exception | None = None
+        try:
+            super().__init__(
+                num_features,
+                axis=axis,
+                eps=eps,
+                momentum=momentum,
+                affine=affine,
+                track_running_stats=track_running_stats,
+                dtype=dtype,
+            )
+            if reduce not in ("local", "sum"):
+                raise ValueError(f"reduce must be 'local' or 'sum', got {reduce!r}")
+        except (TypeError, ValueError) as refused:
+            error = refused
+        described = [str(other) for other in self.comm.allgather(repr(self) if error is None else error)]
+        if error is not None:
+            raise error
+        for rank, other in enumerate(described):
+            if other != described[0]:
+                raise ValueError(
+                    f"all ranks must agree about the layer, got {described[0]} on rank 0, {other} on {rank}"
+                )
+
+    def __repr__(self) -> str:
+        return f"Sync{super().__repr__()[:-1]}, reduce={self.reduce!r})"
+
+    def __call__(self, x: ArrayLike, *, out: Array | None = None, num_threads: int | None = None) -> Array:
+        """Normalize x, and in training move the running statistics; all ranks have to take part in training.
+
+        Parameters
+        ----------
+        x : array_like of float32 or float64
+            This rank's part, with `num_features` channels along `axis`, possibly no samples; of one dtype on all ranks.
+        out, num_threads
+            As in `forward`.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As `BatchNorm`, on the rank whose argument is wrong; on every rank if dtypes differ or there is one value
+            per channel in all.
+        RuntimeError
+            On the other ranks if one raises an error of its own. The layers are as they were then.
+        """
+        if not self.training and self.running_mean is not None:
+            return super().__call__(x, out=out, num_threads=num_threads)
+        x, total = self._gather_moments(x, out, num_threads)
+        y, saved = functional.forward(
+            x,
+            self.gamma,
+            self.beta,
+            axis=self.axis,
+            eps=self.eps,
+            moments=total,
+            out=out,
+            num_threads=num_threads,
+        )
+        self._follow(saved)
+        self._backward = partial(self._backward_together, saved=saved)
+        return y
+
+    def _gather_moments(self, x: ArrayLike, out: Array | None, num_threads: int | None) -> tuple[Array, Moments]:
+        """x as an array, and the moments of all ranks."""
+
+        def own() -> tuple[float, Numbers, Array]:
+            array = _arrays.as_float(x, "x")
+            self._check_channels(array)
+            if out is not None:
+                _arrays.check_out(out, array.shape, array.dtype)
+                _arrays.check_overlap(out, {"x": array, "gamma": self.gamma, "beta": self.beta})
+            part = Moments.of(array, self.axis, num_threads=num_threads)
+            return _STATUS[array.dtype], np.concatenate([[part.count], part.mean, part.m2, part.mean_low]), array
+
+        packets, array = self._exchange(own, 1 + 3 * self.num_features)
+        statuses = {int(packet[0]) for packet in packets}
+        if len(statuses) > 1:
+            names = [("float32", "float64")[int(packet[0])] for packet in packets]
+            raise TypeError(f"x must have the same dtype on all ranks, got {', '.join(names)}")
+        total = reduce(add, (Moments(int(numbers[1]), *numbers[2:].reshape(3, -1)) for numbers in packets))
+        if total.count == 1:
+            raise ValueError("training needs more than one value per channel on all ranks together, got 1")
+        return array, total
+
+    def _exchange(self, own: Callable[[], tuple[float, Numbers, Any]], size: int) -> tuple[Numbers, Any]:
+        """The packets of all ranks in their order, and what this one made beside its own."""
+        packet, made, error = np.zeros(1 + size), None, None
+        packet[0] = _REFUSED
+        try:
+            packet[0], packet[1:], made = own()
+        except (TypeError, ValueError, MemoryError) as refused:
+            error = refused
+        packets = np.empty((self.comm.Get_size(), packet.size))
+        self.comm.Allgather(packet, packets)
+        if error is not None:
+            raise error
+        refused_by = [rank for rank, other in enumerate(packets) if other[0] == _REFUSED]
+        if refused_by:
+            raise RuntimeError(f"rank {refused_by[0]} refused its arguments; its own error says why")
+        return packets, made
+
+    def _backward_together(
+        self,
+        dy: ArrayLike,
+        *,
+        saved: Saved,
+        need: Collection[str],
+        out: Array | None,
+        num_threads: int | None,
+    ) -> Gradients:
+        def own() -> tuple[float, Numbers, GradientSums]:
+            functional.check_backward(dy, saved, need, out)
+            sums = functional.grad_sums(dy, saved, num_threads=num_threads)
+            return _STATUS[saved.x.dtype], np.concatenate([sums.sum_dy, sums.sum_dy_xmu]), sums
+
+        packets, local = self._exchange(own, 2 * self.num_features)
+        total = GradientSums(saved.count, *reduce(add, packets[:, 1:]).reshape(2, -1))
+        gradients = functional.backward(dy, saved, sums=total, need=need, out=out, num_threads=num_threads)
+        if self.reduce == "sum":
+            return gradients
+        own_dgamma, own_dbeta = local.of_parameters(saved.rstd)
+        return Gradients(
+            gradients.dx,
+            None if gradients.dgamma is None else own_dgamma.astype(gradients.dgamma.dtype),
+            None if gradients.dbeta is None else own_dbeta.astype(gradients.dbeta.dtype),
+        )
+
+
+if __name__ == "__main__":
+    from batchnorm.mpi_check import main
+
+    sys.exit(main())

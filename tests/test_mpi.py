@@ -1,0 +1,276 @@
+"""Several ranks, started for real: the self-check, bad arguments on one rank, sub-communicators, a rank that dies.
+
+What is common to all ranks is tested on one, in this process.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+
+import batchnorm as bn
+
+pytest.importorskip("mpi4py")
+from mpi4py import MPI
+
+from batchnorm.mpi import SyncBatchNorm
+
+MPIEXEC = shutil.which("mpiexec", path=os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]]))
+
+needs_mpiexec = pytest.mark.skipif(MPIEXEC is None, reason="there is no mpiexec; `pip install mpich` has one")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def level():
+    """Once is enough: processes of their own choose their level themselves."""
+
+
+def run(ranks, *arguments, timeout=120):
+    command = [MPIEXEC, "-n", str(ranks), sys.executable, *arguments]
+    environment = os.environ | {"BATCHNORM_NUM_THREADS": "1"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
+
+
+def program(tmp_path, text):
+    path = tmp_path / "program.py"
+    path.write_text(
+        "import os\nimport numpy as np\nfrom mpi4py import MPI\nfrom batchnorm.mpi import SyncBatchNorm\n"
+        "comm = MPI.COMM_WORLD\nrank, ranks = comm.rank, comm.size\n"
+        # One write a line, or the lines of ranks get mixed.
+        "def say(*words): os.write(1, (' '.join(map(str, words)) + '\\n').encode())\n" + textwrap.dedent(text)
+    )
+    return str(path)
+
+
+@needs_mpiexec
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+def test_the_self_check(ranks):
+    done = run(ranks, "-m", "batchnorm.mpi")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"SyncBatchNorm on {ranks} ranks" in done.stdout
+    assert done.stdout.count("  same\n") == 13
+    assert "no lines over" in done.stdout
+
+
+@needs_mpiexec
+def test_the_self_check_sees_a_difference(tmp_path):
+    """A layer that averages the variances of ranks, as others do, is found out."""
+    path = program(
+        tmp_path,
+        """
+        import sys
+        from batchnorm import moments, mpi_check
+        class Averaged(moments.Moments):
+            def merge(self, other):
+                part = moments.Moments.merge(self, other)
+                return moments.Moments(part.count, part.mean, part.count * (self.var() + other.var()) / 2)
+        mpi_check.Moments = moments.Moments
+        import batchnorm.mpi
+        batchnorm.mpi.Moments.__add__ = Averaged.merge
+        sys.exit(mpi_check.main())
+        """,
+    )
+    done = run(2, path)
+    assert done.returncode != 0
+    assert "WRONG" in done.stdout
+
+
+@needs_mpiexec
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("3 + rank", "all ranks must agree about the layer, got SyncBatchNorm(3, axis=1"),
+        ("3, eps=1e-5 * (1 + rank)", "all ranks must agree about the layer"),
+        ("3, axis=1 - rank", "all ranks must agree about the layer"),
+        ("3, dtype=['f4', 'f8', 'f4'][rank]", "all ranks must agree about the layer"),
+        ("3 if rank else -3", "num_features must be at least 0, got -3"),
+    ],
+)
+def test_ranks_that_disagree_all_raise(tmp_path, arguments, message):
+    path = program(
+        tmp_path,
+        f"""
+        try:
+            SyncBatchNorm({arguments})
+        except ValueError as error:
+            say("refused", error)
+        """,
+    )
+    done = run(3, path, timeout=30)
+    assert done.stdout.count("refused") == 3, done.stdout + done.stderr
+    assert message in done.stdout
+
+
+@needs_mpiexec
+@pytest.mark.parametrize(
+    ("x", "own", "others"),
+    [
+        ("np.ones((4, 3 if rank != 1 else 2))", "ValueError x must have 3 channels", "RuntimeError rank 1 refused"),
+        ("np.ones((4, 3), int if rank == 1 else float)", "TypeError x must have dtype", "RuntimeError rank 1 refused"),
+        ("np.ones((4, 3), 'f4' if rank == 1 else 'f8')", "TypeError x must have the same dtype on all ranks", None),
+        (
+            "np.ones((1 if rank == 2 else 0, 3))",
+            "ValueError training needs more than one value per channel on all",
+            None,
+        ),
+    ],
+)
+def test_a_bad_x_on_one_rank_is_an_error_on_all(tmp_path, x, own, others):
+    """And nothing has changed: the next step is right."""
+    path = program(
+        tmp_path,
+        f"""
+        layer = SyncBatchNorm(3)
+        try:
+            layer({x})
+        except Exception as error:
+            say(type(error).__name__, error)
+        assert layer.num_batches_tracked == 0 and not layer.running_mean.any()
+        y = layer(np.full((2, 3), float(rank)))
+        assert layer.num_batches_tracked == 1
+        try:
+            layer.backward(np.ones((2, 3 if rank != 1 else 4)))
+        except ValueError as error:
+            say("backward", error)
+        except RuntimeError as error:
+            say("backward", error)
+        assert abs(layer.backward(np.ones((2, 3))).sum()) < 1e-9
+        say("went on")
+        """,
+    )
+    done = run(3, path, timeout=30)
+    assert done.stdout.count("went on") == 3, done.stdout + done.stderr
+    assert done.stdout.count(own) == (1 if others else 3), done.stdout
+    assert done.stdout.count("backward dy must have the shape of x, (2, 3), got (2, 4)") == 1
+    assert done.stdout.count("backward rank 1 refused its arguments") == 2
+    if others:
+        assert done.stdout.count(others) == 2
+
+
+@needs_mpiexec
+def test_sub_communicators(tmp_path):
+    """Two pairs of ranks, each with a batch of its own."""
+    path = program(
+        tmp_path,
+        """
+        half = comm.Split(rank // 2)
+        layer = SyncBatchNorm(1, half, dtype=np.float64)
+        layer(np.array([[10.0 * (rank // 2) + rank % 2]]))
+        say(rank, layer.running_mean[0])
+        """,
+    )
+    done = run(4, path, timeout=30)
+    means = dict(line.split() for line in done.stdout.splitlines())
+    assert [float(means[rank]) for rank in "0123"] == pytest.approx([0.05, 0.05, 1.05, 1.05])
+
+
+@needs_mpiexec
+def test_a_rank_that_dies_ends_the_others(tmp_path):
+    """As documented: with `-m mpi4py` an exception on one rank ends all, which would wait for it otherwise."""
+    path = program(
+        tmp_path,
+        """
+        layer = SyncBatchNorm(3)
+        layer(np.ones((4, 3)))
+        if rank == 1:
+            raise KeyError("something else")
+        layer(np.ones((4, 3)))
+        """,
+    )
+    done = run(2, "-m", "mpi4py", path, timeout=30)
+    assert done.returncode != 0
+    assert "something else" in done.stderr
+
+
+class Counting:
+    """A communicator that counts what is asked of it."""
+
+    def __init__(self, comm):
+        self.comm, self.calls = comm, []
+
+    def __getattr__(self, name):
+        def call(*arguments):
+            self.calls.append(name)
+            return getattr(self.comm, name)(*arguments)
+
+        return call
+
+
+def test_two_collectives_a_step(rng):
+    comm = Counting(MPI.COMM_SELF)
+    layer = SyncBatchNorm(5, comm)
+    comm.calls.clear()
+    layer(rng.standard_normal((8, 5)))
+    assert [name for name in comm.calls if name != "Get_size"] == ["Allgather"]
+    comm.calls.clear()
+    layer.backward(rng.standard_normal((8, 5)))
+    assert [name for name in comm.calls if name != "Get_size"] == ["Allgather"]
+    comm.calls.clear()
+    layer.eval()
+    layer.backward(layer(rng.standard_normal((8, 5))))
+    assert comm.calls == []
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("reduce", ["local", "sum"])
+@pytest.mark.parametrize(
+    "settings", [{}, {"momentum": None}, {"affine": False}, {"track_running_stats": False}], ids=str
+)
+def test_one_rank_is_the_layer_bit_for_bit(settings, reduce, dtype, rng):
+    ours = SyncBatchNorm(5, MPI.COMM_SELF, reduce=reduce, dtype=dtype, **settings)
+    plain = bn.BatchNorm(5, dtype=dtype, **settings)
+    for _ in range(3):
+        x, dy = (rng.standard_normal((8, 5, 7)) + 2).astype(dtype), rng.standard_normal((8, 5, 7)).astype(dtype)
+        assert ours(x).tobytes() == plain(x).tobytes()
+        assert ours.backward(dy).tobytes() == plain.backward(dy).tobytes()
+        for name in ("dgamma", "dbeta", "running_mean", "running_var"):
+            got, expected = getattr(ours, name), getattr(plain, name)
+            assert (got is None) == (expected is None)
+            assert got is None or got.tobytes() == expected.tobytes()
+    assert ours.num_batches_tracked == plain.num_batches_tracked
+    assert ours.eval()(x).tobytes() == plain.eval()(x).tobytes()
+    assert ours.backward(dy, need=["dx"]).tobytes() == plain.backward(dy, need=["dx"]).tobytes()
+    ours.load_state_dict(plain.state_dict())
+
+
+def test_out_and_need(rng):
+    layer = SyncBatchNorm(5, MPI.COMM_SELF)
+    x = rng.standard_normal((8, 5)).astype(np.float32)
+    out = np.empty_like(x)
+    assert layer(x, out=out) is out
+    dx = layer.backward(x, need=("dx", "dbeta"), out=out)
+    assert dx is out
+    assert layer.dgamma is None
+    assert layer.dbeta is not None
+    with pytest.raises(ValueError, match="out must have shape"):
+        layer(x, out=np.empty(3, np.float32))
+    with pytest.raises(ValueError, match="out is where dx goes"):
+        layer.backward(x, need=["dbeta"], out=out)
+    with pytest.raises(ValueError, match="need must be a collection"):
+        layer.backward(x, need="dx")
+
+
+def test_bad_arguments():
+    with pytest.raises(ValueError, match="reduce must be 'local' or 'sum', got 'mean'"):
+        SyncBatchNorm(3, MPI.COMM_SELF, reduce="mean")
+    layer = SyncBatchNorm(3, MPI.COMM_SELF)
+    with pytest.raises(ValueError, match="training needs more than one value per channel on all ranks together, got 1"):
+        layer(np.ones((1, 3)))
+    with pytest.raises(RuntimeError, match="backward needs a call"):
+        layer.backward(np.ones((1, 3)))
+    assert repr(layer) == (
+        "SyncBatchNorm(3, axis=1, eps=1e-05, momentum=0.1, affine=True, track_running_stats=True, dtype=float32, "
+        "reduce='local')"
+    )
+
+
+def test_without_mpi4py_it_says_what_is_missing(tmp_path):
+    (tmp_path / "mpi4py.py").write_text("raise ImportError('no mpi4py')\n")
+    code = "from batchnorm.mpi import SyncBatchNorm; SyncBatchNorm(3)"
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    assert "ImportError: batchnorm.mpi needs mpi4py and an MPI library: python -m pip install" in done.stderr
