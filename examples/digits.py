@@ -23,11 +23,11 @@ from itertools import islice, pairwise
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 import batchnorm as bn
 
-Array = NDArray[np.float32]
+Array = NDArray[np.floating]
 Labels = NDArray[np.int64]
 Generator = np.random.Generator
 
@@ -43,9 +43,9 @@ NAMES = {True: "with batch norm", False: "without"}
 class Linear:
     """y = x·weight + bias, the weight drawn for relu (He et al., 2015)."""
 
-    def __init__(self, inputs: int, outputs: int, generator: Generator, bias: bool) -> None:
-        self.weight = generator.normal(0, np.sqrt(2 / inputs), (inputs, outputs)).astype(np.float32)
-        self.bias = np.zeros(outputs, np.float32) if bias else None
+    def __init__(self, inputs: int, outputs: int, generator: Generator, bias: bool, dtype: DTypeLike) -> None:
+        self.weight = generator.normal(0, np.sqrt(2 / inputs), (inputs, outputs)).astype(dtype)
+        self.bias = np.zeros(outputs, dtype) if bias else None
         self.parameters = [self.weight] if self.bias is None else [self.weight, self.bias]
 
     def forward(self, x: Array) -> Array:
@@ -65,9 +65,9 @@ class Linear:
 class BatchNorm:
     """y = gamma·(x − mean)/√(var + eps) + beta: in training with the statistics of the batch, else the running ones."""
 
-    def __init__(self, channels: int) -> None:
-        self.gamma, self.beta = np.ones(channels, np.float32), np.zeros(channels, np.float32)
-        self.running_mean, self.running_var = np.zeros(channels, np.float32), np.ones(channels, np.float32)
+    def __init__(self, channels: int, dtype: DTypeLike = np.float32) -> None:
+        self.gamma, self.beta = np.ones(channels, dtype), np.zeros(channels, dtype)
+        self.running_mean, self.running_var = np.zeros(channels, dtype), np.ones(channels, dtype)
         self.parameters = [self.gamma, self.beta]
 
     def forward(self, x: Array) -> Array:
@@ -104,15 +104,17 @@ class Relu:
 class Network:
     """Hidden layers, each linear → batch norm (if wanted) → relu, and a linear layer to the classes."""
 
-    def __init__(self, sizes: tuple[int, ...], generator: Generator, batch_norm: bool) -> None:
+    def __init__(
+        self, sizes: tuple[int, ...], generator: Generator, batch_norm: bool, dtype: DTypeLike = np.float32
+    ) -> None:
         *hidden, classes = sizes
         self.layers: list[Linear | BatchNorm | Relu] = []
         for inputs, outputs in pairwise(hidden):
-            self.layers.append(Linear(inputs, outputs, generator, bias=not batch_norm))
+            self.layers.append(Linear(inputs, outputs, generator, not batch_norm, dtype))
             if batch_norm:
-                self.layers.append(BatchNorm(outputs))
+                self.layers.append(BatchNorm(outputs, dtype))
             self.layers.append(Relu())
-        self.layers.append(Linear(hidden[-1], classes, generator, bias=True))
+        self.layers.append(Linear(hidden[-1], classes, generator, True, dtype))
 
     def forward(self, x: Array) -> Array:
         for layer in self.layers:
@@ -151,7 +153,7 @@ def softmax_cross_entropy(x: Array, labels: Labels) -> tuple[float, Array]:
     log_softmax = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
     dx = np.exp(log_softmax)
     dx[rows, labels] -= 1
-    return -float(log_softmax[rows, labels].mean()), dx / np.float32(len(labels))
+    return -float(log_softmax[rows, labels].mean()), dx / x.dtype.type(len(labels))
 
 
 def split(x: Array, labels: Labels, generator: Generator) -> tuple[Array, Labels, Array, Labels]:
@@ -166,7 +168,7 @@ def batches(x: Array, labels: Labels, generator: Generator) -> Iterator[tuple[Ar
     order = generator.permutation(len(x))
     for start in range(0, len(x) - BATCH + 1, BATCH):
         batch = order[start : start + BATCH]
-        noise = generator.standard_normal((BATCH, x.shape[1]), dtype=np.float32)
+        noise = generator.standard_normal((BATCH, x.shape[1]), dtype=x.dtype.type)
         yield x[batch] + NOISE * noise, labels[batch]
 
 

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from mpi4py import MPI
 
 from batchnorm.mpi import SyncBatchNorm
 
+EXAMPLES = Path(__file__).parents[1] / "examples"
 MPIEXEC = shutil.which("mpiexec", path=os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]]))
 
 needs_mpiexec = pytest.mark.skipif(MPIEXEC is None, reason="there is no mpiexec; `pip install mpich` has one")
@@ -184,6 +186,35 @@ def test_a_rank_that_dies_ends_the_others(tmp_path):
     done = run(2, "-m", "mpi4py", path, timeout=30)
     assert done.returncode != 0
     assert "something else" in done.stderr
+
+
+@needs_mpiexec
+@pytest.mark.parametrize("ranks", [3, 4])
+def test_the_example_is_the_single_process_step_by_step(ranks):
+    pytest.importorskip("sklearn")
+    pytest.importorskip("matplotlib")
+    done = run(ranks, "-W", "error", "-m", "mpi4py", str(EXAMPLES / "digits_mpi.py"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [line.split() for line in done.stdout.splitlines() if line.strip()[:1].isdigit()][1:]
+    assert len(rows) == 5
+    assert all(float(row[-1]) < 1e-12 for row in rows)
+    assert float(rows[-1][-1]) > 0
+    assert float(rows[-1][2]) > 95
+
+
+@needs_mpiexec
+def test_adding_up_twice_is_seen_by_the_example(tmp_path):
+    """Gradients of gamma and beta that are summed already, and summed again: the comparison must notice."""
+    pytest.importorskip("sklearn")
+    text = (
+        (EXAMPLES / "digits_mpi.py")
+        .read_text()
+        .replace("dtype=np.float64)\n        self.param", "dtype=np.float64, reduce='sum')\n        self.param")
+    )
+    assert "reduce='sum'" in text
+    (tmp_path / "wrong.py").write_text(text)
+    shutil.copy(EXAMPLES / "digits.py", tmp_path)
+    assert run(2, "-m", "mpi4py", str(tmp_path / "wrong.py")).returncode != 0
 
 
 class Counting:
