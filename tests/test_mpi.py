@@ -66,13 +66,11 @@ def test_the_self_check_sees_a_difference(tmp_path):
         """
         import sys
         from batchnorm import moments, mpi_check
-        class Averaged(moments.Moments):
-            def merge(self, other):
-                part = moments.Moments.merge(self, other)
-                return moments.Moments(part.count, part.mean, part.count * (self.var() + other.var()) / 2)
-        mpi_check.Moments = moments.Moments
-        import batchnorm.mpi
-        batchnorm.mpi.Moments.__add__ = Averaged.merge
+        def averaged(counts, tables):
+            var = np.mean([table[1] / n for n, table in zip(counts, tables) if n], axis=0)
+            mean = np.mean([table[0] for n, table in zip(counts, tables) if n], axis=0)
+            return moments.Moments(int(sum(counts)), mean, sum(counts) * var)
+        moments.Moments.merge_all = staticmethod(averaged)
         sys.exit(mpi_check.main())
         """,
     )

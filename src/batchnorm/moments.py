@@ -37,6 +37,19 @@ def _two_sum(a: Numbers, b: Numbers) -> tuple[Numbers, Numbers]:
     return total, (a - (total - back)) + (b - back)
 
 
+@np.errstate(invalid="ignore", over="ignore", divide="ignore")
+def _join(n_a: Numbers, a: Numbers, n_b: Numbers, b: Numbers) -> Numbers:
+    """Chan's rule for pairs of tables (…, 4, C) with counts (…, 1, 1); an empty side leaves the other as it is."""
+    (mean_a, m2_a, mean_low_a, m2_low_a), (mean_b, m2_b, mean_low_b, m2_low_b) = (np.moveaxis(t, -2, 0) for t in (a, b))
+    share = (n_b / (n_a + n_b))[..., 0]
+    delta = (mean_b - mean_a) + (mean_low_b - mean_low_a)
+    mean, mean_low = _two_sum(mean_a, mean_low_a + delta * share)
+    within, rounded = _two_sum(m2_a, m2_b)
+    m2, rounded_too = _two_sum(within, delta * delta * (n_a[..., 0] * share))
+    m2, m2_low = _two_sum(m2, m2_low_a + m2_low_b + rounded + rounded_too)
+    return np.where(n_b == 0, a, np.where(n_a == 0, b, np.stack([mean, m2, mean_low, m2_low], axis=-2)))
+
+
 def _row(table: Numbers, row: int) -> Numbers:
     numbers: Numbers = table[row]
     return numbers
@@ -187,7 +200,6 @@ class Moments:
         """The root of `var`."""
         return np.sqrt(self.var(ddof))
 
-    @np.errstate(invalid="ignore", over="ignore")
     def merge(self, other: "Moments") -> "Moments":
         """The moments of both data sets together, as `+`.
 
@@ -202,16 +214,30 @@ class Moments:
             raise TypeError(f"other must be Moments, got {type(other).__name__}")
         if other.mean.size != self.mean.size:
             raise ValueError(f"other must have {self.mean.size} channels, got {other.mean.size}")
-        if not self._count or not other._count:
-            return self if self._count else other
-        count = self._count + other._count
-        share = other._count / count
-        delta = (other.mean - self.mean) + (other.mean_low - self.mean_low)
-        mean, mean_low = _two_sum(self.mean, self.mean_low + delta * share)
-        within, rounded = _two_sum(self.m2, other.m2)
-        m2, rounded_too = _two_sum(within, delta * delta * (self._count * share))
-        m2, m2_low = _two_sum(m2, self.m2_low + other.m2_low + rounded + rounded_too)
-        return Moments(count, mean, m2, mean_low, m2_low)
+        return Moments.merge_all([self._count, other._count], np.stack([self._table, other._table]))
+
+    @classmethod
+    def merge_all(cls, counts: ArrayLike, tables: Numbers) -> "Moments":
+        """The moments of many parts: neighbours are merged, then pairs of neighbours, and so on.
+
+        Parameters
+        ----------
+        counts : array_like of int, shape (P,)
+        tables : ndarray of float64, shape (P, 4, C)
+            mean, m2, mean_low and m2_low of each part.
+
+        Returns
+        -------
+        Moments
+        """
+        n = np.asarray(counts, np.float64)[:, None, None]
+        count = int(n.sum())
+        while len(n) > 1:
+            paired = len(n) // 2 * 2
+            joined = _join(n[0:paired:2], tables[0:paired:2], n[1:paired:2], tables[1:paired:2])
+            tables = np.concatenate([joined, tables[paired:]])
+            n = np.concatenate([n[0:paired:2] + n[1:paired:2], n[paired:]])
+        return cls(count, *tables[0])
 
     def __add__(self, other: "Moments") -> "Moments":
         return self.merge(other) if isinstance(other, Moments) else NotImplemented

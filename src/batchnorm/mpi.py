@@ -14,8 +14,7 @@ Decisions:
 
 import sys
 from collections.abc import Callable, Collection
-from functools import partial, reduce
-from operator import add
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -181,7 +180,9 @@ class SyncBatchNorm(BatchNorm):
         if len(statuses) > 1:
             names = [("float32", "float64")[int(packet[0])] for packet in packets]
             raise TypeError(f"x must have the same dtype on all ranks, got {', '.join(names)}")
-        total = reduce(add, (Moments(int(numbers[1]), *numbers[2:].reshape(3, -1)) for numbers in packets))
+        tables = np.zeros((len(packets), 4, self.num_features))
+        tables[:, :3] = packets[:, 2:].reshape(len(packets), 3, -1)
+        total = Moments.merge_all(packets[:, 1], tables)
         if total.count == 1:
             raise ValueError("training needs more than one value per channel on all ranks together, got 1")
         return array, total
@@ -218,7 +219,7 @@ class SyncBatchNorm(BatchNorm):
             return _STATUS[saved.x.dtype], np.concatenate([sums.sum_dy, sums.sum_dy_xmu]), sums
 
         packets, local = self._exchange(own, 2 * self.num_features)
-        total = GradientSums(saved.count, *reduce(add, packets[:, 1:]).reshape(2, -1))
+        total = GradientSums(saved.count, *packets[:, 1:].sum(axis=0).reshape(2, -1))
         gradients = functional.backward(dy, saved, sums=total, need=need, out=out, num_threads=num_threads)
         if self.reduce == "sum":
             return gradients
