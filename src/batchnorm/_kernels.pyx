@@ -1224,7 +1224,8 @@ def grad_sums(dy, x, tuple view, statistics, gradients, int num_threads):
 def grad_apply(dy, x, dx, tuple view, statistics, gradients, int through, double count, int num_threads):
     """dx = dy·gamma·rstd + dmean/n + dvar·2(x − mean)/n from the sums in `gradients`, as far as `through` says.
 
-    n is `count`, the values of a channel that the statistics were made of. With both paths it is gamma·rstd·(dy − dbeta/n − xhat·dgamma/n); with neither the statistics do not depend on x.
+    n is `count`, the values of a channel that the statistics were made of. With both paths it is
+    gamma·rstd·(dy − dbeta/n − xhat·dgamma/n); with neither the statistics do not depend on x.
     """
     call(GRAD_APPLY, x, dy, dx, view, statistics, gradients, 0, through, count, num_threads)
 
