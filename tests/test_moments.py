@@ -2,6 +2,7 @@
 
 import math
 import pickle
+import sys
 import tracemalloc
 
 import numpy as np
@@ -171,6 +172,22 @@ def test_population_needs_the_memory_of_one_chunk(level):
     assert moments.count == 10_000_000
     np.testing.assert_allclose(moments.var(), 1, rtol=2e-3)
     assert peak < 8 * 2**20
+
+
+def test_a_progress_bar_on_a_terminal_alone(rng, monkeypatch, capsys):
+    """Where there is a length, too; and the result is the same with it."""
+    x = rng.standard_normal((40, 3))
+    quiet = bn.population([x, x])
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    monkeypatch.setenv("TERM", "xterm")
+    assert bn.population([x, x]) == quiet
+    assert "population" in capsys.readouterr().err
+    assert bn.population(batch for batch in (x, x)) == quiet
+    assert bn.population([x, x], progress=False) == quiet
+    monkeypatch.setitem(sys.modules, "rich.console", None)
+    assert bn.population([x, x]) == quiet
+    assert capsys.readouterr().err == ""
 
 
 def test_recalibrate(rng):

@@ -169,6 +169,29 @@ def test_sub_communicators(tmp_path):
 
 
 @needs_mpiexec
+def test_recalibrating_from_the_batches_of_all_ranks(tmp_path):
+    path = program(
+        tmp_path,
+        """
+        layer = SyncBatchNorm(2, dtype=np.float64)
+        data = np.random.default_rng(0).standard_normal((90, 2)) + 5
+        layer.recalibrate([np.array_split(data, [4, 4, 60])[rank]])
+        assert np.allclose(layer.running_mean, data.mean(axis=0), rtol=1e-14)
+        assert np.allclose(layer.running_var, data.var(axis=0, ddof=1), rtol=1e-14)
+        assert len(set(comm.allgather(layer.running_var.tobytes()))) == 1
+        try:
+            layer.recalibrate([np.ones((4, 2 + (rank == 2)))])
+        except (ValueError, RuntimeError) as error:
+            say("refused", error)
+        """,
+    )
+    done = run(4, path, timeout=30)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("refused rank 2 refused its arguments") == 3
+    assert "refused batches must have 2 channels, got 3" in done.stdout
+
+
+@needs_mpiexec
 def test_a_rank_that_dies_ends_the_others(tmp_path):
     """As documented: with `-m mpi4py` an exception on one rank ends all, which would wait for it otherwise."""
     path = program(

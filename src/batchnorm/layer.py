@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, DTypeLike
 from . import _arrays, functional
 from ._arrays import Array
 from .functional import Gradients, Saved
-from .moments import population
+from .moments import Moments, population
 
 
 class BatchNorm:
@@ -267,12 +267,16 @@ class BatchNorm:
         """
         if self.running_mean is None or self.running_var is None:
             raise RuntimeError("recalibrate needs a layer with running statistics")
-        moments = population(batches, self.axis, progress=progress, num_threads=num_threads)
-        if moments.mean.size != self.num_features:
-            raise ValueError(f"batches must have {self.num_features} channels, got {moments.mean.size}")
+        moments = self._population(batches, progress, num_threads)
         if moments.count < 2:
             raise ValueError(f"batches must hold at least 2 values per channel, got {moments.count}")
         self.running_mean[...], self.running_var[...] = moments.mean, moments.var(ddof=1)
+
+    def _population(self, batches: Iterable[ArrayLike], progress: bool, num_threads: int | None) -> Moments:
+        moments = population(batches, self.axis, progress=progress, num_threads=num_threads)
+        if moments.mean.size != self.num_features:
+            raise ValueError(f"batches must have {self.num_features} channels, got {moments.mean.size}")
+        return moments
 
     def _state(self) -> dict[str, Array]:
         """The layer's own arrays under PyTorch's names."""

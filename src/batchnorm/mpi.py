@@ -13,7 +13,7 @@ Decisions:
 """
 
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from functools import partial
 from typing import Any
 
@@ -186,6 +186,16 @@ class SyncBatchNorm(BatchNorm):
         if total.count == 1:
             raise ValueError("training needs more than one value per channel on all ranks together, got 1")
         return array, total
+
+    def _population(self, batches: Iterable[ArrayLike], progress: bool, num_threads: int | None) -> Moments:
+        """Of the batches of all ranks, for `recalibrate`, which all have to call."""
+
+        def own() -> tuple[float, Numbers, None]:
+            part = super(SyncBatchNorm, self)._population(batches, progress, num_threads)
+            return 0.0, np.concatenate([[part.count], part.mean, part.m2, part.mean_low, part.m2_low]), None
+
+        packets, _ = self._exchange(own, 1 + 4 * self.num_features)
+        return Moments.merge_all(packets[:, 1], packets[:, 2:].reshape(len(packets), 4, -1))
 
     def _exchange(self, own: Callable[[], tuple[float, Numbers, Any]], size: int) -> tuple[Numbers, Any]:
         """The packets of all ranks in their order, and what this one made beside its own."""
