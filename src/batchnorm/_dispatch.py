@@ -12,6 +12,13 @@ from . import _cpu
 
 Kernel = Callable[..., None]
 
+# Rows of the tables shared with the kernels, one column a channel.
+MEAN, MEAN_LOW, VAR, RSTD, GAMMA, BETA, SUM_XMU2, STATISTICS_ROWS = range(8)
+SUM_DY, SUM_DY_XMU, DGAMMA, DMEAN, DVAR, UPSTREAM_DMEAN, UPSTREAM_DVAR, GRADIENT_ROWS = range(8)
+
+# What dx is made of besides the direct path, as bits.
+THROUGH_MEAN, THROUGH_VARIANCE, THROUGH_BOTH, UPSTREAM = 1, 2, 3, 4
+
 
 class Kernels:
     """One compiled level."""

@@ -17,14 +17,27 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from . import _arrays, _dispatch, _threads
 from ._arrays import Array, Layout
+from ._dispatch import (
+    DGAMMA,
+    DMEAN,
+    DVAR,
+    GAMMA,
+    GRADIENT_ROWS,
+    MEAN,
+    MEAN_LOW,
+    RSTD,
+    STATISTICS_ROWS,
+    SUM_DY,
+    SUM_DY_XMU,
+    THROUGH_BOTH,
+    THROUGH_MEAN,
+    THROUGH_VARIANCE,
+    UPSTREAM,
+    UPSTREAM_DMEAN,
+    UPSTREAM_DVAR,
+    VAR,
+)
 from .moments import GradientSums, Moments
-
-# Rows of the tables shared with the kernels.
-_MEAN, _MEAN_LOW, _VAR, _RSTD, _GAMMA, _BETA, _SUM_XMU2, _STATISTICS_ROWS = range(8)
-_SUM_DY, _SUM_DY_XMU, _DGAMMA, _DMEAN, _DVAR, _UPSTREAM_DMEAN, _UPSTREAM_DVAR, _GRADIENT_ROWS = range(8)
-
-# What dx is made of besides the direct path, in the bits of the kernels.
-_THROUGH_MEAN, _THROUGH_VARIANCE, _THROUGH_BOTH, _UPSTREAM = 1, 2, 3, 4
 
 _NEED = ("dx", "dgamma", "dbeta")
 _INFERENCE_NEED = (*_NEED, "dmean", "dvar")
@@ -123,23 +136,23 @@ class Saved:
 
     @property
     def mean(self) -> NDArray[np.float64]:
-        return self._row(_MEAN)
+        return self._row(MEAN)
 
     @property
     def var(self) -> NDArray[np.float64]:
-        return self._row(_VAR)
+        return self._row(VAR)
 
     @property
     def rstd(self) -> NDArray[np.float64]:
-        return self._row(_RSTD)
+        return self._row(RSTD)
 
     @property
     def gamma(self) -> NDArray[np.float64]:
-        return self._row(_GAMMA)
+        return self._row(GAMMA)
 
     @property
     def mean_low(self) -> NDArray[np.float64]:
-        return self._row(_MEAN_LOW)
+        return self._row(MEAN_LOW)
 
     def __repr__(self) -> str:
         return f"Saved(x={_shape_and_dtype(self._x)}, axis={self.axis}, eps={self._eps}, count={self.count})"
@@ -254,10 +267,10 @@ def forward(
         _arrays.check_out(out, x.shape, dtype)
         _arrays.check_overlap(out, {"x": given, "gamma": gamma, "beta": beta})
         y = layout.room(out, dtype)
-    statistics = np.empty((_STATISTICS_ROWS, channels))
+    statistics = np.empty((STATISTICS_ROWS, channels))
     if moments is not None:
         _dispatch.kernels.fix_statistics(statistics, moments.mean, moments.var(), gamma, beta, eps)
-        statistics[_MEAN_LOW] = moments.mean_low
+        statistics[MEAN_LOW] = moments.mean_low
         if x.size:
             _dispatch.kernels.normalize(x, y, layout.view, statistics, threads)
     elif x.size:
@@ -358,18 +371,18 @@ def backward(
     if not isinstance(saved, Saved):
         raise TypeError(f"saved must be what forward returned, got {type(saved).__name__}")
     channels = saved._layout.view[1]
-    table = np.empty((_GRADIENT_ROWS, channels))
-    paths = _THROUGH_BOTH
+    table = np.empty((GRADIENT_ROWS, channels))
+    paths = THROUGH_BOTH
     if through is not _THROUGH:
         through = _names(through, "through", _THROUGH)
-        paths = _THROUGH_MEAN * ("mean" in through) | _THROUGH_VARIANCE * ("variance" in through)
+        paths = THROUGH_MEAN * ("mean" in through) | THROUGH_VARIANCE * ("variance" in through)
     if dmean is not None or dvar is not None:
-        paths |= _UPSTREAM
-        table[_UPSTREAM_DMEAN] = 0 if dmean is None else _arrays.as_channels(dmean, "dmean", channels)
-        table[_UPSTREAM_DVAR] = 0 if dvar is None else _arrays.as_channels(dvar, "dvar", channels)
+        paths |= UPSTREAM
+        table[UPSTREAM_DMEAN] = 0 if dmean is None else _arrays.as_channels(dmean, "dmean", channels)
+        table[UPSTREAM_DVAR] = 0 if dvar is None else _arrays.as_channels(dvar, "dvar", channels)
     if sums is not None:
         _check_sums(sums, saved)
-        table[_SUM_DY], table[_SUM_DY_XMU] = sums.sum_dy, sums.sum_dy_xmu
+        table[SUM_DY], table[SUM_DY_XMU] = sums.sum_dy, sums.sum_dy_xmu
     if need is not _NEED:
         need = _names(need, "need", _NEED)
     return _backward(dy, saved, paths, need, table, out, num_threads, sums is not None)
@@ -436,8 +449,8 @@ def _backward(
     gamma_dtype, beta_dtype = saved._dtypes
     return Gradients(
         dx,
-        table[_DGAMMA].astype(gamma_dtype) if "dgamma" in need and gamma_dtype is not None else None,
-        table[_SUM_DY].astype(beta_dtype) if "dbeta" in need and beta_dtype is not None else None,
+        table[DGAMMA].astype(gamma_dtype) if "dgamma" in need and gamma_dtype is not None else None,
+        table[SUM_DY].astype(beta_dtype) if "dbeta" in need and beta_dtype is not None else None,
     )
 
 
@@ -480,11 +493,11 @@ def grad_sums(dy: ArrayLike, saved: Saved, *, num_threads: int | None = None) ->
         raise TypeError(f"saved must be what forward returned, got {type(saved).__name__}")
     x, layout = saved._x, saved._layout
     dy = like_x(dy, x)
-    table = np.zeros((_GRADIENT_ROWS, layout.view[1]))
+    table = np.zeros((GRADIENT_ROWS, layout.view[1]))
     if x.size:
         threads = _threads.threads_for(x.size, num_threads)
         _dispatch.kernels.grad_sums(layout.bring(dy), x, layout.view, saved._statistics, table, threads)
-    return GradientSums(layout.values, table[_SUM_DY], table[_SUM_DY_XMU])
+    return GradientSums(layout.values, table[SUM_DY], table[SUM_DY_XMU])
 
 
 def update_running(
@@ -583,12 +596,12 @@ def _fixed_statistics(
     }
     for name, value in (("gamma", gamma), ("beta", beta)):
         given[name] = None if value is None else _arrays.as_channels(value, name, channels)
-    statistics = np.empty((_STATISTICS_ROWS, channels))
+    statistics = np.empty((STATISTICS_ROWS, channels))
     negative = _dispatch.kernels.fix_statistics(
         statistics, given["mean"], given["var"], given["gamma"], given["beta"], _arrays.as_eps(eps)
     )
     if negative >= 0:
-        raise ValueError(f"var must not be negative, got {statistics[_VAR, negative]} in channel {negative}")
+        raise ValueError(f"var must not be negative, got {statistics[VAR, negative]} in channel {negative}")
     return x, layout, statistics, given
 
 
@@ -714,12 +727,12 @@ def inference_backward(
         _arrays.check_overlap(out, given)
     dtype = x.dtype if given["gamma"] is None else given["gamma"].dtype
     saved = Saved(x, eps, layout, statistics, (dtype, dtype), layout.values)
-    table = np.empty((_GRADIENT_ROWS, layout.view[1]))
+    table = np.empty((GRADIENT_ROWS, layout.view[1]))
     if need is not _NEED:
         need = _names(need, "need", _INFERENCE_NEED)
     gradients = InferenceGradients(*_backward(dy, saved, 0, need, table, out, num_threads))
     if "dmean" in need:
-        gradients.dmean = table[_DMEAN].astype(given["mean"].dtype)
+        gradients.dmean = table[DMEAN].astype(given["mean"].dtype)
     if "dvar" in need:
-        gradients.dvar = table[_DVAR].astype(given["var"].dtype)
+        gradients.dvar = table[DVAR].astype(given["var"].dtype)
     return gradients

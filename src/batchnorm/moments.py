@@ -20,12 +20,10 @@ from numpy.typing import ArrayLike, NDArray
 
 from . import _arrays, _dispatch, _threads
 from ._arrays import Array
+from ._dispatch import MEAN, MEAN_LOW, STATISTICS_ROWS, SUM_XMU2
 from ._extras import with_progress
 
 Numbers = NDArray[np.float64]
-
-# Rows of the table of the kernels.
-_MEAN, _MEAN_LOW, _SUM_XMU2, _STATISTICS_ROWS = 0, 1, 6, 7
 
 BLOCK_VALUES = 1 << 20
 
@@ -159,10 +157,10 @@ class Moments:
         """
         x, layout = _arrays.lay_out(_arrays.as_float(x, "x"), axis)
         threads = _threads.threads_for(x.size, num_threads)
-        table = np.zeros((_STATISTICS_ROWS, layout.view[1]))
+        table = np.zeros((STATISTICS_ROWS, layout.view[1]))
         if x.size:
             _dispatch.kernels.moments(x, layout.view, table, 0.0, threads)
-        return cls(layout.values, table[_MEAN], table[_SUM_XMU2], table[_MEAN_LOW])
+        return cls(layout.values, table[MEAN], table[SUM_XMU2], table[MEAN_LOW])
 
     @property
     def count(self) -> int:
