@@ -13,7 +13,7 @@ Decisions:
 
 import math
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -48,18 +48,47 @@ def _join(n_a: Numbers, a: Numbers, n_b: Numbers, b: Numbers) -> Numbers:
     return np.where(n_b == 0, a, np.where(n_a == 0, b, np.stack([mean, m2, mean_low, m2_low], axis=-2)))
 
 
-def _row(table: Numbers, row: int) -> Numbers:
-    numbers: Numbers = table[row]
-    return numbers
+class _Mergeable:
+    """A count and a table with a column a channel, of some of the values; `+` is `merge`."""
+
+    __slots__ = ("_count", "_table")
+
+    def __init__(self, count: int, rows: ArrayLike) -> None:
+        self._count = count
+        self._table = np.array(rows, np.float64)
+        self._table.flags.writeable = False
+
+    @property
+    def count(self) -> int:
+        return self._count
+
+    def _row(self, row: int) -> Numbers:
+        numbers: Numbers = self._table[row]
+        return numbers
+
+    def _check(self, other: Any) -> None:
+        if type(other) is not type(self):
+            raise TypeError(f"other must be {type(self).__name__}, got {type(other).__name__}")
+        if other._table.shape != self._table.shape:
+            raise ValueError(f"other must have {self._table.shape[1]} channels, got {other._table.shape[1]}")
+
+    def __add__(self, other: Self) -> Self:
+        return self.merge(other) if type(other) is type(self) else NotImplemented
+
+    def merge(self, other: Self) -> Self:
+        """Of both parts together, as `+`.
+
+        Raises
+        ------
+        TypeError
+            If `other` is of another type.
+        ValueError
+            If it has another number of channels.
+        """
+        raise NotImplementedError
 
 
-def _read_only(rows: ArrayLike) -> Numbers:
-    table = np.array(rows, np.float64)
-    table.flags.writeable = False
-    return table
-
-
-class Moments:
+class Moments(_Mergeable):
     """Count, mean μ = Σx/n and m2 = Σ(x − μ)² of each channel, n values a channel; merged with `+`.
 
     Two parts a and b of the data have together n = n_a + n_b, μ = μ_a + δ·n_b/n and m2 = m2_a + m2_b + δ²·n_a·n_b/n,
@@ -107,7 +136,7 @@ class Moments:
     True
     """
 
-    __slots__ = ("_count", "_table")
+    __slots__ = ()
 
     def __init__(
         self,
@@ -130,8 +159,7 @@ class Moments:
         ]
         if (m2 < 0).any():
             raise ValueError(f"m2 must not be negative, got {m2.min()}")
-        self._count = count
-        self._table = _read_only([mean, m2, *lows])
+        super().__init__(count, [mean, m2, *lows])
 
     @classmethod
     def of(cls, x: ArrayLike, axis: int = 1, *, num_threads: int | None = None) -> "Moments":
@@ -163,24 +191,20 @@ class Moments:
         return cls(layout.values, table[MEAN], table[SUM_XMU2], table[MEAN_LOW])
 
     @property
-    def count(self) -> int:
-        return self._count
-
-    @property
     def mean(self) -> Numbers:
-        return _row(self._table, 0)
+        return self._row(0)
 
     @property
     def m2(self) -> Numbers:
-        return _row(self._table, 1)
+        return self._row(1)
 
     @property
     def mean_low(self) -> Numbers:
-        return _row(self._table, 2)
+        return self._row(2)
 
     @property
     def m2_low(self) -> Numbers:
-        return _row(self._table, 3)
+        return self._row(3)
 
     def var(self, ddof: int = 0) -> Numbers:
         """m2/(n − ddof): the biased variance for 0, the unbiased one for 1; 0 for an empty count.
@@ -198,24 +222,12 @@ class Moments:
         """The root of `var`."""
         return np.sqrt(self.var(ddof))
 
-    def merge(self, other: "Moments") -> "Moments":
-        """The moments of both data sets together, as `+`.
-
-        Raises
-        ------
-        TypeError
-            If `other` is no `Moments`.
-        ValueError
-            If it has another number of channels.
-        """
-        if not isinstance(other, Moments):
-            raise TypeError(f"other must be Moments, got {type(other).__name__}")
-        if other.mean.size != self.mean.size:
-            raise ValueError(f"other must have {self.mean.size} channels, got {other.mean.size}")
-        return Moments.merge_all([self._count, other._count], np.stack([self._table, other._table]))
+    def merge(self, other: Self) -> Self:
+        self._check(other)
+        return type(self).merge_all([self._count, other._count], np.stack([self._table, other._table]))
 
     @classmethod
-    def merge_all(cls, counts: ArrayLike, tables: Numbers) -> "Moments":
+    def merge_all(cls, counts: ArrayLike, tables: Numbers) -> Self:
         """The moments of many parts: neighbours are merged, then pairs of neighbours, and so on.
 
         Parameters
@@ -236,9 +248,6 @@ class Moments:
             tables = np.concatenate([joined, tables[paired:]])
             n = np.concatenate([n[0:paired:2] + n[1:paired:2], n[paired:]])
         return cls(count, *tables[0])
-
-    def __add__(self, other: "Moments") -> "Moments":
-        return self.merge(other) if isinstance(other, Moments) else NotImplemented
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Moments):
@@ -272,59 +281,50 @@ class Moments:
         return f"Moments(count={self._count}, mean={self.mean}, var={self.var()})"
 
 
-class GradientSums:
+class GradientSums(_Mergeable):
     """Σdy and Σdy·(x − μ) of each channel over some of its values; merged with `+`.
+
+    dbeta is the first sum, dgamma the second times rstd, and dx needs no more than the two.
+
+    Parameters
+    ----------
+    count : int
+        Values of a channel that were summed.
+    sum_dy, sum_dy_xmu : array_like, shape (C,)
 
     Attributes
     ----------
     count : int
-        Values of a channel that were summed.
     sum_dy, sum_dy_xmu : ndarray of float64, shape (C,)
         Read-only.
+
+    See Also
+    --------
+    grad_sums : makes them, with an example.
     """
 
-    __slots__ = ("_count", "_table")
+    __slots__ = ()
 
     def __init__(self, count: int, sum_dy: ArrayLike, sum_dy_xmu: ArrayLike) -> None:
-        self._count = _arrays.as_index(count, "count")
         first = _arrays.as_float(sum_dy, "sum_dy")
         second = _arrays.as_channels(sum_dy_xmu, "sum_dy_xmu", first.size)
-        self._table = _read_only([first, second])
-
-    @property
-    def count(self) -> int:
-        return self._count
+        super().__init__(_arrays.as_index(count, "count"), [first, second])
 
     @property
     def sum_dy(self) -> Numbers:
-        return _row(self._table, 0)
+        return self._row(0)
 
     @property
     def sum_dy_xmu(self) -> Numbers:
-        return _row(self._table, 1)
+        return self._row(1)
 
     def of_parameters(self, rstd: Numbers) -> tuple[Numbers, Numbers]:
         """dgamma = Σdy·xhat and dbeta = Σdy over these values."""
         return self.sum_dy_xmu * rstd, self.sum_dy
 
-    def merge(self, other: "GradientSums") -> "GradientSums":
-        """The sums over both parts, as `+`.
-
-        Raises
-        ------
-        TypeError
-            If `other` is no `GradientSums`.
-        ValueError
-            If it has another number of channels.
-        """
-        if not isinstance(other, GradientSums):
-            raise TypeError(f"other must be GradientSums, got {type(other).__name__}")
-        if other.sum_dy.size != self.sum_dy.size:
-            raise ValueError(f"other must have {self.sum_dy.size} channels, got {other.sum_dy.size}")
-        return GradientSums(self._count + other._count, *(self._table + other._table))
-
-    def __add__(self, other: "GradientSums") -> "GradientSums":
-        return self.merge(other) if isinstance(other, GradientSums) else NotImplemented
+    def merge(self, other: Self) -> Self:
+        self._check(other)
+        return type(self)(self._count + other._count, *(self._table + other._table))
 
     def __repr__(self) -> str:
         return f"GradientSums(count={self._count}, sum_dy={self.sum_dy}, sum_dy_xmu={self.sum_dy_xmu})"
