@@ -104,6 +104,11 @@ BACKWARD = {
         ValueError,
         "through must be a collection of names .*, got 'mean'",
     ),
+    "through None": (
+        lambda: bn.backward(X, SAVED, through=None),
+        ValueError,
+        "through must be a collection of names .*, got None",
+    ),
     "need a statistic": (
         lambda: bn.backward(X, SAVED, need=["dmean"]),
         ValueError,

@@ -287,6 +287,11 @@ BAD = {
     "sums with a number": (lambda: SUMS.merge(1), TypeError, "other must be GradientSums, got int"),
     "grad_sums, saved": (lambda: bn.grad_sums(X, X), TypeError, "saved must be what forward returned, got ndarray"),
     "population of nothing": (lambda: bn.population([]), ValueError, "batches must hold at least one batch, got none"),
+    "population of an array": (
+        lambda: bn.population(np.ones((8, 3, 4))),
+        TypeError,
+        r"batches must be an iterable of batches, got one array of shape \(8, 3, 4\); pass \[x\]",
+    ),
     "population of other channels": (
         lambda: bn.population([X, X[:, :2]]),
         ValueError,

@@ -164,7 +164,7 @@ def _restored(x: Array, eps: float, layout: Layout, *rest: Any) -> Saved:
 
 
 def _names(names: Collection[str], argument: str, known: tuple[str, ...]) -> Collection[str]:
-    if isinstance(names, str) or any(name not in known for name in names):
+    if isinstance(names, str) or not isinstance(names, Collection) or any(name not in known for name in names):
         raise ValueError(f"{argument} must be a collection of names out of {known}, got {names!r}")
     return names
 

@@ -410,6 +410,8 @@ def population(
     >>> bn.population(x[i : i + 64] for i in range(0, 1000, 64)) == bn.population([x[:1], x[1:]])
     True
     """
+    if isinstance(batches, np.ndarray):
+        raise TypeError(f"batches must be an iterable of batches, got one array of shape {batches.shape}; pass [x]")
     shown = with_progress(batches, "population") if progress else batches
     total = None
     for block, channel in _blocks(_samples(shown, _arrays.as_index(axis, "axis"))):
