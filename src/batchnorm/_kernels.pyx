@@ -895,13 +895,14 @@ cdef void finish_statistics(const Job *job, Py_ssize_t tile) noexcept nogil:
     set_affine(job, first, min(job.tile_channels, job.C - first))
 
 
-cdef inline void set_channel_gradients(const double *s, double *g, Py_ssize_t C) noexcept nogil:
-    """The gradients of gamma, mean and var from the sums of a channel (that of beta is Σdy)."""
-    cdef double scale = s[GAMMA * C] * s[RSTD * C]
-    cdef double dgamma = g[SUM_DY_XMU * C] * s[RSTD * C]
-    g[DGAMMA * C] = dgamma
-    g[DMEAN * C] = -scale * g[SUM_DY * C]
-    g[DVAR * C] = -0.5 * scale * (s[RSTD * C] * dgamma)
+cdef inline double dmean_of(double scale, double sum_dy) noexcept nogil:
+    """The gradient of the mean, scale being gamma·rstd."""
+    return -scale * sum_dy
+
+
+cdef inline double dvar_of(double scale, double rstd, double dgamma) noexcept nogil:
+    """The gradient of var."""
+    return -0.5 * scale * (rstd * dgamma)
 
 
 cdef void finish_sums(const Job *job, Py_ssize_t tile) noexcept nogil:
@@ -914,7 +915,7 @@ cdef void finish_sums(const Job *job, Py_ssize_t tile) noexcept nogil:
     for c in range(channels):
         g[SUM_DY * C + c] = merged[SUM_DY * C + c]
         g[SUM_DY_XMU * C + c] = merged[SUM_DY_XMU * C + c] - s[MEAN_LOW * C + c] * merged[SUM_DY * C + c]
-        set_channel_gradients(s + c, g + c, C)
+        g[DGAMMA * C + c] = g[SUM_DY_XMU * C + c] * s[RSTD * C + c]
 
 
 cdef inline bint is_sloped(int through) noexcept nogil:
@@ -929,35 +930,29 @@ cdef void set_gradient(const Job *job, Py_ssize_t tile) noexcept nogil:
     cdef const double *restrict g = job.gradients + first
     cdef double *restrict to = job.coefficient + first
     cdef double n = job.count
-    cdef double dmean, dvar, upstream_dmean, upstream_dvar, slope, centre, apart
+    cdef double scale, dmean, dvar, upstream_dmean, upstream_dvar, slope, centre, apart
     cdef bint sloped = is_sloped(job.through), whole_shift = job.whole_shift or not sloped
     cdef bint mean = job.through & THROUGH_MEAN, variance = job.through & THROUGH_VARIANCE
     cdef bint upstream = job.through & UPSTREAM
     for c in range(min(job.tile_channels, C - first)):
         # Everything is read, so that choosing needs no branch.
-        dmean, upstream_dmean = g[DMEAN * C + c], g[UPSTREAM_DMEAN * C + c]
-        dvar, upstream_dvar = g[DVAR * C + c], g[UPSTREAM_DVAR * C + c]
+        upstream_dmean, upstream_dvar = g[UPSTREAM_DMEAN * C + c], g[UPSTREAM_DVAR * C + c]
+        scale = s[GAMMA * C + c] * s[RSTD * C + c]
+        dmean = dmean_of(scale, g[SUM_DY * C + c])
+        dvar = dvar_of(scale, s[RSTD * C + c], g[DGAMMA * C + c])
         dmean = (dmean if mean else 0) + (upstream_dmean if upstream else 0)
         dvar = (dvar if variance else 0) + (upstream_dvar if upstream else 0)
         slope = 2 * dvar / n
         centre = 0 if whole_shift else s[MEAN * C + c]
         apart = s[MEAN * C + c] - centre + s[MEAN_LOW * C + c]
         to[CENTRE * C + c] = centre
-        to[SCALE * C + c] = s[GAMMA * C + c] * s[RSTD * C + c]
+        to[SCALE * C + c] = scale
         to[SLOPE * C + c] = slope
         to[SHIFT * C + c] = dmean / n - (apart * slope if sloped else 0)
 
 
 cdef void finish_backward(const Job *job, Py_ssize_t tile) noexcept nogil:
     finish_sums(job, tile)
-    set_gradient(job, tile)
-
-
-cdef void finish_given_sums(const Job *job, Py_ssize_t tile) noexcept nogil:
-    """Nothing to merge: the sums are given."""
-    cdef Py_ssize_t c, first = tile * job.tile_channels
-    for c in range(first, min(first + job.tile_channels, job.C)):
-        set_channel_gradients(job.statistics + c, job.gradients + c, job.C)
     set_gradient(job, tile)
 
 
@@ -1118,7 +1113,7 @@ cdef void run(Pass which, const floating *x, const floating *dy, floating *out, 
     elif which == GRAD_SUMS:
         sweep(grad_sums_block[floating], finish_sums, NULL, x, dy, out, job, num_threads)
     elif which == GRAD_APPLY:
-        sweep(NULL, finish_given_sums, gradient_block[floating], x, dy, out, job, num_threads)
+        sweep(NULL, set_gradient, gradient_block[floating], x, dy, out, job, num_threads)
     else:
         sweep(grad_sums_block[floating], finish_backward, gradient_block[floating], x, dy, out, job, num_threads)
 
@@ -1235,11 +1230,15 @@ def backward(dy, x, dx, tuple view, statistics, gradients, int through, double c
     call(BACKWARD, x, dy, dx, view, statistics, gradients, 0, through, count, num_threads)
 
 
-def channel_gradients(double[:, ::1] statistics, double[:, ::1] gradients):
+def channel_gradients(const double[:, ::1] statistics, double[:, ::1] gradients):
     """dgamma, dmean and dvar from the sums in `gradients`."""
     cdef Py_ssize_t c
+    cdef double scale
     for c in range(gradients.shape[1]):
-        set_channel_gradients(&statistics[0, c], &gradients[0, c], gradients.shape[1])
+        scale = statistics[GAMMA, c] * statistics[RSTD, c]
+        gradients[DGAMMA, c] = gradients[SUM_DY_XMU, c] * statistics[RSTD, c]
+        gradients[DMEAN, c] = dmean_of(scale, gradients[SUM_DY, c])
+        gradients[DVAR, c] = dvar_of(scale, statistics[RSTD, c], gradients[DGAMMA, c])
 
 
 def fix_statistics(statistics, mean, var, gamma, beta, double eps):

@@ -731,6 +731,8 @@ def inference_backward(
     if need is not _NEED:
         need = _names(need, "need", _INFERENCE_NEED)
     gradients = InferenceGradients(*_backward(dy, saved, 0, need, table, out, num_threads))
+    if "dmean" in need or "dvar" in need:
+        _dispatch.kernels.channel_gradients(statistics, table)
     if "dmean" in need:
         gradients.dmean = table[DMEAN].astype(given["mean"].dtype)
     if "dvar" in need:
