@@ -104,6 +104,11 @@ BACKWARD = {
         ValueError,
         "through must be a collection of names .*, got 'mean'",
     ),
+    "through a tuple with another name": (
+        lambda: bn.backward(X, SAVED, through=("mean", ["variance"])),
+        ValueError,
+        "through must be a collection of names",
+    ),
     "through None": (
         lambda: bn.backward(X, SAVED, through=None),
         ValueError,

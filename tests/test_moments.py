@@ -262,6 +262,21 @@ BAD = {
         ValueError,
         "data must hold a count and four",
     ),
+    "bytes with half a value": (
+        lambda: bn.Moments.from_bytes(np.full(5, 0.5)),
+        ValueError,
+        "data must begin with a whole number, the count, got 0.5",
+    ),
+    "bytes with an infinite count": (
+        lambda: bn.Moments.from_bytes(np.full(5, np.inf)),
+        ValueError,
+        "data must begin with a whole number, the count, got inf",
+    ),
+    "bytes with a negative count": (
+        lambda: bn.Moments.from_bytes(np.full(5, -1.0)),
+        ValueError,
+        "count must be at least 0, got -1",
+    ),
     "forward, no moments": (lambda: bn.forward(X, moments=3), TypeError, "moments must be Moments, got int"),
     "forward, other channels": (
         lambda: bn.forward(X, moments=bn.Moments.of(X[:, :2])),

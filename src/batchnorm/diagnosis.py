@@ -243,8 +243,8 @@ def _fit(dx: Array, right: Right) -> tuple[float, float, float]:
 
 
 def _unseen(slip: Slip, right: Right, eps: float) -> bool:
-    """Whether a slip changes nothing with these data."""
-    return any(_distance(right, form, right.dx) <= ROUNDING * eps for form in slip.forms(right))
+    """Whether a slip changes no more with these data than rounding may, its own and that of the right dx."""
+    return any(_distance(right, form, right.dx) <= 2 * ROUNDING * eps for form in slip.forms(right))
 
 
 def _about_unseen(unseen: tuple[str, ...]) -> str:

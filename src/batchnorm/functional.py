@@ -374,7 +374,8 @@ def backward(
     table = np.empty((GRADIENT_ROWS, channels))
     paths = THROUGH_BOTH
     if through is not _THROUGH:
-        through = _names(through, "through", _THROUGH)
+        if type(through) is not tuple or len(through) != through.count("mean") + through.count("variance"):
+            through = _names(through, "through", _THROUGH)
         paths = THROUGH_MEAN * ("mean" in through) | THROUGH_VARIANCE * ("variance" in through)
     if dmean is not None or dvar is not None:
         paths |= UPSTREAM

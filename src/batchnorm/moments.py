@@ -270,8 +270,10 @@ class Moments(_Mergeable):
             If `data` does not hold 4C + 1 numbers, or they are no moments.
         """
         numbers = np.frombuffer(data, "<f8")
-        if numbers.size % 4 != 1 or not numbers[0] >= 0 or numbers[0] != int(numbers[0]):
+        if numbers.size % 4 != 1:
             raise ValueError(f"data must hold a count and four numbers a channel, got {numbers.size} numbers")
+        if not float(numbers[0]).is_integer():
+            raise ValueError(f"data must begin with a whole number, the count, got {numbers[0]}")
         return cls(int(numbers[0]), *numbers[1:].reshape(4, -1))
 
     def __reduce__(self) -> tuple[Any, ...]:
