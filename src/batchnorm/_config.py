@@ -46,6 +46,7 @@ def show_config(mode: str = "stdout") -> dict[str, Any] | None:
         "threads": {
             "default": threads,
             "decided by": reason,
+            **{name: "–" if count is None else count for name, count in _threads.considered().items()},
             "OpenMP": f"specification of {openmp // 100}-{openmp % 100:02}" if openmp else "serial build",
             "OpenMP limit": _dispatch.kernels.max_threads(),
             "serial below": f"{_threads.SERIAL_VALUES} values",

@@ -32,6 +32,7 @@ class Kernels:
         self.level = level
         self.max_threads: Callable[[], int] = module.max_threads
         self.openmp: Callable[[], int] = module.openmp
+        self.forked: Callable[[], bool] = module.forked
         self.fix_statistics: Callable[..., int] = module.fix_statistics
         self.moments: Kernel = module.moments
         self.forward: Kernel = module.forward

@@ -69,6 +69,22 @@ cdef extern from *:
     int omp_get_max_threads() noexcept nogil
     int openmp_version() noexcept nogil
 
+# OpenMP's threads do not exist in a forked child, where a team would wait for them for ever. C is told of every fork,
+# also of those that do not go through Python.
+cdef extern from *:
+    """
+    static volatile int is_forked = 0;
+    #if defined(__unix__) || defined(__APPLE__)
+    #include <pthread.h>
+    static void note_fork(void) { is_forked = 1; }
+    static int watch_forks(void) { return pthread_atfork(NULL, NULL, note_fork); }
+    #else
+    static int watch_forks(void) { return 0; }
+    #endif
+    """
+    bint is_forked
+    int watch_forks() noexcept nogil
+
 ctypedef fused floating:
     float
     double
@@ -1060,7 +1076,7 @@ cdef void item(BlockStep reduce, TileStep finish, BlockStep apply, const floatin
 cdef void each(BlockStep reduce, TileStep finish, BlockStep apply, const floating *x, const floating *dy, floating *out,
                const Job *job, bint by_tile, int num_threads) noexcept nogil:
     cdef Py_ssize_t i, items = job.tiles if by_tile else job.tiles * job.blocks
-    if num_threads == 1:
+    if num_threads == 1 or is_forked:
         for i in range(items):
             item(reduce, finish, apply, x, dy, out, job, by_tile, i)
     else:
@@ -1275,6 +1291,15 @@ def max_threads():
     return omp_get_max_threads()
 
 
+def forked():
+    """Whether this process is a child, or a child's child, of the one that loaded this module."""
+    return is_forked
+
+
 def openmp():
     """Date of the OpenMP specification that the compiler implements, 0 in a serial build."""
     return openmp_version()
+
+
+if watch_forks():
+    raise MemoryError("no memory to be told of forks")

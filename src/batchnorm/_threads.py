@@ -11,6 +11,8 @@ threads of its parent do not exist in it and OpenMP would wait for them for ever
 import math
 import os
 import sys
+import threading
+import weakref
 
 from . import _arrays, _dispatch
 
@@ -18,13 +20,24 @@ SERIAL_VALUES = 65_536
 """Arrays with fewer values are worked on by the calling thread (measured: bench/README.md)."""
 
 
-def _note_fork() -> None:
-    global _forked
-    _forked = True
+_locks: "weakref.WeakSet[threading.Lock]" = weakref.WeakSet()
+
+
+def new_lock() -> threading.Lock:
+    """A lock that is open in a forked child, whose other threads, one of which may have held it, do not exist."""
+    lock = threading.Lock()
+    _locks.add(lock)
+    return lock
+
+
+def _open_locks() -> None:
+    for lock in _locks:
+        if lock.locked():
+            lock.release()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_note_fork)
+    os.register_at_fork(after_in_child=_open_locks)
 
 
 def _checked(num_threads: int) -> int:
@@ -75,7 +88,6 @@ def _folder_quota(folder: str) -> float | None:
 
 # Like OpenMP, the environment and the quota are read once; affinity and OpenMP's own limit are asked for on every call.
 _asked: int | None = None
-_forked = False
 _named_at_import = _environment("BATCHNORM_NUM_THREADS")
 _omp_named_at_import = _environment("OMP_NUM_THREADS") is not None
 _openmp_at_import = _dispatch.kernels.max_threads()
@@ -93,7 +105,7 @@ def decide() -> tuple[int, str]:
     openmp = _dispatch.kernels.max_threads()
     if _dispatch.kernels.openmp() == 0:
         return 1, "serial build"
-    if _forked:
+    if _dispatch.kernels.forked():
         return 1, "forked child"
     if _asked is not None:
         count, reason = _asked, "set_num_threads"
@@ -110,11 +122,22 @@ def decide() -> tuple[int, str]:
     return count, reason
 
 
+def considered() -> dict[str, int | None]:
+    """What every rule of `decide` has to say, in their order; None where it says nothing."""
+    return {
+        "set_num_threads": _asked,
+        "BATCHNORM_NUM_THREADS": _named_at_import,
+        "OMP_NUM_THREADS": _openmp_at_import if _omp_named_at_import else None,
+        "cgroup quota": _quota_at_import,
+        "processors of this process": _processors(),
+    }
+
+
 def threads_for(values: int, num_threads: int | None) -> int:
     """Threads of a call on an array with so many values."""
     if num_threads is not None:
         num_threads = _checked(num_threads)
-    if values < SERIAL_VALUES or _forked:
+    if values < SERIAL_VALUES or _dispatch.kernels.forked():
         return 1
     return decide()[0] if num_threads is None else num_threads
 

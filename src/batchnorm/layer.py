@@ -1,21 +1,55 @@
 """The layer: parameters, running statistics and what the last call left for `backward`. Its semantics are PyTorch's.
 
 No arithmetic of its own, and state changes only after everything that can fail has been done, so an exception leaves
-parameters, running statistics and the counter as they were.
+parameters, running statistics and the counter as they were. Threads that share a layer take turns at its state alone:
+batches are worked on at the same time, and evaluation takes no lock.
 """
 
 import math
+import os
 from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
-from . import _arrays, functional
+from . import _arrays, _threads, functional, state_file
 from ._arrays import Array
 from .functional import Gradients, Saved
 from .moments import Moments, population
+
+# What a file says of a layer besides its state; no momentum is None.
+_SETTINGS: dict[str, type[np.generic]] = {
+    "num_features": np.int64,
+    "axis": np.int64,
+    "eps": np.float64,
+    "momentum": np.float64,
+    "affine": np.int64,
+    "track_running_stats": np.int64,
+    "float_bits": np.int64,
+}
+_PER_CHANNEL = ("weight", "bias", "running_mean", "running_var")
+_IN_A_FILE = (*_SETTINGS, *_PER_CHANNEL, "num_batches_tracked")
+
+
+def _settings(found: Mapping[str, Array]) -> dict[str, Any]:
+    """Arguments of the constructor from what a file holds, checked before anything is made of that size."""
+    settings: dict[str, Any] = {}
+    for name, dtype in _SETTINGS.items():
+        if name in found:
+            if found[name].shape != () or found[name].dtype != dtype:
+                raise ValueError(f"{name} must be one {dtype.__name__}, got {found[name]!r}")
+            settings[name] = found[name].item()
+        elif name != "momentum":
+            raise ValueError(f"{name} is missing")
+    bits = settings.pop("float_bits")
+    if bits not in (32, 64):
+        raise ValueError(f"float_bits must be 32 or 64, got {bits}")
+    lengths = {found[name].shape for name in _PER_CHANNEL if name in found}
+    if lengths != ({(settings["num_features"],)} if settings["affine"] or settings["track_running_stats"] else set()):
+        raise ValueError(f"num_features is {settings['num_features']}, but arrays have shapes {lengths}")
+    return {"momentum": None, "dtype": np.dtype(f"f{bits // 8}")} | settings
 
 
 class BatchNorm:
@@ -113,6 +147,19 @@ class BatchNorm:
         self.dgamma = None
         self.dbeta = None
         self._backward: Callable[..., Gradients] | None = None
+        self._lock = _threads.new_lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        with self._lock:
+            return {
+                name: value.copy() if isinstance(value, np.ndarray) else value
+                for name, value in self.__dict__.items()
+                if name != "_lock"
+            }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._lock = _threads.new_lock()
 
     def __repr__(self) -> str:
         return (
@@ -184,16 +231,17 @@ class BatchNorm:
         y, saved = functional.forward(
             x, self.gamma, self.beta, axis=self.axis, eps=self.eps, out=out, num_threads=num_threads
         )
-        self._follow(saved)
-        self._backward = partial(functional.backward, saved=saved)
+        self._follow(saved, partial(functional.backward, saved=saved))
         return y
 
-    def _follow(self, saved: Saved) -> None:
-        """Move the running statistics towards a batch, in training."""
-        if self.training and self.running_mean is not None and self.running_var is not None and saved.count:
-            momentum = 1 / (self.num_batches_tracked + 1) if self.momentum is None else self.momentum
-            functional.update_running(self.running_mean, self.running_var, saved, momentum=momentum)
-            self.num_batches_tracked += 1
+    def _follow(self, saved: Saved, backward: Callable[..., Gradients]) -> None:
+        """Move the running statistics towards a batch, in training; remember how to go back."""
+        with self._lock:
+            if self.training and self.running_mean is not None and self.running_var is not None and saved.count:
+                momentum = 1 / (self.num_batches_tracked + 1) if self.momentum is None else self.momentum
+                functional.update_running(self.running_mean, self.running_var, saved, momentum=momentum)
+                self.num_batches_tracked += 1
+            self._backward = backward
 
     def backward(
         self,
@@ -223,11 +271,13 @@ class BatchNorm:
         TypeError, ValueError
             As `batchnorm.backward`.
         """
-        if self._backward is None:
+        backward = self._backward
+        if backward is None:
             raise RuntimeError("backward needs a call of the layer before it")
-        gradients = self._backward(dy, need=need, out=out, num_threads=num_threads)
-        self.dgamma = gradients.dgamma if self.affine else None
-        self.dbeta = gradients.dbeta if self.affine else None
+        gradients = backward(dy, need=need, out=out, num_threads=num_threads)
+        with self._lock:
+            self.dgamma = gradients.dgamma if self.affine else None
+            self.dbeta = gradients.dbeta if self.affine else None
         return gradients.dx
 
     def recalibrate(
@@ -270,7 +320,8 @@ class BatchNorm:
         moments = self._population(batches, progress, num_threads)
         if moments.count < 2:
             raise ValueError(f"batches must hold at least 2 values per channel, got {moments.count}")
-        self.running_mean[...], self.running_var[...] = moments.mean, moments.var(ddof=1)
+        with self._lock:
+            self.running_mean[...], self.running_var[...] = moments.mean, moments.var(ddof=1)
 
     def _population(self, batches: Iterable[ArrayLike], progress: bool, num_threads: int | None) -> Moments:
         moments = population(batches, self.axis, progress=progress, num_threads=num_threads)
@@ -297,10 +348,11 @@ class BatchNorm:
         >>> list(bn.BatchNorm(3).state_dict())
         ['weight', 'bias', 'running_mean', 'running_var', 'num_batches_tracked']
         """
-        state: dict[str, Any] = {name: array.copy() for name, array in self._state().items()}
-        if self.track_running_stats:
-            state["num_batches_tracked"] = np.array(self.num_batches_tracked, np.int64)
-        return state
+        with self._lock:
+            state: dict[str, Any] = {name: array.copy() for name, array in self._state().items()}
+            if self.track_running_stats:
+                state["num_batches_tracked"] = np.array(self.num_batches_tracked, np.int64)
+            return state
 
     def load_state_dict(self, state: Mapping[str, ArrayLike]) -> None:
         """Take over a state, after all of it has been checked.
@@ -326,10 +378,76 @@ class BatchNorm:
             raise ValueError(f"state must have the names {expected}, got missing {missing} and unknown {unknown}")
         loaded = {name: self._checked_state(name, state[name]) for name in own}
         batches = self._checked_counter(state["num_batches_tracked"]) if self.track_running_stats else 0
-        for name, array in own.items():
-            array[...] = loaded[name]
-        self.num_batches_tracked = batches
-        self._backward = None
+        with self._lock:
+            for name, array in own.items():
+                array[...] = loaded[name]
+            self.num_batches_tracked = batches
+            self._backward = None
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the settings and the state of the layer to an npz file, in which nothing is executable.
+
+        The file appears in one step: interrupted anywhere, the old file of that name is as it was. `np.load` reads it.
+
+        Parameters
+        ----------
+        path : path-like
+            The name as it is; nothing is appended.
+
+        Raises
+        ------
+        OSError
+            If the file cannot be written.
+
+        See Also
+        --------
+        load, state_dict
+
+        Examples
+        --------
+        >>> import os, tempfile, batchnorm as bn
+        >>> path = os.path.join(tempfile.mkdtemp(), "layer.npz")
+        >>> bn.BatchNorm(3, momentum=None).save(path)
+        >>> bn.BatchNorm.load(path)
+        BatchNorm(3, axis=1, eps=1e-05, momentum=None, affine=True, track_running_stats=True, dtype=float32)
+        """
+        values = {name: getattr(self, name, None) for name in _SETTINGS} | {"float_bits": 8 * self.dtype.itemsize}
+        settings = {name: np.array(value, _SETTINGS[name]) for name, value in values.items() if value is not None}
+        state_file.write(path, settings | self.state_dict())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], *, max_bytes: int = state_file.MAX_BYTES, **arguments: Any) -> Self:
+        """The layer that `save` wrote, in training mode, as every new layer.
+
+        Parameters
+        ----------
+        path : path-like
+        max_bytes : int, default 268435456
+            The most data to read.
+        **arguments
+            Those that a derived class has besides the settings of this one, as `comm` of `SyncBatchNorm`.
+
+        Raises
+        ------
+        ValueError
+            If the file is larger, truncated, or holds anything else than a layer: pickled objects, other names, dtypes
+            or shapes, values that are not finite, a negative variance.
+        OSError
+            If it cannot be read.
+
+        See Also
+        --------
+        save : with an example.
+        load_state_dict : takes the mapping that `safetensors.numpy.load_file` returns, too.
+        """
+        found = state_file.read(path, _IN_A_FILE, max_bytes)
+        try:
+            settings = _settings(found)
+            layer = cls(**settings, **arguments)
+            layer.load_state_dict({name: found[name] for name in found if name not in _SETTINGS})
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{os.fspath(path)!r} must be a file that BatchNorm.save wrote: {error}") from None
+        return layer
 
     def _checked_state(self, name: str, value: ArrayLike) -> Array:
         array = _arrays.as_channels(value, name, self.num_features)

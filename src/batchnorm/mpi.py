@@ -159,8 +159,7 @@ class SyncBatchNorm(BatchNorm):
             out=out,
             num_threads=num_threads,
         )
-        self._follow(saved)
-        self._backward = partial(self._backward_together, saved=saved)
+        self._follow(saved, partial(self._backward_together, saved=saved))
         return y
 
     def _gather_moments(self, x: ArrayLike, out: Array | None, num_threads: int | None) -> tuple[Array, Moments]:

@@ -1,0 +1,326 @@
+"""State files: what was saved comes back; anything else is an error, and nothing of it is loaded or executed."""
+
+import contextlib
+import io
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import batchnorm as bn
+
+SETTINGS = [
+    {},
+    {"axis": -1, "eps": 1e-3, "momentum": None, "dtype": np.float64},
+    {"momentum": 0.25, "affine": False},
+    {"track_running_stats": False},
+    {"affine": False, "track_running_stats": False, "dtype": np.float64},
+]
+
+
+def trained(rng, **settings):
+    layer = bn.BatchNorm(3, **settings)
+    layer(rng.standard_normal((8, 3)) * 3 + 2)
+    if layer.affine:
+        layer.gamma[:], layer.beta[:] = rng.standard_normal((2, 3))
+    return layer
+
+
+def snapshot(layer):
+    return repr(layer), {name: (value.dtype, value.tobytes()) for name, value in layer.state_dict().items()}
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_what_was_saved_comes_back(settings, rng, tmp_path):
+    layer = trained(rng, **settings)
+    layer.save(tmp_path / "layer")
+    assert snapshot(bn.BatchNorm.load(tmp_path / "layer")) == snapshot(layer)
+    assert bn.BatchNorm.load(str(tmp_path / "layer")).training
+    with np.load(tmp_path / "layer", allow_pickle=False) as arrays:
+        assert set(layer.state_dict()) <= set(arrays.files)
+
+
+def test_the_same_layer_is_the_same_file(rng, tmp_path):
+    layer = trained(rng)
+    for name in "ab":
+        layer.save(tmp_path / name)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_no_channels(tmp_path):
+    bn.BatchNorm(0).save(tmp_path / "none")
+    assert bn.BatchNorm.load(tmp_path / "none").num_features == 0
+
+
+def test_a_compressed_file_is_read(rng, tmp_path):
+    layer = trained(rng)
+    layer.save(tmp_path / "layer")
+    with np.load(tmp_path / "layer") as arrays:
+        np.savez_compressed(tmp_path / "small.npz", **arrays)
+    assert snapshot(bn.BatchNorm.load(tmp_path / "small.npz")) == snapshot(layer)
+
+
+def test_safetensors(rng, tmp_path):
+    numpy = pytest.importorskip("safetensors.numpy")
+    layer, other = trained(rng), bn.BatchNorm(3)
+    numpy.save_file(layer.state_dict(), tmp_path / "layer.safetensors")
+    other.load_state_dict(numpy.load_file(tmp_path / "layer.safetensors"))
+    assert snapshot(other) == snapshot(layer)
+
+
+# Files that are not what `save` writes.
+
+
+class Executed:
+    """An object that is noticed when it is unpickled."""
+
+    def __reduce__(self):
+        return os.abort, ()
+
+
+def npy(array, **how):
+    file = io.BytesIO()
+    np.lib.format.write_array(file, np.asarray(array), **how)
+    return file.getvalue()
+
+
+def header(text, version=b"\x01\x00", data=b""):
+    text = text.encode("latin1")
+    return b"\x93NUMPY" + version + len(text).to_bytes(2, "little") + text + data
+
+
+def described(descr="'<f4'", shape="(3,)", more="", data=bytes(12)):
+    return header(f"{{'descr': {descr}, 'fortran_order': False, 'shape': {shape}{more}}}\n", data=data)
+
+
+@pytest.fixture(scope="module")
+def members(tmp_path_factory):
+    """The parts of a good file."""
+    layer = bn.BatchNorm(3)
+    layer.gamma[:] = [1, 2, 3]
+    path = tmp_path_factory.mktemp("good") / "layer"
+    layer.save(path)
+    with zipfile.ZipFile(path) as archive:
+        return {name: archive.read(name) for name in archive.namelist()}
+
+
+CHANGED = {
+    "pickled array": ({"weight.npy": npy(np.array([Executed()] * 3, object), allow_pickle=True)}, "dtype object"),
+    "pickle": ({"weight.npy": pickle.dumps(Executed())}, "magic string"),
+    "another name": ({"gamma.npy": npy(np.ones(3, np.float32))}, "it holds 'gamma.npy', which is none of"),
+    "a name without .npy": ({"weight": npy(np.ones(3, np.float32))}, "it holds 'weight', which is none of"),
+    "a path": ({"../weight.npy": npy(np.ones(3, np.float32))}, "which is none of"),
+    "weight missing": ({"weight.npy": None}, r"missing \['weight'\]"),
+    "eps missing": ({"eps.npy": None}, "eps is missing"),
+    "too few channels": ({"weight.npy": npy(np.ones(2, np.float32))}, "num_features is 3, but arrays have shapes"),
+    "two dimensions": ({"weight.npy": npy(np.ones((3, 1), np.float32))}, "shape .3, 1., other than"),
+    "float64 instead of float32": ({"weight.npy": npy(np.ones(3))}, "weight must have dtype float32, got float64"),
+    "float16": ({"weight.npy": npy(np.ones(3, np.float16))}, "dtype float16, which is none of"),
+    "big-endian": ({"weight.npy": npy(np.ones(3, ">f4"))}, "dtype >f4, which is none of"),
+    "complex": ({"weight.npy": npy(np.ones(3, np.complex64))}, "dtype complex64"),
+    "structured": ({"weight.npy": npy(np.ones(3, [("a", "<f4")]))}, "which is none of"),
+    "text": ({"weight.npy": npy(np.array(["a"] * 3))}, "dtype <U1"),
+    "NaN": ({"running_mean.npy": npy(np.array([0, np.nan, 0], np.float32))}, "running_mean must be finite, got nan"),
+    "infinite": ({"bias.npy": npy(np.array([0, np.inf, 0], np.float32))}, "bias must be finite, got inf"),
+    "negative variance": (
+        {"running_var.npy": npy(np.array([1, -1, 1], np.float32))},
+        "running_var must not be negative, got -1.0",
+    ),
+    "negative counter": ({"num_batches_tracked.npy": npy(-1)}, "num_batches_tracked must be one number, at least 0"),
+    "counter a float": ({"num_batches_tracked.npy": npy(1.0)}, "num_batches_tracked must be an integer"),
+    "eps negative": ({"eps.npy": npy(-1.0)}, "eps must be finite and at least 0, got -1.0"),
+    "eps NaN": ({"eps.npy": npy(np.nan)}, "eps must be finite and at least 0, got nan"),
+    "eps of three": ({"eps.npy": npy(np.ones(3))}, "eps must be one float64"),
+    "eps an integer": ({"eps.npy": npy(1)}, "eps must be one float64"),
+    "momentum 2": ({"momentum.npy": npy(2.0)}, "momentum, the weight of the new batch, must be between 0 and 1"),
+    "features negative": ({"num_features.npy": npy(-3)}, "num_features is -3"),
+    "features huge": ({"num_features.npy": npy(2**62)}, "num_features is 4611686018427387904"),
+    "bits": ({"float_bits.npy": npy(16)}, "float_bits must be 32 or 64, got 16"),
+    "header cut": ({"weight.npy": npy(np.ones(3, np.float32))[:40]}, "must be a file that BatchNorm.save wrote"),
+    "data cut": ({"weight.npy": npy(np.ones(3, np.float32))[:-1]}, "12 bytes, but 11 follow"),
+    "data too long": ({"weight.npy": npy(np.ones(3, np.float32)) + b"x"}, "12 bytes, but 13 follow"),
+    "shape larger than data": (
+        {"weight.npy": described(shape="(1000000000000,)")},
+        "4000000000000 bytes, but 12 follow",
+    ),
+    "shape whose bytes overflow": ({"weight.npy": described(shape=f"({2**62 + 3},)")}, "bytes, but 12 follow"),
+    "shape negative": ({"weight.npy": described(shape="(-3,)")}, "has shape"),
+    "shape of text": ({"weight.npy": described(shape="('3',)")}, "shape is not valid"),
+    "shape true": ({"weight.npy": described(shape="(True,)", data=bytes(4))}, "other than one number a channel"),
+    "header that is code": ({"weight.npy": described(descr="__import__('os').abort()")}, "must be a file"),
+    "header nested": ({"weight.npy": described(descr="(" * 9000)}, "must be a file"),
+    "header of 10 kB": ({"weight.npy": described(shape="(3,)" + " " * 10_000)}, "Header info length"),
+    "header with more": ({"weight.npy": described(more=", 'x': 1")}, "must be a file"),
+    "version 9": ({"weight.npy": b"\x93NUMPY\x09\x00" + bytes(100)}, "version"),
+    "version 2": ({"weight.npy": npy(np.ones(3, np.float32), version=(2, 0))}, "other than"),
+}
+
+
+def rewritten(members, changes, compression=zipfile.ZIP_STORED):
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", compression) as archive:
+        for name, data in {**members, **changes}.items():
+            if data is not None:
+                archive.writestr(name, data)
+    return file.getvalue()
+
+
+def refused(content, path, message, **how):
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=message) as caught:
+        bn.BatchNorm.load(path, **how)
+    assert str(caught.value).startswith(f"{str(path)!r} must be ")
+
+
+def test_the_parts_make_a_good_file(members, tmp_path):
+    (tmp_path / "good").write_bytes(rewritten(members, {}))
+    assert bn.BatchNorm.load(tmp_path / "good").gamma.tolist() == [1, 2, 3]
+
+
+@pytest.mark.parametrize("changes", CHANGED)
+def test_bad_files_are_refused(changes, members, tmp_path):
+    new, message = CHANGED[changes]
+    refused(rewritten(members, new), tmp_path / "bad", message)
+
+
+def test_names_twice(members, tmp_path):
+    with zipfile.ZipFile(tmp_path / "twice", "w") as archive:
+        for name, data in members.items():
+            archive.writestr(name, data)
+        with pytest.warns(UserWarning, match="Duplicate name"):
+            archive.writestr("weight.npy", members["weight.npy"])
+    with pytest.raises(ValueError, match="a name is there twice"):
+        bn.BatchNorm.load(tmp_path / "twice")
+
+
+def test_size_is_limited_before_anything_is_read(members, tmp_path):
+    bomb = rewritten(members, {"weight.npy": bytes(1 << 24)}, zipfile.ZIP_DEFLATED)
+    assert len(bomb) < 1 << 16
+    refused(bomb, tmp_path / "bomb", "more than max_bytes allows", max_bytes=1 << 20)
+    refused(bytes(1 << 20), tmp_path / "large", "it has 1048576 bytes, more than max_bytes allows", max_bytes=1000)
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA], ids=["bzip2", "lzma"])
+def test_other_compressions_are_refused(compression, members, tmp_path):
+    refused(rewritten(members, {}, compression), tmp_path / "bad", "is compressed by method")
+
+
+def test_truncated_at_any_byte(members, tmp_path):
+    content = rewritten(members, {})
+    for length in range(len(content)):
+        refused(content[:length], tmp_path / "cut", "must be a file that BatchNorm.save wrote")
+
+
+@given(st.data())
+def test_any_damage_is_an_error_or_changes_values_alone(members, tmp_path_factory, data):
+    content = bytearray(rewritten(members, {}, data.draw(st.sampled_from([zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED]))))
+    for _ in range(data.draw(st.integers(1, 4))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    path = tmp_path_factory.getbasetemp() / "damaged"
+    path.write_bytes(content)
+    with contextlib.suppress(ValueError):
+        assert bn.BatchNorm.load(path).num_features == 3
+
+
+def test_what_is_no_file(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        bn.BatchNorm.load(tmp_path / "missing")
+    with pytest.raises(IsADirectoryError):
+        bn.BatchNorm.load(tmp_path)
+    with pytest.raises(ValueError, match="'/dev/null' must be a regular file"):
+        bn.BatchNorm.load("/dev/null")
+
+
+def test_a_refused_file_leaves_a_layer_alone(members, tmp_path, rng):
+    """Loading makes a new layer, so there is nothing to be half loaded; load_state_dict checks all before it writes."""
+    layer = trained(rng)
+    before = snapshot(layer)
+    with pytest.raises(ValueError, match="running_var must not be negative"):
+        layer.load_state_dict(layer.state_dict() | {"running_var": np.array([1, -1, 1], np.float32)})
+    assert snapshot(layer) == before
+
+
+# Writing.
+
+INTERRUPTED = """
+import os, resource, sys
+import batchnorm as bn
+path = sys.argv[1]
+old, new = bn.BatchNorm(3), bn.BatchNorm(3, eps=0.5)
+old.save(path)
+content = open(path, "rb").read()
+for limit in range(0, len(content), 7):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    try:
+        new.save(path)
+    except OSError:
+        pass
+    else:
+        sys.exit(f"nothing failed at {limit} bytes")
+    if open(path, "rb").read() != content or os.listdir(os.path.dirname(path)) != [os.path.basename(path)]:
+        sys.exit(f"damage at {limit} bytes")
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+new.save(path)
+assert bn.BatchNorm.load(path).eps == 0.5
+"""
+
+
+def test_a_full_disk_at_any_byte_leaves_the_old_file(tmp_path):
+    run = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED, str(tmp_path / "layer")], capture_output=True, text=True, timeout=120
+    )
+    assert run.returncode == 0, run.stderr
+
+
+KILLED = """
+import sys
+import batchnorm as bn
+layers = [bn.BatchNorm(5000), bn.BatchNorm(5000, eps=0.5)]
+layers[0].save(sys.argv[1])
+print("ready", flush=True)
+while True:
+    for layer in layers:
+        layer.save(sys.argv[1])
+"""
+
+
+def test_a_killed_process_leaves_a_whole_file(tmp_path, rng):
+    path = tmp_path / "layer"
+    for _ in range(3):
+        process = subprocess.Popen([sys.executable, "-c", KILLED, str(path)], stdout=subprocess.PIPE)
+        assert process.stdout.readline() == b"ready\n"
+        time.sleep(rng.uniform(0, 0.03))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert bn.BatchNorm.load(path).eps in (1e-5, 0.5)
+
+
+def test_permissions_and_links_are_kept(tmp_path):
+    layer, path, link = bn.BatchNorm(3), tmp_path / "layer", tmp_path / "link"
+    layer.save(path)
+    assert path.stat().st_mode & 0o777 == 0o666 & ~umask()
+    path.chmod(0o640)
+    link.symlink_to(path)
+    bn.BatchNorm(4).save(link)
+    assert link.is_symlink()
+    assert path.stat().st_mode & 0o777 == 0o640
+    assert bn.BatchNorm.load(path).num_features == 4
+
+
+def umask():
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def test_a_folder_that_is_not_there(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        bn.BatchNorm(3).save(tmp_path / "missing" / "layer")
