@@ -2,13 +2,11 @@
 
 import doctest
 import importlib
-import os
 import pkgutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
+from processes import python, succeeds
 
 import batchnorm as bn
 from batchnorm import _cpu, _dispatch
@@ -45,23 +43,14 @@ def test_all_public_names_are_documented():
             assert f"{section}\n" in function.__doc__, (function, section)
 
 
-def python(program, **environment):
-    return subprocess.run(
-        [sys.executable, "-c", program], env={**os.environ, **environment}, capture_output=True, text=True, timeout=60
-    )
-
-
 def test_the_environment_chooses_the_level(level):
     program = "import batchnorm as bn; print(bn.show_config(mode='dicts')['kernels']['level'])"
-    run = python(program, BATCHNORM_ISA=level)
-    assert run.stdout.strip() == level, run.stderr
+    assert succeeds(program, BATCHNORM_ISA=level) == level
 
 
 def test_by_default_the_best_level_is_used():
-    environment = {name: value for name, value in os.environ.items() if name != "BATCHNORM_ISA"}
     program = "import batchnorm as bn; print(bn.show_config(mode='dicts')['kernels']['level'])"
-    run = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=60)
-    assert run.stdout.strip() == _dispatch.available()[0], run.stderr
+    assert succeeds(program, BATCHNORM_ISA=None) == _dispatch.available()[0]
 
 
 @pytest.mark.parametrize("named", ["v5", "avx2", "", "V4"])
@@ -102,7 +91,7 @@ def test_nothing_but_numpy_is_imported():
         "names = {name.partition('.')[0] for name in set(sys.modules) - before} - set(sys.stdlib_module_names); "
         "print(*sorted(name for name in names if 'cython' not in name))"
     )
-    assert python(program).stdout.split() == ["batchnorm", "numpy"]
+    assert succeeds(program).split() == ["batchnorm", "numpy"]
 
 
 def test_floating_point_environment_is_untouched():

@@ -1,12 +1,11 @@
 """How many threads, and why; and what a fork, a limit or a crowd of Python threads does to results: nothing."""
 
-import os
-import subprocess
 import sys
 import threading
 
 import numpy as np
 import pytest
+from processes import WORKLOAD, succeeds
 from threadpoolctl import threadpool_limits
 
 import batchnorm as bn
@@ -62,17 +61,8 @@ def test_a_useless_variable_decides_nothing(text):
 
 def decided_with(environment):
     """What a new process decides."""
-    inherited = {name: value for name, value in os.environ.items() if not name.endswith("_NUM_THREADS")}
-    program = "from batchnorm import _threads; print(*_threads.decide())"
-    run = subprocess.run(
-        [sys.executable, "-c", program],
-        env=inherited | environment,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=True,
-    )
-    return run.stdout.strip()
+    nobody = {"BATCHNORM_NUM_THREADS": None, "OMP_NUM_THREADS": None}
+    return succeeds("from batchnorm import _threads; print(*_threads.decide())", **nobody | environment)
 
 
 def test_limits_of_threadpoolctl_are_obeyed(undecided):
@@ -111,30 +101,6 @@ def test_quota_without_cgroups(tmp_path):
     assert _threads._quota(str(tmp_path), str(tmp_path / "missing")) is None
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
-def test_a_forked_child_is_serial_and_gets_the_same_bits():
-    program = """
-import os, sys
-import numpy as np
-import batchnorm as bn
-from batchnorm import _threads
-x = np.random.default_rng(0).standard_normal((64, 32, 20, 20)).astype(np.float32)
-def results():
-    y, saved = bn.forward(x, num_threads=2)
-    return y.tobytes() + bn.backward(x, saved).dx.tobytes()
-expected = results()
-child = os.fork()
-if child == 0:
-    os._exit(0 if _threads.decide() == (1, "forked child") and results() == expected else 1)
-assert os.waitpid(child, 0)[1] == 0
-assert results() == expected
-"""
-    run = subprocess.run(
-        [sys.executable, "-W", "ignore::DeprecationWarning", "-c", program], capture_output=True, text=True, timeout=60
-    )
-    assert run.returncode == 0, run.stderr
-
-
 def test_many_python_threads_at_once(rng):
     shapes = [(64, 32, 12, 12), (3, 5), (2000, 40), (8, 3, 60, 60)]
     inputs = [rng.standard_normal(shape).astype(np.float32) for shape in shapes]
@@ -159,3 +125,228 @@ def test_many_python_threads_at_once(rng):
     for worker in workers:
         worker.join()
     assert not wrong
+
+
+# What a process does with its threads is seen from outside, in one of its own.
+
+WATCHED = (
+    WORKLOAD
+    + """
+import gc, hashlib, os, threading, time
+from threadpoolctl import threadpool_limits
+
+def threads():
+    return len(os.listdir("/proc/self/task"))
+
+def resident():
+    gc.collect()
+    return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGESIZE")
+
+"""
+)
+ONE_HEAP = {"MALLOC_ARENA_MAX": "1"}  # glibc keeps a heap for every thread there ever was, which looks like a leak
+linux = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+
+SETTINGS = [
+    {"OMP_NUM_THREADS": "1"},
+    {"OMP_NUM_THREADS": "3"},
+    {"OMP_DYNAMIC": "true"},
+    {"OMP_THREAD_LIMIT": "1"},
+    {"OMP_PROC_BIND": "true"},
+    {"OMP_NESTED": "true"},
+    {"OMP_MAX_ACTIVE_LEVELS": "3"},
+    {"OMP_SCHEDULE": "dynamic,1"},
+    {"OMP_WAIT_POLICY": "passive"},
+    {"OMP_STACKSIZE": "256k"},
+    {"GOMP_SPINCOUNT": "1"},
+    {"BATCHNORM_NUM_THREADS": "7"},
+]
+
+
+def test_no_setting_of_openmp_changes_bits(level):
+    program = WATCHED + "print(hashlib.sha256(results(None)).hexdigest(), hashlib.sha256(results(4)).hexdigest())"
+    nothing = {name: None for setting in SETTINGS for name in setting}
+    found = {str(these): succeeds(program, BATCHNORM_ISA=level, **nothing | these) for these in [{}, *SETTINGS]}
+    assert len(set(found.values())) == 1, found
+    assert len(set(found["{}"].split())) == 1
+
+
+@linux
+def test_a_limit_of_threadpoolctl_is_the_number_of_threads(level):
+    program = """
+bn.set_num_threads(3)
+with threadpool_limits(1):
+    results(None)
+    alone = threads()
+results(None)
+print(alone, threads())
+"""
+    assert succeeds(WATCHED + program, BATCHNORM_ISA=level, OPENBLAS_NUM_THREADS="1") == "1 3"
+
+
+@linux
+def test_an_idle_team_uses_no_processor(level):
+    program = "results(); begin = time.process_time(); time.sleep(2); print(time.process_time() - begin)"
+    assert float(succeeds(WATCHED + program, BATCHNORM_ISA=level)) < 0.1
+
+
+@linux
+@pytest.mark.slow
+def test_small_and_large_calls_in_turns_keep_threads_and_memory(level):
+    program = """
+small, large = x[:1, :, :2, :2].copy(), x[:16].copy()
+def turns(n):
+    for _ in range(n):
+        bn.forward(small)
+        bn.forward(large, num_threads=2)
+turns(500)
+before = threads(), resident()
+turns(5000)
+print(threads() - before[0], resident() - before[1])
+"""
+    more, grown = map(int, succeeds(WATCHED + program, timeout=300, BATCHNORM_ISA=level).split())
+    assert more == 0
+    assert grown < 1 << 20
+
+
+MIXED = """
+import sys
+inputs = [x[:48].copy(), x[:1, :, :3, :3].copy(), np.moveaxis(x[:2], 1, -1).astype(np.float64), x[:4, :, 0, 0].copy()]
+
+def work(k, i):
+    a, axis = inputs[i], -1 if i == 2 else 1
+    if k % 3 == 0:
+        return bn.inference(a, ones, ones, ones, axis=axis).tobytes()
+    y, saved = bn.forward(a, ones, ones, axis=axis)
+    if k % 3 == 1:
+        return y.tobytes() + saved.var.tobytes()
+    return b"".join(g.tobytes() for g in bn.backward(a, saved))
+
+# One in fifty is large enough for a team: 16 teams on a few processors mostly wait for each other.
+def which(turn):
+    return (turn // 50) % 3, 0 if turn % 50 == 0 else 1 + turn % 3
+
+expected = {(k, i): work(k, i) for k in range(3) for i in range(4)}
+wrong = []
+
+def run(offset):
+    start.wait()
+    for turn in range(offset, offset + CALLS):
+        if work(*which(turn)) != expected[which(turn)]:
+            wrong.append(turn)
+
+def crowd():
+    global start
+    start = threading.Barrier(16)
+    crowd = [threading.Thread(target=run, args=(37 * k,)) for k in range(16)]
+    for thread in crowd:
+        thread.start()
+    for thread in crowd:
+        thread.join()
+    time.sleep(0.5)         # their teams leave a moment after them
+"""
+
+
+@linux
+@pytest.mark.slow
+def test_sixteen_threads_of_ten_thousand_calls(level):
+    program = """
+CALLS = 200
+crowd()
+before = threads(), resident()
+CALLS = 10_000
+crowd()
+assert not wrong, wrong[:10]
+print(threads() - before[0], resident() - before[1])
+"""
+    more, grown = map(int, succeeds(WATCHED + MIXED + program, timeout=500, BATCHNORM_ISA=level, **ONE_HEAP).split())
+    assert more <= 0
+    assert grown < 8 << 20
+
+
+@linux
+def test_sixteen_threads_that_are_switched_all_the_time(level):
+    program = "CALLS = 300; sys.setswitchinterval(1e-6); crowd(); assert not wrong, wrong[:10]"
+    succeeds(WATCHED + MIXED + program, timeout=300, BATCHNORM_ISA=level)
+
+
+@linux
+def test_threads_that_end_leave_nothing(level):
+    program = """
+def many(n):
+    for _ in range(n):
+        thread = threading.Thread(target=bn.forward, args=(x,), kwargs={"num_threads": 2})
+        thread.start()
+        thread.join()
+x = x[:8].copy()
+many(50)
+before = threads(), resident()
+many(2000)
+time.sleep(0.1)
+print(threads() - before[0], resident() - before[1])
+"""
+    more, grown = map(int, succeeds(WATCHED + program, timeout=300, BATCHNORM_ISA=level, **ONE_HEAP).split())
+    assert more <= 0
+    assert grown < 4 << 20
+
+
+def test_python_goes_on_during_a_call(level):
+    program = """
+large = np.broadcast_to(x, (40, *x.shape)).reshape(-1, *x.shape[1:])
+out = np.empty_like(large)
+ticks = []
+def tick():
+    while not done:
+        ticks.append(time.perf_counter())
+        time.sleep(0.001)
+done = False
+ticking = threading.Thread(target=tick)
+ticking.start()
+time.sleep(0.05)
+begin = time.perf_counter()
+bn.forward(large, out=out, num_threads=1)
+end = time.perf_counter()
+done = True
+ticking.join()
+between = [begin, *(t for t in ticks if begin < t < end), end]
+print(max(b - a for a, b in zip(between, between[1:])) / (end - begin))
+"""
+    assert float(succeeds(WATCHED + program, BATCHNORM_ISA=level)) < 0.7
+
+
+@pytest.mark.parametrize("momentum", [None, 0.25])
+def test_threads_that_share_a_layer_in_training(momentum, rng):
+    """Every batch counts once: for the cumulative mean, and for the counter."""
+    layer = bn.BatchNorm(3, momentum=momentum, dtype=np.float64)
+    batches = rng.standard_normal((8, 200, 5, 3))
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+
+    def work(part):
+        for x in part:
+            layer(x)
+            assert layer.backward(np.ones_like(x)).shape == x.shape
+            assert int(layer.state_dict()["num_batches_tracked"]) > 0
+
+    try:
+        workers = [threading.Thread(target=work, args=(part,)) for part in batches]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert layer.num_batches_tracked == 1600
+    if momentum is None:
+        all_batches = batches.reshape(1600, 5, 3)
+        np.testing.assert_allclose(layer.running_mean, all_batches.mean(axis=(0, 1)), rtol=0, atol=1e-13)
+        np.testing.assert_allclose(layer.running_var, all_batches.var(axis=1, ddof=1).mean(axis=0), rtol=1e-13)
+
+
+def test_evaluation_takes_no_lock(rng):
+    layer, x = bn.BatchNorm(3).eval(), rng.standard_normal((4, 3))
+    with layer._lock:
+        worker = threading.Thread(target=layer, args=(x,), daemon=True)
+        worker.start()
+        worker.join(10)
+        assert not worker.is_alive()

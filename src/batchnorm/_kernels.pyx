@@ -69,15 +69,25 @@ cdef extern from *:
     int omp_get_max_threads() noexcept nogil
     int openmp_version() noexcept nogil
 
-# OpenMP's threads do not exist in a forked child, where a team would wait for them for ever. C is told of every fork,
-# also of those that do not go through Python.
+# OpenMP's threads do not exist in a forked child, where a team, or the end of a thread that had one, would wait for
+# them for ever. So the team of a thread that forks is sent home before, where OpenMP can do that (since 5.0, hence
+# looked up and not linked), and the child, of whatever kind of fork, is serial.
 cdef extern from *:
     """
     static volatile int is_forked = 0;
     #if defined(__unix__) || defined(__APPLE__)
+    #include <dlfcn.h>
     #include <pthread.h>
+    static int (*pause_openmp)(int) = NULL;
+    static void dismiss_team(void) { if (pause_openmp) pause_openmp(1); }       /* omp_pause_soft */
     static void note_fork(void) { is_forked = 1; }
-    static int watch_forks(void) { return pthread_atfork(NULL, NULL, note_fork); }
+    static int watch_forks(void)
+    {
+        Dl_info here;
+        void *module = dladdr((void *)note_fork, &here) ? dlopen(here.dli_fname, RTLD_LAZY | RTLD_NOLOAD) : NULL;
+        if (module) *(void **)&pause_openmp = dlsym(module, "omp_pause_resource_all");
+        return pthread_atfork(dismiss_team, NULL, note_fork);
+    }
     #else
     static int watch_forks(void) { return 0; }
     #endif

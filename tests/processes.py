@@ -1,0 +1,34 @@
+"""Programs in a process of their own, so that a hang, an exit or a setting ends with them."""
+
+import os
+import subprocess
+import sys
+
+WORKLOAD = """
+import numpy as np
+import batchnorm as bn
+from batchnorm import _threads
+
+x = np.random.default_rng(0).standard_normal((64, 32, 20, 20)).astype(np.float32)
+ones = np.ones(32, np.float32)
+
+def results(threads=2):
+    y, saved = bn.forward(x, ones, ones, num_threads=threads)
+    dx, dgamma, dbeta = bn.backward(x, saved, num_threads=threads)
+    return y.tobytes() + dx.tobytes() + dgamma.tobytes() + dbeta.tobytes()
+"""
+
+
+def python(program, *flags, timeout=60, **environment):
+    """Run a program; the environment is this one's, where a value of None takes a variable away."""
+    merged = {name: value for name, value in {**os.environ, **environment}.items() if value is not None}
+    return subprocess.run(
+        [sys.executable, *flags, "-c", program], env=merged, capture_output=True, text=True, timeout=timeout
+    )
+
+
+def succeeds(program, *flags, timeout=60, **environment):
+    """What a program prints that has to end well."""
+    run = python(program, *flags, timeout=timeout, **environment)
+    assert run.returncode == 0, f"exit status {run.returncode}\n{run.stdout}{run.stderr}"
+    return run.stdout.strip()
