@@ -156,6 +156,7 @@ CHANGED = {
     "shape of text": ({"weight.npy": described(shape="('3',)")}, "shape is not valid"),
     "shape true": ({"weight.npy": described(shape="(True,)", data=bytes(4))}, "other than one number a channel"),
     "header that is code": ({"weight.npy": described(descr="__import__('os').abort()")}, "must be a file"),
+    "header that does not close": ({"weight.npy": header("{'descr': '<f4', (\n")}, "must be a file"),
     "header nested": ({"weight.npy": described(descr="(" * 9000)}, "must be a file"),
     "header of 10 kB": ({"weight.npy": described(shape="(3,)" + " " * 10_000)}, "Header info length"),
     "header with more": ({"weight.npy": described(more=", 'x': 1")}, "must be a file"),

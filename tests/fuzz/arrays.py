@@ -1,0 +1,165 @@
+"""Arrays of any shape, arrangement and content, and wrong arguments: the right answer to the last digits, or an error
+that wrote nothing. Never a crash."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+
+import oracle  # noqa: E402
+from shapes import ARRANGEMENTS  # noqa: E402
+from source import choose, main  # noqa: E402
+
+import batchnorm as bn  # noqa: E402
+
+LONGEST = 3000
+SPECIAL = [np.nan, np.inf, -np.inf, 0.0, -0.0, 1e-40, 3e38]
+SPREAD = [1.0, 1e-3, 1e3, 1e-20, 1e15]
+OFFSET = [0.0, 1.0, -100.0, 1e4, 1e6]
+
+
+def shape_of(source):
+    """Two to five dimensions, small, or one of them long."""
+    shape = [source.integer(0, 7) if source.integer(0, 15) == 0 else source.integer(1, 7)]
+    shape += [source.integer(1, 6) for _ in range(source.integer(1, 4))]
+    if source.integer(0, 3) == 0:
+        where = source.integer(0, len(shape) - 1)
+        shape[where] = source.integer(1, max(1, LONGEST // max(1, int(np.prod(shape) // max(1, shape[where])))))
+    return tuple(shape)
+
+
+def values(source, shape, dtype, spread, offset):
+    bits = np.frombuffer(source.data(16), np.uint64)
+    return (np.random.default_rng(bits).standard_normal(shape) * spread + offset * spread).astype(dtype)
+
+
+def spoil(source, call):
+    """One argument made wrong."""
+    how = source.integer(0, 9)
+    x = call["x"]
+    if how == 0:
+        call["x"] = x.astype(choose(source, ["i4", "f2", "c8", "O", "U8"]))
+    elif how == 1:
+        call["axis"] = choose(source, [x.ndim, -x.ndim - 1, 2**70, 1.0, None, "1"])
+    elif how == 2:
+        call["eps"] = choose(source, [-1.0, np.nan, np.inf, None, "0", 1j])
+    elif how == 3:
+        call["gamma"] = np.ones(source.integer(0, 9), choose(source, ["f4", "f8", "i4"]))
+    elif how == 4:
+        call["beta"] = np.ones((source.integer(0, 3), source.integer(0, 3)))
+    elif how == 5:
+        call["out"] = np.empty(shape_of(source), choose(source, ["f4", "f8", ">f4", "i8"]))
+    elif how == 6:
+        call["out"] = np.empty(x.shape, x.dtype)
+        call["out"].flags.writeable = False
+    elif how == 7:
+        room = np.empty(x.size + 1, x.dtype)
+        call["x"], call["out"] = room[:-1].reshape(x.shape), room[1:].reshape(x.shape)
+        call["x"][...] = x
+    elif how == 8:
+        call["num_threads"] = choose(source, [0, -1, 2**40, 1.5, "2"])
+    else:
+        call["x"] = choose(
+            source, [x.reshape(-1), x.tolist()[0] if len(x) else [], np.ma.masked_array(x), None, object()]
+        )
+    return call
+
+
+def remember(call):
+    return {
+        name: value.tobytes() for name, value in call.items() if type(value) is np.ndarray and value.dtype != object
+    }
+
+
+def target(source):
+    dtype = choose(source, ["f4", "f8"])
+    shape = shape_of(source)
+    axis = source.integer(-len(shape), len(shape) - 1)
+    channels = shape[axis]
+    x = values(source, shape, dtype, choose(source, SPREAD), choose(source, OFFSET))
+    dy = values(source, shape, dtype, 1.0, choose(source, [0.0, 1.0]))
+    gamma, beta = (
+        values(source, channels, choose(source, ["f4", dtype]), 1.0, 1.0) if source.integer(0, 1) else None
+        for _ in "gb"
+    )
+    special = source.integer(0, 4) == 0 and x.size
+    if special:
+        with np.errstate(over="ignore", under="ignore"):
+            x.flat[source.integer(0, x.size - 1)] = choose(source, SPECIAL)
+    call = {
+        "x": ARRANGEMENTS[choose(source, list(ARRANGEMENTS))](x),
+        "gamma": gamma,
+        "beta": beta,
+        "axis": axis,
+        "eps": choose(source, [1e-5, 0.0, 1e-12, 1.0]),
+        "num_threads": choose(source, [None, 1, 2, 5]),
+    }
+    if source.integer(0, 3) == 0:
+        call = spoil(source, call)
+        before = remember(call)
+        try:
+            bn.forward(**call)
+        except (TypeError, ValueError):
+            assert remember(call) == before, "written in spite of an error"
+            return "refused"
+        return "accepted"
+    if source.integer(0, 3) == 0:
+        call["out"] = np.empty(shape, dtype)
+    y, saved = bn.forward(**call)
+    dy = ARRANGEMENTS[choose(source, list(ARRANGEMENTS))](dy)
+    gradients = bn.backward(dy, saved, num_threads=call["num_threads"])
+    if not x.size:
+        assert y.shape == shape
+        assert gradients.dx.shape == shape
+        return "empty"
+    judge(call, x, dy, y, saved, gradients, special)
+    return f"{dtype}{' special' if special else ''}"
+
+
+def judge(call, x, dy, y, saved, gradients, special):
+    """Every channel by itself: NaN where it is not finite, else the oracle's numbers."""
+    axis = call["axis"]
+    ok = np.isfinite(oracle.rows(x, axis)).all(axis=1)
+    for array in (y, gradients.dx):
+        by_channel = oracle.rows(array, axis)
+        assert np.isnan(by_channel[~ok]).all(), "not NaN"
+    assert np.isnan(saved.var[~ok]).all()
+    assert (saved.var[ok] >= 0).all()
+    spread = abs(x).max(initial=0, where=np.isfinite(x))
+    if not ok.any() or (special and x.dtype == np.float64 and spread > 1e100) or (call["eps"] == 0 and special):
+        return
+    take = [slice(None)] * x.ndim
+    take[axis] = ok
+    take = tuple(take)
+    parts = {name: None if call[name] is None else call[name][ok] for name in ("gamma", "beta")}
+    errors = oracle.largest_errors(
+        x[take],
+        dy[take],
+        parts["gamma"],
+        parts["beta"],
+        axis,
+        call["eps"],
+        y[take],
+        OfChannels(saved.mean[ok], saved.var[ok]),
+        OfGradients(
+            gradients.dx[take],
+            *(None if g is None else g[ok] for g in (gradients.dgamma, gradients.dbeta)),
+        ),
+    )
+    oracle.assert_close(errors, x.dtype)
+
+
+class OfChannels:
+    def __init__(self, mean, var):
+        self.mean, self.var = mean, var
+
+
+class OfGradients:
+    def __init__(self, dx, dgamma, dbeta):
+        self.dx, self.dgamma, self.dbeta = dx, dgamma, dbeta
+
+
+if __name__ == "__main__":
+    main(target, __doc__)
