@@ -2,11 +2,10 @@
 
 import hashlib
 import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
+from processes import succeeds
 from shapes import VIEWS
 
 import batchnorm as bn
@@ -53,17 +52,10 @@ def test_any_level(view, dtype, level, monkeypatch):
     assert everything(view, dtype) == here, f"{_dispatch.kernels.level} against {level}"
 
 
-def digest(environment):
+def digest(environment, before=""):
     """Digest of all results, calculated by a new process."""
-    run = subprocess.run(
-        [sys.executable, "-c", "import test_bits; print(test_bits.digest_here())"],
-        env={**os.environ, "PYTHONPATH": os.path.dirname(__file__), **environment},
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=300,
-    )
-    return run.stdout.strip()
+    program = f"{before}\nimport test_bits\nprint(test_bits.digest_here())"
+    return succeeds(program, timeout=300, PYTHONPATH=os.path.dirname(__file__), **environment)
 
 
 def digest_here():

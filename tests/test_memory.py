@@ -1,9 +1,12 @@
-"""No array of x's size is allocated beyond the result."""
+"""No array of x's size is allocated beyond the result; nothing is kept; without memory nothing changes; any size."""
 
+import gc
+import sys
 import tracemalloc
 
 import numpy as np
 import pytest
+from processes import WORKLOAD, succeeds
 
 import batchnorm as bn
 
@@ -54,3 +57,161 @@ def test_saved_holds_no_copy(rng):
     finally:
         tracemalloc.stop()
     assert saved.x is x
+
+
+# References: every argument is let go, after success and after an error.
+
+
+def argument_sets(rng):
+    x, dy, out = (rng.standard_normal((6, 3, 50)) for _ in range(3))
+    gamma, beta, mean, var = np.ones((4, 3))
+    _, saved = bn.forward(x, gamma, beta)
+    layer = bn.BatchNorm(3, dtype=np.float64)
+    return {
+        "forward": (bn.forward, (x, gamma, beta), {"out": out}),
+        "backward": (bn.backward, (dy, saved), {"out": out, "dmean": mean, "dvar": var}),
+        "inference": (bn.inference, (x, mean, var, gamma, beta), {"out": out}),
+        "inference_backward": (bn.inference_backward, (dy, x, mean, var, gamma), {"out": out}),
+        "update_running": (bn.update_running, (mean, var, saved), {}),
+        "layer": (layer, (x,), {"out": out}),
+        "Moments.of": (bn.Moments.of, (x,), {}),
+        "grad_sums": (bn.grad_sums, (dy, saved), {}),
+    }
+
+
+@pytest.mark.parametrize("name", argument_sets(np.random.default_rng(0)))
+def test_arguments_are_let_go(name, rng):
+    function, arguments, keywords = argument_sets(rng)[name]
+    watched = [*arguments, *keywords.values()]
+
+    def counts():
+        gc.collect()
+        return [sys.getrefcount(argument) for argument in watched]
+
+    wrong = [
+        ((), {"no_such_argument": 1}),
+        ((None, *arguments[1:]), keywords),
+        ((np.ravel(watched[0])[:1] if isinstance(watched[0], np.ndarray) else None, *arguments[1:]), keywords),
+        (arguments, keywords | {"num_threads": 0}),
+    ]
+    function(*arguments, **keywords)
+    layer_keeps = counts()
+    for _ in range(50):
+        function(*arguments, **keywords)
+        for positional, named in wrong:
+            with pytest.raises((TypeError, ValueError, AttributeError)):
+                function(*positional, **named)
+    assert counts() == layer_keeps
+
+
+def test_many_calls_need_no_more_memory(level):
+    program = """
+x = x[:1, :, :2].copy()
+def calls(n):
+    for _ in range(n):
+        results(1)
+        try:
+            bn.forward(x, np.ones(5))
+        except ValueError:
+            pass
+import gc, os
+def resident():
+    gc.collect()
+    return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGESIZE")
+calls(1000)
+before = resident()
+calls(33_000)
+print(resident() - before)
+"""
+    assert int(succeeds(WORKLOAD + program, BATCHNORM_ISA=level, timeout=120)) < 1 << 19
+
+
+# No memory: an error, and everything as it was.
+
+STARVED = """
+import resource, sys
+import numpy as np
+import batchnorm as bn
+
+def limited(room):
+    used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + room, resource.RLIM_INFINITY))
+
+def fails(call):
+    try:
+        call()
+    except MemoryError as error:
+        return str(error)
+    sys.exit("no MemoryError")
+
+x = np.ones((300, 200_000), np.float32)
+x[0] = 3
+out = np.zeros_like(x)
+layer = bn.BatchNorm(200_000)
+layer(x[:2])
+before = {name: value.copy() for name, value in layer.state_dict().items()}
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_AS is Linux's")
+@pytest.mark.parametrize(
+    ("room", "call", "message"),
+    [
+        (8 << 20, "layer(x, num_threads=1)", "Unable to allocate"),
+        (20 << 20, "layer(x, out=out, num_threads=1)", "no memory for the partial sums of"),
+        (20 << 20, "bn.Moments.of(x, num_threads=1)", "no memory for the partial sums of"),
+    ],
+)
+def test_without_memory_nothing_changes(room, call, message, level):
+    program = f"""
+limited({room})
+print(fails(lambda: {call}))
+resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+assert not out.any()
+for name, value in layer.state_dict().items():
+    assert value.tobytes() == before[name].tobytes(), name
+assert layer(x).shape == x.shape
+"""
+    assert message in succeeds(STARVED + program, BATCHNORM_ISA=level)
+
+
+# Sizes that do not fit into 32 bits.
+
+
+def test_more_than_two_to_the_31_values(level):
+    """Memory that was never written costs nothing, so all but three values of each channel are 0."""
+    channels, rows = 2, (1 << 30) + 20
+    for shape, axis, where in [
+        ((rows, channels), 1, (slice(-3, None), 1)),
+        ((channels, rows), 0, (1, slice(-3, None))),
+    ]:
+        x = np.zeros(shape, np.float32)
+        x[where] = 2.0
+        moments = bn.Moments.of(x, axis)
+        mean = np.longdouble(6) / rows
+        assert moments.count == rows
+        assert moments.mean[0] == moments.m2[0] == 0
+        assert abs(moments.mean[1] - mean) <= np.spacing(float(mean))
+        assert abs(moments.m2[1] - (12 - 6 * mean)) <= 4 * np.spacing(12.0)
+
+
+@pytest.mark.large
+def test_forward_and_backward_of_more_than_two_to_the_31_values():
+    """17 GiB; a sample that repeats has the statistics and, at every place, the results of one."""
+    sample = np.random.default_rng(0).standard_normal((2, 1 << 14)).astype(np.float32)
+    x = np.empty(((1 << 16) + 1, 2, 1 << 14), np.float32)
+    x[...] = sample
+    expected, small = bn.forward(sample[None])
+    y, saved = bn.forward(x)
+    np.testing.assert_allclose(saved.mean, small.mean, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(saved.var, small.var, rtol=1e-9)
+    for start in range(0, len(x), 4096):
+        assert abs(y[start : start + 4096] - expected).max() < 1e-6
+    sums = bn.grad_sums(y, saved)
+    np.testing.assert_allclose(sums.sum_dy_xmu * saved.rstd, len(x) * (1 << 14), rtol=1e-4)
+    y[:, :, 0] += 1  # of xhat alone dx is 0 but for eps
+    dx, want = bn.backward(y, saved, out=y).dx, expected.copy()
+    want[:, :, 0] += 1
+    want = bn.backward(want, small).dx
+    for start in range(0, len(x), 4096):
+        assert abs(dx[start : start + 4096] - want).max() < 1e-6
