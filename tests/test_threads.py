@@ -214,14 +214,20 @@ MIXED = """
 import sys
 inputs = [x[:48].copy(), x[:1, :, :3, :3].copy(), np.moveaxis(x[:2], 1, -1).astype(np.float64), x[:4, :, 0, 0].copy()]
 
+def bits(*arrays):
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(np.ascontiguousarray(array))
+    return digest.digest()
+
 def work(k, i):
     a, axis = inputs[i], -1 if i == 2 else 1
     if k % 3 == 0:
-        return bn.inference(a, ones, ones, ones, axis=axis).tobytes()
+        return bits(bn.inference(a, ones, ones, ones, axis=axis))
     y, saved = bn.forward(a, ones, ones, axis=axis)
     if k % 3 == 1:
-        return y.tobytes() + saved.var.tobytes()
-    return b"".join(g.tobytes() for g in bn.backward(a, saved))
+        return bits(y, saved.var)
+    return bits(*bn.backward(a, saved))
 
 # One in fifty is large enough for a team: 16 teams on a few processors mostly wait for each other.
 def which(turn):
