@@ -22,6 +22,7 @@ def peak(call):
         tracemalloc.stop()
 
 
+@pytest.mark.measures
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("axis", [1, -1])
 def test_only_the_result_is_allocated(shape, axis, rng):
@@ -47,6 +48,7 @@ def test_only_the_result_is_allocated(shape, axis, rng):
         assert peak(lambda call=call: call(out)) <= table, name
 
 
+@pytest.mark.measures
 def test_saved_holds_no_copy(rng):
     x = rng.standard_normal((64, 8, 30, 30))
     tracemalloc.start()
@@ -104,6 +106,7 @@ def test_arguments_are_let_go(name, rng):
     assert counts() == layer_keeps
 
 
+@pytest.mark.measures
 def test_many_calls_need_no_more_memory(level):
     program = """
 x = x[:1, :, :2].copy()
@@ -153,6 +156,7 @@ before = {name: value.copy() for name, value in layer.state_dict().items()}
 """
 
 
+@pytest.mark.measures
 @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_AS is Linux's")
 @pytest.mark.parametrize(
     ("room", "call", "message"),
@@ -178,6 +182,7 @@ assert layer(x).shape == x.shape
 # Sizes that do not fit into 32 bits.
 
 
+@pytest.mark.measures
 def test_more_than_two_to_the_31_values(level):
     """Memory that was never written costs nothing, so all but three values of each channel are 0."""
     channels, rows = 2, (1 << 30) + 20

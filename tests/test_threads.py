@@ -186,6 +186,7 @@ print(alone, threads())
 
 
 @linux
+@pytest.mark.measures
 def test_an_idle_team_uses_no_processor(level):
     program = "results(); begin = time.process_time(); time.sleep(2); print(time.process_time() - begin)"
     assert float(succeeds(WATCHED + program, BATCHNORM_ISA=level)) < 0.1
@@ -193,6 +194,7 @@ def test_an_idle_team_uses_no_processor(level):
 
 @linux
 @pytest.mark.slow
+@pytest.mark.measures
 def test_small_and_large_calls_in_turns_keep_threads_and_memory(level):
     program = """
 small, large = x[:1, :, :2, :2].copy(), x[:16].copy()
@@ -256,6 +258,7 @@ def crowd():
 
 @linux
 @pytest.mark.slow
+@pytest.mark.measures
 def test_sixteen_threads_of_ten_thousand_calls(level):
     program = """
 CALLS = 200
@@ -278,6 +281,7 @@ def test_sixteen_threads_that_are_switched_all_the_time(level):
 
 
 @linux
+@pytest.mark.measures
 def test_threads_that_end_leave_nothing(level):
     program = """
 def many(n):
