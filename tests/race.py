@@ -34,7 +34,7 @@ def together(work, count):
 def race():
     x = np.ones((64, 32, 20, 20))
     out = np.empty_like(x)
-    together(lambda k: [bn.forward(x, out=out, num_threads=4) for _ in range(20)], 2)
+    together(lambda _: [bn.forward(x, out=out, num_threads=4) for _ in range(20)], 2)
 
 
 def main():
