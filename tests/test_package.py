@@ -3,6 +3,10 @@
 import doctest
 import importlib
 import pkgutil
+import platform
+import re
+import shutil
+import subprocess
 
 import pytest
 from processes import python, succeeds
@@ -97,3 +101,17 @@ def test_every_module_imports():
     for module in pkgutil.iter_modules(bn.__path__):
         if not module.name.startswith(("_kernels", "__main__")):
             importlib.import_module(f"batchnorm.{module.name}")
+
+
+@pytest.mark.skipif(shutil.which("objdump") is None, reason="needs objdump")
+def test_no_instruction_that_rounds_otherwise(level):
+    """Contracted multiplications and additions, or estimates of roots and quotients, differ between processors."""
+    code = subprocess.run(
+        ["objdump", "-d", "--no-show-raw-insn", importlib.import_module(f"batchnorm._kernels_{level}").__file__],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert re.search(r"\bv?mulpd\b", code) or platform.machine() != "x86_64"
+    found = set(re.findall(r"\s(v?f[n]?m(?:add|sub)\w*|v?rsqrt\w*|v?rcp\w*)\s", code))
+    assert not found
