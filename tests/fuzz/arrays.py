@@ -6,13 +6,13 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import oracle  # noqa: E402
-from shapes import ARRANGEMENTS  # noqa: E402
-from source import choose, main  # noqa: E402
+import oracle
+from fuzz.source import choose, main
+from shapes import ARRANGEMENTS
 
-import batchnorm as bn  # noqa: E402
+import batchnorm as bn
 
 LONGEST = 3000
 SPECIAL = [np.nan, np.inf, -np.inf, 0.0, -0.0, 1e-40, 3e38]
@@ -35,6 +35,7 @@ def values(source, shape, dtype, spread, offset):
     return (np.random.default_rng(bits).standard_normal(shape) * spread + offset * spread).astype(dtype)
 
 
+@np.errstate(invalid="ignore", over="ignore")
 def spoil(source, call):
     """One argument made wrong."""
     how = source.integer(0, 9)

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path[:0] = [str(Path(__file__).parent)]
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from source import choose, main  # noqa: E402
+from fuzz.source import choose, main
 
-import batchnorm as bn  # noqa: E402
+import batchnorm as bn
 
 FOLDER = tempfile.TemporaryDirectory()
 PATH = os.path.join(FOLDER.name, "layer")
