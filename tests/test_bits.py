@@ -81,10 +81,10 @@ def test_steps_are_the_fused_call(view, dtype, rng):
     kernels = _dispatch.kernels
     x, dy = (rng.standard_normal(view) + 2).astype(dtype), rng.standard_normal(view).astype(dtype)
     y, dx = np.empty_like(x), np.empty_like(x)
-    statistics = np.zeros((7, view[1]))
+    statistics = np.zeros((_dispatch.STATISTICS_ROWS, view[1]))
     statistics[4:6] = rng.standard_normal((2, view[1]))
     gamma, beta = statistics[4:6].copy()
-    gradients, n = np.zeros((7, view[1])), view[0] * view[2]
+    gradients, n = np.zeros((_dispatch.GRADIENT_ROWS, view[1])), view[0] * view[2]
     kernels.moments(x, view, statistics, 1e-5, 2)
     kernels.normalize(x, y, view, statistics, 2)
     kernels.grad_sums(dy, x, view, statistics, gradients, 2)
@@ -94,7 +94,7 @@ def test_steps_are_the_fused_call(view, dtype, rng):
     assert y.tobytes() == fused_y.tobytes()
     assert statistics[3].tobytes() == saved.rstd.tobytes()
     assert dx.tobytes() == fused.dx.tobytes()
-    assert gradients[2].tobytes() == fused.dgamma.tobytes()
+    assert gradients[_dispatch.DGAMMA].tobytes() == fused.dgamma.tobytes()
     for bits, through in enumerate(THROUGH):
         kernels.grad_apply(dy, x, dx, view, statistics, gradients, bits, n, 2)
         assert dx.tobytes() == bn.backward(dy, saved, through=through).dx.tobytes()

@@ -172,6 +172,7 @@ HARD = {
     "padding first": lambda x: x.__setitem__(np.s_[: x.shape[0] // 3], 0),
     "outlier first": lambda x: x.__setitem__(np.s_[0, :, 0], 1e5),
     "outlier last": lambda x: x.__setitem__(np.s_[-1, :, -1], -1e5),
+    "one huge value": lambda x: x.__setitem__(np.s_[0, :, 0], 3e37),
     "drift": lambda x: x.__iadd__(np.linspace(0, 1e4, x.shape[0])[:, None, None].astype(x.dtype)),
 }
 

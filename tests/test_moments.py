@@ -82,6 +82,50 @@ def test_parts_of_a_batch_are_the_batch(view, cuts, dtype, offset, rng):
     np.testing.assert_array_equal(local.dbeta, assert_sum)
 
 
+@settings(max_examples=150)
+@given(
+    sizes=st.lists(st.integers(0, 30), min_size=2, max_size=6).filter(lambda sizes: sum(sizes) > 1),
+    length=st.sampled_from([1, 1, 3, 50, 90, 700]),
+    axis=st.sampled_from([1, -1]),
+    dtype=st.sampled_from(DTYPES),
+    offset=st.sampled_from([0.0, -7.0, 100.0, 1e6]),
+    drift=st.sampled_from([0.0, 3.0]),
+    shifted=st.booleans(),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_parts_give_what_the_whole_gives(sizes, length, axis, dtype, offset, drift, shifted, seed):
+    """To 2 ulps of the largest term, however the batch is cut."""
+    rng = np.random.default_rng(seed)
+    channels, samples = 3, sum(sizes)
+    shape = (samples, channels, length) if axis == 1 else (samples, length, channels)
+    ramp = drift * np.arange(samples)[:, None, None] / samples
+    x, dy = (rng.standard_normal(shape) + offset + ramp).astype(dtype), rng.standard_normal(shape).astype(dtype)
+    gamma, beta = rng.uniform(0.5, 2, channels).astype(dtype), (shifted * rng.standard_normal(channels)).astype(dtype)
+    cuts = np.cumsum(sizes)[:-1]
+    pairs = list(zip(parts(x, cuts), parts(dy, cuts), strict=True))
+    moments = sum((bn.Moments.of(part, axis) for part, _ in pairs[1:]), bn.Moments.of(pairs[0][0], axis))
+    done = [bn.forward(part, gamma, beta, axis=axis, moments=moments) for part, _ in pairs]
+    each = [bn.grad_sums(part, saved) for (_, part), (_, saved) in zip(pairs, done, strict=True)]
+    sums = sum(each[1:], each[0])
+    backward = [bn.backward(part, saved, sums=sums) for (_, part), (_, saved) in zip(pairs, done, strict=True)]
+    y, saved = bn.forward(x, gamma, beta, axis=axis)
+    dx, dgamma, dbeta = bn.backward(dy, saved)
+    t = truth(x, dy, gamma, beta, axis)
+    errors = {
+        "y": ulps(np.concatenate([y for y, _ in done]), y.astype(np.longdouble), t.y_terms, axis),
+        "dx": ulps(np.concatenate([g.dx for g in backward]), dx.astype(np.longdouble), t.dx_terms, axis),
+        "dgamma": ulps(backward[0].dgamma, dgamma.astype(np.longdouble), t.dgamma_terms),
+        "dbeta": ulps(backward[0].dbeta, dbeta.astype(np.longdouble), t.dbeta_terms),
+    }
+    running = [(np.zeros(channels, dtype), np.ones(channels, dtype)) for _ in range(2)]
+    for arrays, source in zip(running, (saved, done[0][1]), strict=True):
+        bn.update_running(*arrays, source)
+    spread = 0.1 * np.maximum(abs(saved.mean), saved.var**0.5)
+    for name, expected, got, terms in zip(("mean", "var"), *running, (spread, running[0][1]), strict=True):
+        errors[name] = ulps(got, expected.astype(np.longdouble), terms)
+    assert max(errors.values()) <= 2, errors
+
+
 @settings(max_examples=50)
 @given(
     sizes=st.lists(st.integers(0, 50), min_size=1, max_size=8),

@@ -13,8 +13,10 @@ from . import _cpu
 Kernel = Callable[..., None]
 
 # Rows of the tables shared with the kernels, one column a channel.
-MEAN, MEAN_LOW, VAR, RSTD, GAMMA, BETA, SUM_XMU2, STATISTICS_ROWS = range(8)
-SUM_DY, SUM_DY_XMU, DGAMMA, DMEAN, DVAR, UPSTREAM_DMEAN, UPSTREAM_DVAR, GRADIENT_ROWS = range(8)
+MEAN, MEAN_LOW, VAR, RSTD, GAMMA, BETA, SUM_XMU2, SUM_XMU2_LOW, RSTD_LOW, STATISTICS_ROWS = range(10)
+SUM_DY, SUM_DY_LOW, SUM_DY_XMU, SUM_DY_XMU_LOW, DGAMMA, DMEAN, DVAR, UPSTREAM_DMEAN, UPSTREAM_DVAR, GRADIENT_ROWS = (
+    range(10)
+)
 
 # What dx is made of besides the direct path, as bits.
 THROUGH_MEAN, THROUGH_VARIANCE, THROUGH_BOTH, UPSTREAM = 1, 2, 3, 4

@@ -146,6 +146,50 @@ static inline vec zero_vec(void)
     return (vec){0};
 }
 
+/* The same number in every lane; of a zero the sign, too. */
+static inline vec broadcast(double value)
+{
+    return value - zero_vec();
+}
+
+/* Pairs: a number and what its rounding left over. The same lines for one float64 and for a vector of them. */
+#define PAIRS(type, of_type, leading)                                                                                  \
+    /* a + b (Knuth, TAOCP 2, section 4.2.2). */                                                                       \
+    static inline type two_sum##of_type(type a, type b, type *left_over)                                               \
+    {                                                                                                                  \
+        type sum = a + b, back = sum - a;                                                                              \
+        *left_over = (a - (sum - back)) + (b - back);                                                                  \
+        return sum;                                                                                                    \
+    }                                                                                                                  \
+    /* a * b (Dekker 1971), by halves whose products are exact: no fused multiply-add, which not every level has. */   \
+    static inline type two_product##of_type(type a, type b, type *left_over)                                           \
+    {                                                                                                                  \
+        type product = a * b, a1 = leading(a), b1 = leading(b), a2 = a - a1, b2 = b - b1;                              \
+        *left_over = ((a1 * b1 - product) + a1 * b2 + a2 * b1) + a2 * b2;                                              \
+        return product;                                                                                                \
+    }
+
+/* The first 26 of 53 bits. */
+#define LEADING_BITS (~(int64_t)0x7ffffff)
+
+static inline double leading(double value)
+{
+    int64_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    bits &= LEADING_BITS;
+    memcpy(&value, &bits, sizeof bits);
+    return value;
+}
+
+static inline vec leading_vec(vec v)
+{
+    typedef int64_t bits __attribute__((vector_size(8 * VEC)));
+    return (vec)((bits)v & LEADING_BITS);
+}
+
+PAIRS(double, , leading)
+PAIRS(vec, _vec, leading_vec)
+
 static inline void prefetch(const void *p)
 {
     __builtin_prefetch(p);

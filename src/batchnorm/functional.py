@@ -26,9 +26,12 @@ from ._dispatch import (
     MEAN,
     MEAN_LOW,
     RSTD,
+    RSTD_LOW,
     STATISTICS_ROWS,
     SUM_DY,
+    SUM_DY_LOW,
     SUM_DY_XMU,
+    SUM_DY_XMU_LOW,
     THROUGH_BOTH,
     THROUGH_MEAN,
     THROUGH_VARIANCE,
@@ -88,8 +91,9 @@ class Saved:
         Batch mean μ, biased variance σ² and 1/√(σ² + eps). Read-only.
     gamma : ndarray of float64, shape (C,)
         The scale that `forward` was given; 1 where it was None. Read-only.
-    mean_low : ndarray of float64, shape (C,)
-        What μ has more digits than `mean`: x − mean − mean_low keeps those of float64 data far from 0. Read-only.
+    mean_low, rstd_low : ndarray of float64, shape (C,)
+        What μ has more digits than `mean`: x − mean − mean_low keeps those of float64 data far from 0; and what
+        1/√(σ² + eps) has more than `rstd`, 0 for float32. Read-only.
     """
 
     __slots__ = ("_count", "_dtypes", "_eps", "_layout", "_statistics", "_x")
@@ -149,6 +153,10 @@ class Saved:
     @property
     def gamma(self) -> NDArray[np.float64]:
         return self._row(GAMMA)
+
+    @property
+    def rstd_low(self) -> NDArray[np.float64]:
+        return self._row(RSTD_LOW)
 
     @property
     def mean_low(self) -> NDArray[np.float64]:
@@ -269,8 +277,18 @@ def forward(
         y = layout.room(out, dtype)
     statistics = np.empty((STATISTICS_ROWS, channels))
     if moments is not None:
-        _dispatch.kernels.fix_statistics(statistics, moments.mean, moments.var(), gamma, beta, eps)
-        statistics[MEAN_LOW] = moments.mean_low
+        _dispatch.kernels.fix_statistics(
+            statistics,
+            moments.mean,
+            moments.m2,
+            gamma,
+            beta,
+            eps,
+            dtype == np.float64,
+            moments.mean_low,
+            moments.m2_low,
+            max(1, moments.count),
+        )
         if x.size:
             _dispatch.kernels.normalize(x, y, layout.view, statistics, threads)
     elif x.size:
@@ -383,7 +401,7 @@ def backward(
         table[UPSTREAM_DVAR] = 0 if dvar is None else _arrays.as_channels(dvar, "dvar", channels)
     if sums is not None:
         _check_sums(sums, saved)
-        table[SUM_DY], table[SUM_DY_XMU] = sums.sum_dy, sums.sum_dy_xmu
+        table[SUM_DY : SUM_DY_XMU_LOW + 1] = sums._table
     if need is not _NEED:
         need = _names(need, "need", _NEED)
     return _backward(dy, saved, paths, need, table, out, num_threads, sums is not None)
@@ -498,7 +516,7 @@ def grad_sums(dy: ArrayLike, saved: Saved, *, num_threads: int | None = None) ->
     if x.size:
         threads = _threads.threads_for(x.size, num_threads)
         _dispatch.kernels.grad_sums(layout.bring(dy), x, layout.view, saved._statistics, table, threads)
-    return GradientSums(layout.values, table[SUM_DY], table[SUM_DY_XMU])
+    return GradientSums(layout.values, table[SUM_DY], table[SUM_DY_XMU], table[SUM_DY_LOW], table[SUM_DY_XMU_LOW])
 
 
 def update_running(
@@ -599,10 +617,16 @@ def _fixed_statistics(
         given[name] = None if value is None else _arrays.as_channels(value, name, channels)
     statistics = np.empty((STATISTICS_ROWS, channels))
     negative = _dispatch.kernels.fix_statistics(
-        statistics, given["mean"], given["var"], given["gamma"], given["beta"], _arrays.as_eps(eps)
+        statistics,
+        given["mean"],
+        given["var"],
+        given["gamma"],
+        given["beta"],
+        _arrays.as_eps(eps),
+        x.dtype == np.float64,
     )
     if negative >= 0:
-        raise ValueError(f"var must not be negative, got {statistics[VAR, negative]} in channel {negative}")
+        raise ValueError(f"var must not be negative, got {given['var'][negative]} in channel {negative}")
     return x, layout, statistics, given
 
 

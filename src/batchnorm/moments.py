@@ -13,19 +13,42 @@ Decisions:
 
 import math
 from collections.abc import Iterable, Iterator
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from . import _arrays, _dispatch, _threads
 from ._arrays import Array
-from ._dispatch import MEAN, MEAN_LOW, STATISTICS_ROWS, SUM_XMU2
+from ._dispatch import MEAN, MEAN_LOW, STATISTICS_ROWS, SUM_XMU2, SUM_XMU2_LOW
 from ._extras import with_progress
 
 Numbers = NDArray[np.float64]
 
 BLOCK_VALUES = 1 << 20
+
+
+class _Pair(NamedTuple):
+    """high + low, twice the digits of float64: the kernels' pairs, for arrays."""
+
+    high: Numbers
+    low: Numbers
+
+    def __add__(self, other: "_Pair") -> "_Pair":  # type: ignore[override]
+        total, left_over = _two_sum(self.high, other.high)
+        return _Pair(*_two_sum(total, left_over + (self.low + other.low)))
+
+    def __neg__(self) -> "_Pair":
+        return _Pair(-self.high, -self.low)
+
+    def __mul__(self, other: "_Pair") -> "_Pair":  # type: ignore[override]
+        product, left_over = _two_product(self.high, other.high)
+        return _Pair(*_two_sum(product, left_over + (self.high * other.low + self.low * other.high)))
+
+    def __truediv__(self, n: Numbers) -> "_Pair":
+        quotient = self.high / n
+        product, left_over = _two_product(quotient, n)
+        return _Pair(*_two_sum(quotient, ((self.high - product) - left_over + self.low) / n))
 
 
 def _two_sum(a: Numbers, b: Numbers) -> tuple[Numbers, Numbers]:
@@ -35,17 +58,33 @@ def _two_sum(a: Numbers, b: Numbers) -> tuple[Numbers, Numbers]:
     return total, (a - (total - back)) + (b - back)
 
 
+def _two_product(a: Numbers, b: Numbers) -> tuple[Numbers, Numbers]:
+    """a·b and what it rounded off (Dekker 1971), by halves whose products are exact."""
+    product = a * b
+    (a1, a2), (b1, b2) = ((leading, v - leading) for v, leading in ((v, _leading(v)) for v in (a, b)))
+    return product, ((a1 * b1 - product) + a1 * b2 + a2 * b1) + a2 * b2
+
+
+def _leading(value: Numbers) -> Numbers:
+    """The first 26 of 53 bits."""
+    return (np.ascontiguousarray(value).view(np.int64) & ~0x7FFFFFF).view(np.float64)
+
+
 @np.errstate(invalid="ignore", over="ignore", divide="ignore")
 def _join(n_a: Numbers, a: Numbers, n_b: Numbers, b: Numbers) -> Numbers:
     """Chan's rule for pairs of tables (…, 4, C) with counts (…, 1, 1); an empty side leaves the other as it is."""
-    (mean_a, m2_a, mean_low_a, m2_low_a), (mean_b, m2_b, mean_low_b, m2_low_b) = (np.moveaxis(t, -2, 0) for t in (a, b))
-    share = (n_b / (n_a + n_b))[..., 0]
-    delta = (mean_b - mean_a) + (mean_low_b - mean_low_a)
-    mean, mean_low = _two_sum(mean_a, mean_low_a + delta * share)
-    within, rounded = _two_sum(m2_a, m2_b)
-    m2, rounded_too = _two_sum(within, delta * delta * (n_a[..., 0] * share))
-    m2, m2_low = _two_sum(m2, m2_low_a + m2_low_b + rounded + rounded_too)
-    return np.where(n_b == 0, a, np.where(n_a == 0, b, np.stack([mean, m2, mean_low, m2_low], axis=-2)))
+    (mean_a, m2_a), (mean_b, m2_b) = (
+        (_Pair(t[..., 0, :], t[..., 2, :]), _Pair(t[..., 1, :], t[..., 3, :])) for t in (a, b)
+    )
+    apart = mean_b + -mean_a
+    weight_a, weight_b = (_Pair(n[..., 0] + 0 * apart.low, 0 * apart.low) for n in (n_a, n_b))
+    shift = apart * weight_b / (weight_a.high + weight_b.high)
+    mean, m2 = mean_a + shift, m2_a + m2_b + apart * shift * weight_a
+    return np.where(n_b == 0, a, np.where(n_a == 0, b, np.stack([mean.high, m2.high, mean.low, m2.low], axis=-2)))
+
+
+def _low_part(given: ArrayLike | None, name: str, channels: int) -> Array:
+    return np.zeros(channels) if given is None else _arrays.as_channels(given, name, channels)
 
 
 class _Mergeable:
@@ -153,10 +192,7 @@ class Moments(_Mergeable):
         if mean.ndim != 1:
             raise ValueError(f"mean must have shape (C,), got {mean.shape}")
         m2 = _arrays.as_channels(m2, "m2", mean.size)
-        lows = [
-            np.zeros(mean.size) if low is None else _arrays.as_channels(low, name, mean.size)
-            for name, low in (("mean_low", mean_low), ("m2_low", m2_low))
-        ]
+        lows = _low_part(mean_low, "mean_low", mean.size), _low_part(m2_low, "m2_low", mean.size)
         if (m2 < 0).any():
             raise ValueError(f"m2 must not be negative, got {m2.min()}")
         super().__init__(count, [mean, m2, *lows])
@@ -188,7 +224,7 @@ class Moments(_Mergeable):
         table = np.zeros((STATISTICS_ROWS, layout.view[1]))
         if x.size:
             _dispatch.kernels.moments(x, layout.view, table, 0.0, threads)
-        return cls(layout.values, table[MEAN], table[SUM_XMU2], table[MEAN_LOW])
+        return cls(layout.values, table[MEAN], table[SUM_XMU2], table[MEAN_LOW], table[SUM_XMU2_LOW])
 
     @property
     def mean(self) -> Numbers:
@@ -293,11 +329,13 @@ class GradientSums(_Mergeable):
     count : int
         Values of a channel that were summed.
     sum_dy, sum_dy_xmu : array_like, shape (C,)
+    sum_dy_low, sum_dy_xmu_low : array_like, shape (C,), optional
+        What the exact sums have more digits; 0 where None.
 
     Attributes
     ----------
     count : int
-    sum_dy, sum_dy_xmu : ndarray of float64, shape (C,)
+    sum_dy, sum_dy_xmu, sum_dy_low, sum_dy_xmu_low : ndarray of float64, shape (C,)
         Read-only.
 
     See Also
@@ -307,26 +345,65 @@ class GradientSums(_Mergeable):
 
     __slots__ = ()
 
-    def __init__(self, count: int, sum_dy: ArrayLike, sum_dy_xmu: ArrayLike) -> None:
+    def __init__(
+        self,
+        count: int,
+        sum_dy: ArrayLike,
+        sum_dy_xmu: ArrayLike,
+        sum_dy_low: ArrayLike | None = None,
+        sum_dy_xmu_low: ArrayLike | None = None,
+    ) -> None:
         first = _arrays.as_float(sum_dy, "sum_dy")
         second = _arrays.as_channels(sum_dy_xmu, "sum_dy_xmu", first.size)
-        super().__init__(_arrays.as_index(count, "count"), [first, second])
+        first_low = _low_part(sum_dy_low, "sum_dy_low", first.size)
+        second_low = _low_part(sum_dy_xmu_low, "sum_dy_xmu_low", first.size)
+        super().__init__(_arrays.as_index(count, "count"), [first, first_low, second, second_low])
 
     @property
     def sum_dy(self) -> Numbers:
         return self._row(0)
 
     @property
-    def sum_dy_xmu(self) -> Numbers:
+    def sum_dy_low(self) -> Numbers:
         return self._row(1)
 
-    def of_parameters(self, rstd: Numbers) -> tuple[Numbers, Numbers]:
-        """dgamma = Σdy·xhat and dbeta = Σdy over these values."""
-        return self.sum_dy_xmu * rstd, self.sum_dy
+    @property
+    def sum_dy_xmu(self) -> Numbers:
+        return self._row(2)
+
+    @property
+    def sum_dy_xmu_low(self) -> Numbers:
+        return self._row(3)
+
+    def of_parameters(self, rstd: Numbers, rstd_low: Numbers) -> tuple[Numbers, Numbers]:
+        """dgamma = Σdy·xhat and dbeta = Σdy over these values, as the kernels have them."""
+        more = self.sum_dy_xmu * rstd_low + self.sum_dy_xmu_low * rstd
+        return self.sum_dy_xmu * rstd + np.where(np.isfinite(more), more, 0), self.sum_dy
 
     def merge(self, other: Self) -> Self:
         self._check(other)
-        return type(self)(self._count + other._count, *(self._table + other._table))
+        return self.merge_all(self._count + other._count, np.stack([self._table, other._table]))
+
+    @classmethod
+    @np.errstate(invalid="ignore", over="ignore")
+    def merge_all(cls, count: int, tables: Numbers) -> Self:
+        """The sums of many parts, added up one after the other.
+
+        Parameters
+        ----------
+        count : int
+            Values of a channel in all of them.
+        tables : ndarray of float64, shape (P, 4, C)
+            sum_dy, sum_dy_low, sum_dy_xmu and sum_dy_xmu_low of each part.
+
+        Returns
+        -------
+        GradientSums
+        """
+        total, *others = (_Pair(table[0::2], table[1::2]) for table in tables)
+        for other in others:
+            total += other
+        return cls(count, *total.high, *total.low)
 
     def __repr__(self) -> str:
         return f"GradientSums(count={self._count}, sum_dy={self.sum_dy}, sum_dy_xmu={self.sum_dy_xmu})"

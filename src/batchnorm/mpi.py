@@ -8,7 +8,8 @@ Decisions:
   the same bits, on every run. A reduction would be free to choose its order.
 - A rank whose arguments are wrong takes part nevertheless and says so in its packet. It raises its own error, the
   others one that names it, and nobody waits.
-- The mean travels as a pair, as it does in the kernels: with 2C + 1 numbers float64 data at 1e6 would lose five digits.
+- Numbers travel as pairs, as they are in the kernels: with half of them float64 data at 1e6 would lose five digits of
+  the mean, and the rest would not be what one process has.
 - Evaluation needs no communication: running statistics are the same bits everywhere.
 """
 
@@ -42,6 +43,14 @@ def world() -> Any:
     return MPI.COMM_WORLD
 
 
+def _packed(moments: Moments) -> Numbers:
+    return np.concatenate([[moments.count], moments._table.ravel()])
+
+
+def _merged(packets: Numbers) -> Moments:
+    return Moments.merge_all(packets[:, 1], packets[:, 2:].reshape(len(packets), 4, -1))
+
+
 class SyncBatchNorm(BatchNorm):
     """`BatchNorm` with the statistics of all ranks: y = gamma·(x − μ)/√(σ² + eps) + beta.
 
@@ -70,7 +79,7 @@ class SyncBatchNorm(BatchNorm):
 
     Notes
     -----
-    A packet has 3C + 2 numbers in the forward pass and 2C + 1 in the backward pass, of 8 bytes. An exception elsewhere
+    A packet has 4C + 2 numbers in the forward pass and 4C + 1 in the backward pass, of 8 bytes. An exception elsewhere
     in the program of one rank leaves the others waiting, as always with MPI: start programs with
     ``mpiexec -n 4 python -m mpi4py program.py``, which ends all of them then.
 
@@ -171,17 +180,14 @@ class SyncBatchNorm(BatchNorm):
             if out is not None:
                 _arrays.check_out(out, array.shape, array.dtype)
                 _arrays.check_overlap(out, {"x": array, "gamma": self.gamma, "beta": self.beta})
-            part = Moments.of(array, self.axis, num_threads=num_threads)
-            return _STATUS[array.dtype], np.concatenate([[part.count], part.mean, part.m2, part.mean_low]), array
+            return _STATUS[array.dtype], _packed(Moments.of(array, self.axis, num_threads=num_threads)), array
 
-        packets, array = self._exchange(own, 1 + 3 * self.num_features)
+        packets, array = self._exchange(own, 1 + 4 * self.num_features)
         statuses = {int(packet[0]) for packet in packets}
         if len(statuses) > 1:
             names = [("float32", "float64")[int(packet[0])] for packet in packets]
             raise TypeError(f"x must have the same dtype on all ranks, got {', '.join(names)}")
-        tables = np.zeros((len(packets), 4, self.num_features))
-        tables[:, :3] = packets[:, 2:].reshape(len(packets), 3, -1)
-        total = Moments.merge_all(packets[:, 1], tables)
+        total = _merged(packets)
         if total.count == 1:
             raise ValueError("training needs more than one value per channel on all ranks together, got 1")
         return array, total
@@ -190,11 +196,10 @@ class SyncBatchNorm(BatchNorm):
         """Of the batches of all ranks, for `recalibrate`, which all have to call."""
 
         def own() -> tuple[float, Numbers, None]:
-            part = super(SyncBatchNorm, self)._population(batches, progress, num_threads)
-            return 0.0, np.concatenate([[part.count], part.mean, part.m2, part.mean_low, part.m2_low]), None
+            return 0.0, _packed(super(SyncBatchNorm, self)._population(batches, progress, num_threads)), None
 
         packets, _ = self._exchange(own, 1 + 4 * self.num_features)
-        return Moments.merge_all(packets[:, 1], packets[:, 2:].reshape(len(packets), 4, -1))
+        return _merged(packets)
 
     def _exchange(self, own: Callable[[], tuple[float, Numbers, Any]], size: int) -> tuple[Numbers, Any]:
         """The packets of all ranks in their order, and what this one made beside its own."""
@@ -225,14 +230,14 @@ class SyncBatchNorm(BatchNorm):
         def own() -> tuple[float, Numbers, GradientSums]:
             functional.check_backward(dy, saved, need, out)
             sums = functional.grad_sums(dy, saved, num_threads=num_threads)
-            return _STATUS[saved.x.dtype], np.concatenate([sums.sum_dy, sums.sum_dy_xmu]), sums
+            return _STATUS[saved.x.dtype], sums._table.ravel(), sums
 
-        packets, local = self._exchange(own, 2 * self.num_features)
-        total = GradientSums(saved.count, *packets[:, 1:].sum(axis=0).reshape(2, -1))
+        packets, local = self._exchange(own, 4 * self.num_features)
+        total = GradientSums.merge_all(saved.count, packets[:, 1:].reshape(len(packets), 4, -1))
         gradients = functional.backward(dy, saved, sums=total, need=need, out=out, num_threads=num_threads)
         if self.reduce == "sum":
             return gradients
-        own_dgamma, own_dbeta = local.of_parameters(saved.rstd)
+        own_dgamma, own_dbeta = local.of_parameters(saved.rstd, saved.rstd_low)
         return Gradients(
             gradients.dx,
             None if gradients.dgamma is None else own_dgamma.astype(gradients.dgamma.dtype),
