@@ -85,13 +85,16 @@ def test_the_right_gradient_is_correct(shape, axis, dtype, style, offset, seed):
     rng = np.random.default_rng(seed)
     x, dy = (rng.standard_normal(shape) + offset).astype(dtype), rng.standard_normal(shape).astype(dtype)
     gamma = rng.standard_normal(shape[axis]).astype(dtype)
-    if x.size // shape[axis] < 3:
+    n = x.size // shape[axis]
+    if n < 3:
         return
+    # Of three values dy has one direction to itself, in which there may be next to nothing.
+    right = ("correct", "this dy cannot tell") if n == 3 else ("correct",)
     _, saved = bn.forward(x, gamma, axis=axis)
     for dx in (bn.backward(dy, saved).dx, sum(bn.pathways(dy, saved)), style(dy, Pieces(x, gamma, 1e-5, axis))):
         diagnosis = bn.diagnose(dx, dy, saved)
-        assert diagnosis.slip == "correct", diagnosis
-        assert diagnosis.correct
+        assert diagnosis.slip in right, diagnosis
+        assert diagnosis.correct == (diagnosis.slip == "correct")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -149,7 +149,8 @@ def judge(call, x, dy, y, saved, gradients, special):
             *(None if g is None else g[ok] for g in (gradients.dgamma, gradients.dbeta)),
         ),
     )
-    oracle.assert_close(errors, x.dtype)
+    # Where one value is all of a float64 variance, its rounding does not average out.
+    oracle.assert_close(errors, x.dtype, times=4 if special and x.dtype == np.float64 else 1)
 
 
 class OfChannels:
