@@ -119,6 +119,8 @@ assert right
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_forked(variant, level):
+    if variant.endswith("returning") and not _dispatch.kernels.safe_forks():
+        pytest.skip("OpenMP older than 5.0 cannot send a team home")
     program = CHILD + VARIANTS[variant] + "\nassert results() == expected"
     succeeds(program, *FORKING, timeout=SECONDS, BATCHNORM_ISA=level)
 

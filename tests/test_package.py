@@ -82,7 +82,7 @@ def test_a_processor_below_all_levels_is_an_error(monkeypatch):
 def test_show_config(capsys):
     assert bn.show_config() is None
     printed = capsys.readouterr().out
-    for word in ("batchnorm: ", "level: ", "decided by: ", "OpenMP"):
+    for word in ("batchnorm: ", "level: ", "decided by: ", "OpenMP", "forks: "):
         assert word in printed
     with pytest.raises(ValueError, match="mode must be 'stdout' or 'dicts', got 'yaml'"):
         bn.show_config(mode="yaml")

@@ -8,6 +8,8 @@ import numpy as np
 from . import _cpu, _dispatch, _threads
 from ._version import __version__
 
+_UNSAFE_FORKS = "a child of a thread that is not the main one has to end with os._exit (OpenMP runtime before 5.0)"
+
 
 @overload
 def show_config(mode: Literal["stdout"] = ...) -> None: ...
@@ -48,7 +50,9 @@ def show_config(mode: str = "stdout") -> dict[str, Any] | None:
             "decided by": reason,
             **{name: "–" if count is None else count for name, count in _threads.considered().items()},
             "OpenMP": f"specification of {openmp // 100}-{openmp % 100:02}" if openmp else "serial build",
+            "OpenMP runtime": _dispatch.kernels.openmp_runtime() or "–",
             "OpenMP limit": _dispatch.kernels.max_threads(),
+            "forks": "safe" if _dispatch.kernels.safe_forks() else _UNSAFE_FORKS,
             "serial below": f"{_threads.SERIAL_VALUES} values",
         },
     }

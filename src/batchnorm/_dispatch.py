@@ -34,7 +34,9 @@ class Kernels:
         self.level = level
         self.max_threads: Callable[[], int] = module.max_threads
         self.openmp: Callable[[], int] = module.openmp
+        self.openmp_runtime: Callable[[], str] = module.openmp_runtime
         self.forked: Callable[[], bool] = module.forked
+        self.safe_forks: Callable[[], bool] = module.safe_forks
         self.fix_statistics: Callable[..., int] = module.fix_statistics
         self.moments: Kernel = module.moments
         self.forward: Kernel = module.forward

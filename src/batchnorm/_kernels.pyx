@@ -90,6 +90,12 @@ cdef extern from *:
     static int (*pause_openmp)(int) = NULL;
     static void dismiss_team(void) { if (pause_openmp) pause_openmp(1); }       /* omp_pause_soft */
     static void note_fork(void) { is_forked = 1; }
+    static int dismisses_teams(void) { return pause_openmp != NULL; }
+    static const char *openmp_file(void)
+    {
+        Dl_info runtime;
+        return openmp_version() && dladdr((void *)omp_get_max_threads, &runtime) ? runtime.dli_fname : "";
+    }
     static int watch_forks(void)
     {
         Dl_info here;
@@ -98,11 +104,15 @@ cdef extern from *:
         return pthread_atfork(dismiss_team, NULL, note_fork);
     }
     #else
+    static int dismisses_teams(void) { return 0; }
+    static const char *openmp_file(void) { return ""; }
     static int watch_forks(void) { return 0; }
     #endif
     """
     bint is_forked
     int watch_forks() noexcept nogil
+    bint dismisses_teams() noexcept nogil
+    const char *openmp_file() noexcept nogil
 
 ctypedef fused floating:
     float
@@ -1840,9 +1850,19 @@ def forked():
     return is_forked
 
 
+def safe_forks():
+    """Whether a child of a thread that has a team may end like any other."""
+    return openmp_version() == 0 or dismisses_teams()
+
+
 def openmp():
     """Date of the OpenMP specification that the compiler implements, 0 in a serial build."""
     return openmp_version()
+
+
+def openmp_runtime():
+    """Path of the OpenMP library in use, empty where it is not known."""
+    return openmp_file().decode(errors="replace")
 
 
 if watch_forks():
