@@ -7,6 +7,7 @@ import platform
 import re
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 from processes import python, succeeds
@@ -77,6 +78,30 @@ def test_a_processor_below_all_levels_is_an_error(monkeypatch):
     monkeypatch.delenv("BATCHNORM_ISA", raising=False)
     with pytest.raises(ImportError, match="this processor runs none of the kernel levels built here"):
         _dispatch.chosen_level()
+
+
+def test_without_avx_the_lowest_level_is_used(monkeypatch):
+    monkeypatch.setattr(_cpu, "supported", lambda: ("v2", "baseline"))
+    monkeypatch.delenv("BATCHNORM_ISA", raising=False)
+    assert _dispatch.chosen_level() == ("v2" if "v2" in _cpu.built() else "baseline")
+
+
+def test_a_source_checkout_says_what_to_do(tmp_path):
+    """The files of the package as they are in a clone: without compiled modules."""
+    shutil.copytree(Path(bn.__file__).parent, tmp_path / "batchnorm", ignore=shutil.ignore_patterns("*.so"))
+    run = python("import batchnorm", PYTHONPATH=str(tmp_path))
+    last = run.stderr.strip().splitlines()[-1]
+    assert last == (
+        f"ImportError: {tmp_path / 'batchnorm'} has no kernels compiled for this Python; "
+        "in a source checkout install batchnorm first, with python -m pip install ."
+    )
+
+
+@pytest.mark.parametrize("version", ["1.25.2", "1.26.0rc1"])
+def test_an_old_numpy_is_refused(version):
+    run = python(f"import numpy; numpy.__version__ = {version!r}; import batchnorm")
+    last = run.stderr.strip().splitlines()[-1]
+    assert last == f"ImportError: batchnorm needs NumPy 1.26 or newer, found {version}"
 
 
 def test_show_config(capsys):

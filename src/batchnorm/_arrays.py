@@ -16,6 +16,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+if np.lib.NumpyVersion(np.__version__) < "1.26.0":
+    raise ImportError(f"batchnorm needs NumPy 1.26 or newer, found {np.__version__}")
+
 Array = NDArray[np.floating[Any]]
 
 _FLOAT32 = np.dtype(np.float32)

@@ -5,8 +5,15 @@ named and cannot be had is an error: falling back would hide a broken build and 
 """
 
 import importlib
+import importlib.util
 import os
 from collections.abc import Callable
+
+if importlib.util.find_spec(f"{__package__}._cpu") is None:
+    raise ImportError(
+        f"{os.path.dirname(__file__)} has no kernels compiled for this Python; "
+        "in a source checkout install batchnorm first, with python -m pip install ."
+    )
 
 from . import _cpu
 
