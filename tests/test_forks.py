@@ -135,6 +135,8 @@ def test_a_fork_after_parallel_use_takes_no_time(level):
 @pytest.mark.parametrize("method", ["spawn", "forkserver", "loky"])
 def test_new_processes_are_like_the_first(method, level, tmp_path):
     """Not children of a fork that lost threads: they may use as many as anybody."""
+    if method == "loky":
+        pytest.importorskip("loky")
     (tmp_path / "worker.py").write_text(
         WORKLOAD + "\ndef work(_):\n    return results(), bn.get_num_threads(), _threads.decide()[1]\n"
     )

@@ -9,6 +9,8 @@ import pytest
 
 from batchnorm import __main__, profile
 
+pytest.importorskip("matplotlib")
+
 COMMAND = [sys.executable, "-W", "error", "-m", "batchnorm"]
 PASSES = ["forward", "backward", "inference"]
 

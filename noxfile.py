@@ -1,0 +1,167 @@
+"""What CI does, on any machine: `nox -l` lists it, `nox -s wheel` rehearses a release.
+
+Each session has a virtual environment of its own. A Python that is not there is passed over, unless it is asked for.
+"""
+
+import os
+import shutil
+import sys
+import tarfile
+from pathlib import Path
+
+import nox
+
+nox.needs_version = ">=2025.2"
+nox.options.sessions = ["lint", "tests"]
+nox.options.default_venv_backend = "venv"
+
+PYTHONS = ["3.11", "3.12", "3.13", "3.14", "3.15"]
+FREE_THREADED = ["3.13t", "3.14t", "3.15t"]
+DIST = Path("dist")
+FOLDERS = ("tests", "docs", "examples", "pyproject.toml")
+"""What the suite needs besides the installed package."""
+
+
+@nox.session
+def lint(session):
+    """Style, types, and the workflows."""
+    session.install(".[lint]")
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+    session.run("mypy")
+    session.run("cython-lint", *map(str, Path("src").rglob("*.pyx")))
+    if not Path(".github").exists():
+        return
+    schemas = {
+        "vendor.github-workflows": ".github/workflows/*.yml",
+        "custom.github-workflows-require-timeout": ".github/workflows/*.yml",
+        "vendor.dependabot": ".github/dependabot.yml",
+        "vendor.github-issue-forms": ".github/ISSUE_TEMPLATE/[!c]*.yml",
+        "vendor.github-issue-config": ".github/ISSUE_TEMPLATE/config.yml",
+    }
+    for schema, pattern in schemas.items():
+        session.run("check-jsonschema", "--builtin-schema", schema, *map(str, Path().glob(pattern)))
+    session.run("zizmor", "--offline", "--pedantic", "--strict-collection", "--no-progress", ".github")
+
+
+@nox.session(python=[*PYTHONS, *FREE_THREADED])
+def tests(session):
+    """The suite, on a build from this checkout."""
+    extra = "test-core" if session.python in FREE_THREADED else "test"
+    session.install(f".[{extra}]")
+    session.run("python", "-m", "pytest", *session.posargs)
+
+
+@nox.session(python=PYTHONS[0])
+def oldest(session):
+    """The suite with the oldest NumPy."""
+    session.install(".[test]", "numpy==1.26.0")
+    session.run("python", "-m", "pytest", *session.posargs)
+
+
+@nox.session
+def serial(session):
+    """A compiler without OpenMP gives a serial build, which says so."""
+    compiler = Path(session.create_tmp()).absolute() / "cc"
+    compiler.write_text(
+        "#!/bin/sh\n"
+        "for argument; do case $argument in -fopenmp*|-openmp*|-mp|-xopenmp) exit 1 ;; esac; done\n"
+        'exec cc "$@"\n'
+    )
+    compiler.chmod(0o755)
+    session.install(".[test-core]", env={"CC": str(compiler)})
+    session.run("python", "-c", "import batchnorm as bn; assert bn.get_num_threads() == 1; bn.show_config()")
+    session.run("python", "-m", "pytest", "-q", "tests/test_layer.py", "tests/test_bits.py")
+
+
+@nox.session
+@nox.parametrize("kind", ["address", "thread"])
+def sanitize(session, kind):
+    """The suite under a sanitizer; see tests/sanitize.sh for what it needs."""
+    session.install(".[test]", "cython", "cython-cmake", "scikit-build-core", "cmake", "ninja")
+    session.run("tests/sanitize.sh", kind, *session.posargs, external=True)
+
+
+@nox.session
+def bench(session):
+    """That the benchmarks work, in small, against all that PyPI has for this Python."""
+    session.install(".[bench,mpi]", "mpich")
+    session.run(
+        "python", "-m", "bench", "--quick", "--without", "torch", "--output", f"{session.create_tmp()}/bench.md"
+    )
+    session.run("python", "-m", "bench.distributed", "--output", f"{session.create_tmp()}/distributed.md")
+
+
+@nox.session
+def wheel(session):
+    """sdist → wheel from the sdist, twice → auditwheel → audit; then `installed` on every Python that is here.
+
+    On Linux. `-- --only 3.12` leaves it at that Python, `-- --only none` at the audit.
+    """
+    session.install(".[wheel]")
+    env = {"SOURCE_DATE_EPOCH": session.run("git", "log", "-1", "--format=%ct", external=True, silent=True).strip()}
+    shutil.rmtree(DIST, ignore_errors=True)
+    session.run("python", "-m", "build", "--outdir", str(DIST), env=env)
+    (sdist,) = DIST.glob("*.tar.gz")
+    (built,) = DIST.glob("*.whl")
+    session.run("python", "-m", "twine", "check", "--strict", str(sdist))
+    # Again, somewhere else.
+    elsewhere = Path(session.create_tmp()).absolute() / "again"
+    shutil.rmtree(elsewhere, ignore_errors=True)
+    session.run("git", "clone", "--quiet", ".", str(elsewhere / "clone"), external=True)
+    session.run("python", "-m", "build", "--outdir", str(elsewhere), str(elsewhere / "clone"), env=env)
+    repaired = []
+    for folder, unrepaired in ((DIST, built), (elsewhere, elsewhere / built.name)):
+        target = folder / "repaired"
+        session.run("auditwheel", "repair", "--strip", "-w", str(target), str(unrepaired), env=env)
+        repaired += target.glob("*.whl")
+    for first, second in ((sdist, elsewhere / sdist.name), (built, elsewhere / built.name), tuple(repaired)):
+        if first.read_bytes() != second.read_bytes():
+            session.error(f"{first.name} has other bytes when it is built again in another folder")
+    session.run("python", "tests/audit.py", str(repaired[0]))
+    only = session.posargs[1:] if session.posargs[:1] == ["--only"] else PYTHONS
+    for python in PYTHONS:
+        if python in only:
+            session.notify(f"installed-{python}", ())
+
+
+@nox.session(python=PYTHONS)
+def installed(session):
+    """The suite on the wheel in dist/, away from the sources, with no compiler and no libgomp but the wheel's own."""
+    (wheel,) = (DIST / "repaired").absolute().glob("*.whl")
+    (sdist,) = DIST.absolute().glob("*.tar.gz")
+    session.install(f"{wheel}[test]", "--only-binary", ":all:")
+    away = Path(session.create_tmp()).absolute() / "away"
+    shutil.rmtree(away, ignore_errors=True)
+    with tarfile.open(sdist) as archive:
+        archive.extractall(away, filter="data")
+    (sources,) = away.iterdir()
+    for name in FOLDERS:
+        shutil.move(sources / name, away / name)
+    shutil.rmtree(sources)
+    session.chdir(away)
+    print(f"{wheel.name} on {session.python}")
+    session.run(
+        *without_libgomp(session),
+        "python",
+        "-m",
+        "pytest",
+        *session.posargs,
+        env={"PATH": session.bin, "PYTHONPATH": None, "LD_LIBRARY_PATH": None},
+        external=True,
+    )
+
+
+def without_libgomp(session):
+    """The command that hides the system's libgomp from the one after it, where this process may do that."""
+    unshare, mount = shutil.which("unshare"), shutil.which("mount")
+    libraries = {
+        path.resolve() for folder in ("/lib", "/lib64", "/usr/lib") for path in Path(folder).glob("**/libgomp.so.1")
+    }
+    if not libraries:
+        return []
+    if sys.platform != "linux" or unshare is None or mount is None or os.geteuid() != 0:
+        session.warn("the system's libgomp stays visible: hiding it takes root")
+        return []
+    hide = " && ".join(f"{mount} --bind /dev/null {library}" for library in sorted(libraries))
+    return [unshare, "--mount", "/bin/sh", "-c", f'{hide} && exec "$@"', "sh"]
