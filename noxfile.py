@@ -4,6 +4,7 @@ Each session has a virtual environment of its own. A Python that is not there is
 """
 
 import os
+import re
 import shutil
 import sys
 import tarfile
@@ -155,9 +156,8 @@ def installed(session):
 def without_libgomp(session):
     """The command that hides the system's libgomp from the one after it, where this process may do that."""
     unshare, mount = shutil.which("unshare"), shutil.which("mount")
-    libraries = {
-        path.resolve() for folder in ("/lib", "/lib64", "/usr/lib") for path in Path(folder).glob("**/libgomp.so.1")
-    }
+    folders = map(Path, ("/lib", "/lib64", "/usr/lib"))
+    libraries = {path.resolve() for folder in folders for path in folder.glob("**/libgomp.so.1")}
     if not libraries:
         return []
     if sys.platform != "linux" or unshare is None or mount is None or os.geteuid() != 0:
@@ -165,3 +165,16 @@ def without_libgomp(session):
         return []
     hide = " && ".join(f"{mount} --bind /dev/null {library}" for library in sorted(libraries))
     return [unshare, "--mount", "/bin/sh", "-c", f'{hide} && exec "$@"', "sh"]
+
+
+@nox.session(venv_backend="none")
+def release(session):
+    """That a tag is the version of the package, and has its section in CHANGELOG: `-- v0.2.0`."""
+    (tag,) = session.posargs
+    version = re.search(r'__version__ = "(.+)"', Path("src/batchnorm/_version.py").read_text())[1]
+    if tag != f"v{version}":
+        session.error(f"the tag is {tag}, the version {version}")
+    if not re.search(
+        rf"^## {re.escape(version)} \(\d{{4}}-\d\d-\d\d\)$", Path("CHANGELOG.md").read_text(), re.MULTILINE
+    ):
+        session.error(f"CHANGELOG has no section '## {version} (date)'")

@@ -98,6 +98,13 @@ def test_a_process_of_its_own(level):
     assert digest({"BATCHNORM_ISA": level, "BATCHNORM_NUM_THREADS": "3", "OMP_DYNAMIC": "true"}) == expected
 
 
+def test_the_smallest_stacks(level):
+    """Threads of musl have 128 KiB, and a kernel that needs more would end the process."""
+    always = "from batchnorm import _threads; _threads.SERIAL_VALUES = 0"
+    small = {"BATCHNORM_NUM_THREADS": "3", "OMP_STACKSIZE": "128k"}
+    assert digest({"BATCHNORM_ISA": level, **small}, always) == digest_here()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
 def test_steps_are_the_fused_call(view, dtype, rng):
