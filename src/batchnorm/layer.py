@@ -14,7 +14,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
-from . import _arrays, _threads, functional, state_file
+from . import _arrays, _threads, functional
 from ._arrays import Array
 from .functional import Gradients, Saved
 from .moments import Moments, population
@@ -413,10 +413,13 @@ class BatchNorm:
         """
         values = {name: getattr(self, name, None) for name in _SETTINGS} | {"float_bits": 8 * self.dtype.itemsize}
         settings = {name: np.array(value, _SETTINGS[name]) for name, value in values.items() if value is not None}
+        # Here, because zip files cost an import more than all of this package.
+        from . import state_file
+
         state_file.write(path, settings | self.state_dict())
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], *, max_bytes: int = state_file.MAX_BYTES, **arguments: Any) -> Self:
+    def load(cls, path: str | os.PathLike[str], *, max_bytes: int = 1 << 28, **arguments: Any) -> Self:
         """The layer that `save` wrote, in training mode, as every new layer.
 
         Parameters
@@ -440,6 +443,8 @@ class BatchNorm:
         save : with an example.
         load_state_dict : takes the mapping that `safetensors.numpy.load_file` returns, too.
         """
+        from . import state_file
+
         found = state_file.read(path, _IN_A_FILE, max_bytes)
         try:
             settings = _settings(found)

@@ -14,7 +14,6 @@ Decisions:
 import contextlib
 import math
 import os
-import secrets
 import shutil
 import stat
 import zipfile
@@ -25,8 +24,6 @@ import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
-MAX_BYTES = 1 << 28
-
 _DTYPES = ("<f4", "<f8", "<i8")
 _LONGEST_HEADER = 256
 _BESIDE_DATA = 4096
@@ -36,7 +33,7 @@ _BESIDE_DATA = 4096
 def write(path: str | os.PathLike[str], arrays: Mapping[str, NDArray[Any]]) -> None:
     """Put arrays into a file, or leave the file as it was."""
     target = os.path.realpath(path)
-    partial = f"{target}.{secrets.token_hex(8)}.part"
+    partial = f"{target}.{os.urandom(8).hex()}.part"
     try:
         with open(partial, "xb") as file:
             np.savez(file, **arrays)  # type: ignore[arg-type]
@@ -62,7 +59,7 @@ def _settle(folder: str) -> None:
             os.close(descriptor)
 
 
-def read(path: str | os.PathLike[str], names: Collection[str], max_bytes: int = MAX_BYTES) -> dict[str, NDArray[Any]]:
+def read(path: str | os.PathLike[str], names: Collection[str], max_bytes: int) -> dict[str, NDArray[Any]]:
     """The arrays in a file, which may have these names and at most one dimension.
 
     Raises
