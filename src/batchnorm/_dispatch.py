@@ -73,7 +73,7 @@ def chosen_level() -> str:
     if named is None and not available():
         raise ImportError(
             f"this processor runs none of the kernel levels built here ({', '.join(_cpu.built())}); "
-            "build batchnorm from source on it"
+            "on x86-64 batchnorm needs SSE4.2"
         )
     return available()[0] if named is None else named
 
