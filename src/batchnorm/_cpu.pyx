@@ -5,7 +5,7 @@ not be asked: its first instructions may already be ones that the processor does
 """
 cdef extern from *:
     """
-    #if defined(__x86_64__)
+    #if defined(BATCHNORM_KNOWS_LEVELS)
     static int runs_v2(void) { __builtin_cpu_init(); return __builtin_cpu_supports("x86-64-v2") != 0; }
     static int runs_v3(void) { __builtin_cpu_init(); return __builtin_cpu_supports("x86-64-v3") != 0; }
     static int runs_v4(void) { __builtin_cpu_init(); return __builtin_cpu_supports("x86-64-v4") != 0; }

@@ -80,16 +80,19 @@ cdef extern from *:
 
 # OpenMP's threads do not exist in a forked child, where a team, or the end of a thread that had one, would wait for
 # them for ever. So the team of a thread that forks is sent home before, where OpenMP can do that (since 5.0, hence
-# looked up and not linked), and the child, of whatever kind of fork, is serial.
+# looked up and not linked), and the child, of whatever kind of fork, is serial. A server that forks workers before it
+# has used threads does not make them serial.
 cdef extern from *:
     """
     static volatile int is_forked = 0;
+    static int had_team = 0;
+    static void note_team(void) { __atomic_store_n(&had_team, 1, __ATOMIC_RELAXED); }
     #if defined(__unix__) || defined(__APPLE__)
     #include <dlfcn.h>
     #include <pthread.h>
     static int (*pause_openmp)(int) = NULL;
     static void dismiss_team(void) { if (pause_openmp) pause_openmp(1); }       /* omp_pause_soft */
-    static void note_fork(void) { is_forked = 1; }
+    static void note_fork(void) { is_forked |= had_team || !pause_openmp; }
     static int dismisses_teams(void) { return pause_openmp != NULL; }
     static const char *openmp_file(void)
     {
@@ -110,6 +113,7 @@ cdef extern from *:
     #endif
     """
     bint is_forked
+    void note_team() noexcept nogil
     int watch_forks() noexcept nogil
     bint dismisses_teams() noexcept nogil
     const char *openmp_file() noexcept nogil
@@ -1622,6 +1626,7 @@ cdef void each(BlockStep reduce, TileStep finish, BlockStep apply, const floatin
         for i in range(items):
             item(reduce, finish, apply, x, dy, out, job, by_tile, i)
     else:
+        note_team()
         for i in prange(items, schedule="static", num_threads=num_threads):
             item(reduce, finish, apply, x, dy, out, job, by_tile, i)
 
@@ -1846,7 +1851,7 @@ def max_threads():
 
 
 def forked():
-    """Whether this process is a child, or a child's child, of the one that loaded this module."""
+    """Whether this process is a child, or a child's child, of one that had used threads."""
     return is_forked
 
 
