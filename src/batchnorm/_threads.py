@@ -4,8 +4,8 @@
 the processors this process may run on and its cgroup's quota. A limit set through threadpoolctl is obeyed by all but
 the first. Results have the same bits for every number of threads, so each of these rules is about speed alone.
 
-Small work runs serially, because waking a team costs more than it saves. A child that was forked after threads were used
-runs serially, because the threads of its parent do not exist in it and OpenMP would wait for them for ever.
+Small work runs serially, because waking a team costs more than it saves. A child forked after threads were used runs
+serially, because the threads of its parent do not exist in it and OpenMP would wait for them for ever.
 """
 
 import math
