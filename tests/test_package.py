@@ -70,7 +70,9 @@ def test_an_unknown_level_is_an_error(named):
 
 def test_a_level_this_processor_cannot_run_is_an_error(monkeypatch):
     monkeypatch.setattr(_cpu, "supported", lambda: ("v2", "baseline"))
-    refused = next(name for name in _cpu.built() if name not in ("v2", "baseline"))
+    refused = next((name for name in _cpu.built() if name not in ("v2", "baseline")), None)
+    if refused is None:
+        pytest.skip("there is one level here")
     with pytest.raises(ImportError, match=f"this processor cannot run the kernel level '{refused}', only v2"):
         _dispatch.Kernels(refused)
 
