@@ -3,7 +3,8 @@
 Decisions:
 
 - On top of `saved`: statistics are those of the kernels, the rest is the textbook of `reference` in float64, whatever
-  the dtype of x. Results are for reading and checking, so they are float64 too.
+  the dtype of x. Results are for reading and checking, so they are float64 too; to be right to their last digits for
+  float64 data, pathways and moment gradients are worked out in long double.
 - Readable before fast: whole arrays are allocated. `backward` computes the same sum, or any part of it with `through=`,
   in two passes without them.
 - Arrays are laid out channel by channel, because NumPy adds up pairwise along the memory, and one by one across it.
@@ -13,7 +14,7 @@ Decisions:
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, DTypeLike
 
 from . import _arrays, functional, reference
 from .functional import Saved
@@ -30,8 +31,8 @@ class Pathways(NamedTuple):
     variance: Array
 
 
-def textbook(saved: Saved) -> reference.Cache:
-    """What the textbook's backward pass reads, in float64; refuses what cannot be explained."""
+def textbook(saved: Saved, dtype: DTypeLike = np.float64) -> reference.Cache:
+    """What the textbook's backward pass reads; refuses what cannot be explained."""
     if not isinstance(saved, Saved):
         raise TypeError(f"saved must be what forward returned, got {type(saved).__name__}")
     if saved.count < 2:
@@ -40,22 +41,36 @@ def textbook(saved: Saved) -> reference.Cache:
             "one value is its own mean, so y is beta and dx is 0"
         )
     axes = tuple(i for i in range(saved.x.ndim) if i != saved.axis)
-    mean, mean_low, rstd, gamma = (
-        np.expand_dims(row, axes) for row in (saved.mean, saved.mean_low, saved.rstd, saved.gamma)
+    mean, mean_low, rstd, rstd_low, gamma = (
+        np.expand_dims(row.astype(dtype), axes)
+        for row in (saved.mean, saved.mean_low, saved.rstd, saved.rstd_low, saved.gamma)
     )
-    xmu = _by_channel(saved.x, saved) - mean - mean_low
+    xmu = _by_channel(saved.x, saved, dtype) - mean - mean_low
+    rstd += rstd_low
     return reference.Cache(xmu, xmu * rstd, rstd, gamma, axes)
 
 
-def upstream(dy: ArrayLike, saved: Saved) -> Array:
-    """dy in float64, like x."""
-    return _by_channel(functional.like_x(dy, saved.x), saved)
+def upstream(dy: ArrayLike, saved: Saved, dtype: DTypeLike = np.float64) -> Array:
+    """dy, like x."""
+    return _by_channel(functional.like_x(dy, saved.x), saved, dtype)
 
 
-def _by_channel(array: Array, saved: Saved) -> Array:
-    """A float64 copy of the same shape, with the values of a channel next to each other in memory."""
-    rows = np.array(np.moveaxis(array, saved.axis, 0), np.float64, order="C")
+def _by_channel(array: Array, saved: Saved, dtype: DTypeLike) -> Array:
+    """A copy of the same shape, with the values of a channel next to each other in memory."""
+    rows = np.array(np.moveaxis(array, saved.axis, 0), dtype, order="C")
     return np.moveaxis(rows, 0, saved.axis)
+
+
+def _in_full(dy: ArrayLike, saved: Saved) -> tuple[Array, reference.Cache]:
+    """dy, and what the textbook reads, with more digits than the results."""
+    dtype = np.longdouble if isinstance(saved, Saved) and saved.x.dtype == np.float64 else np.float64
+    cache = textbook(saved, dtype)
+    return upstream(dy, saved, dtype), cache
+
+
+def _like_x(array: Array, saved: Saved) -> Array:
+    """A float64 copy in x's order in memory."""
+    return saved._layout.copy(array.astype(np.float64))
 
 
 def pathways(dy: ArrayLike, saved: Saved) -> Pathways:
@@ -102,10 +117,9 @@ def pathways(dy: ArrayLike, saved: Saved) -> Pathways:
            [ 0., -1.,  1.,  0.],
            [ 0., -1.,  1.,  0.]])
     """
-    cache = textbook(saved)
-    terms = reference.backward_terms(upstream(dy, saved), cache)
+    terms = reference.backward_terms(*_in_full(dy, saved))
     parts = np.broadcast_arrays(terms.direct, terms.mean, terms.variance)
-    return Pathways(*(saved._layout.copy(part) for part in parts))
+    return Pathways(*(_like_x(part, saved) for part in parts))
 
 
 def moment_gradients(dy: ArrayLike, saved: Saved) -> MomentGradients:
@@ -143,9 +157,8 @@ def moment_gradients(dy: ArrayLike, saved: Saved) -> MomentGradients:
     >>> dvar, dmean
     (array([2.]), array([-4.]))
     """
-    cache = textbook(saved)
-    dxhat, dvar, dmean = reference.moment_gradients(upstream(dy, saved), cache)
-    return MomentGradients(saved._layout.copy(dxhat), dvar.reshape(-1), dmean.reshape(-1))
+    dxhat, dvar, dmean = reference.moment_gradients(*_in_full(dy, saved))
+    return MomentGradients(_like_x(dxhat, saved), *(row.reshape(-1).astype(np.float64) for row in (dvar, dmean)))
 
 
 def centering_matrix(n: int, *, max_bytes: int = MAX_BYTES) -> Array:
