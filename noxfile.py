@@ -99,30 +99,32 @@ def wheel(session):
     On Linux. `-- --only 3.12` leaves it at that Python, `-- --only none` at the audit.
     """
     session.install(".[wheel]")
-    env = {"SOURCE_DATE_EPOCH": session.run("git", "log", "-1", "--format=%ct", external=True, silent=True).strip()}
-    shutil.rmtree(DIST, ignore_errors=True)
-    session.run("python", "-m", "build", "--outdir", str(DIST), env=env)
-    (sdist,) = DIST.glob("*.tar.gz")
-    (built,) = DIST.glob("*.whl")
-    session.run("python", "-m", "twine", "check", "--strict", str(sdist))
-    # Again, somewhere else.
+    epoch = session.run("git", "log", "-1", "--format=%ct", external=True, silent=True).strip()
+    env = {"SOURCE_DATE_EPOCH": epoch}
     elsewhere = Path(session.create_tmp()).absolute() / "again"
+    shutil.rmtree(DIST, ignore_errors=True)
     shutil.rmtree(elsewhere, ignore_errors=True)
     session.run("git", "clone", "--quiet", ".", str(elsewhere / "clone"), external=True)
-    session.run("python", "-m", "build", "--outdir", str(elsewhere), str(elsewhere / "clone"), env=env)
-    repaired = []
-    for folder, unrepaired in ((DIST, built), (elsewhere, elsewhere / built.name)):
-        target = folder / "repaired"
-        session.run("auditwheel", "repair", "--strip", "-w", str(target), str(unrepaired), env=env)
-        repaired += target.glob("*.whl")
-    for first, second in ((sdist, elsewhere / sdist.name), (built, elsewhere / built.name), tuple(repaired)):
+    built, again = build(session, Path(), DIST, env), build(session, elsewhere / "clone", elsewhere / "dist", env)
+    for first, second in zip(built, again, strict=True):
         if first.read_bytes() != second.read_bytes():
-            session.error(f"{first.name} has other bytes when it is built again in another folder")
-    session.run("python", "tests/audit.py", str(repaired[0]))
+            session.error(f"{first.name} has other bytes when the last commit is built in another folder")
+    sdist, _, repaired = built
+    session.run("python", "-m", "twine", "check", "--strict", str(sdist))
+    session.run("python", "tests/audit.py", str(repaired))
     only = session.posargs[1:] if session.posargs[:1] == ["--only"] else PYTHONS
     for python in PYTHONS:
         if python in only:
             session.notify(f"installed-{python}", ())
+
+
+def build(session, project, folder, env):
+    """The sdist, the wheel that is built from it, and the wheel that any Linux can use."""
+    session.run("python", "-m", "build", "--outdir", str(folder), str(project), env=env)
+    (sdist,), (wheel,) = folder.glob("*.tar.gz"), folder.glob("*.whl")
+    session.run("auditwheel", "repair", "--strip", "-w", str(folder / "repaired"), str(wheel), env=env)
+    (repaired,) = (folder / "repaired").glob("*.whl")
+    return sdist, wheel, repaired
 
 
 @nox.session(python=PYTHONS)
