@@ -16,7 +16,7 @@ nox.options.sessions = ["lint", "tests"]
 nox.options.default_venv_backend = "venv"
 
 PYTHONS = ["3.11", "3.12", "3.13", "3.14", "3.15"]
-FREE_THREADED = ["3.13t", "3.14t", "3.15t"]
+FREE_THREADED = ["3.14t", "3.15t"]
 DIST = Path("dist")
 FOLDERS = ("tests", "docs", "examples", "pyproject.toml")
 """What the suite needs besides the installed package."""
