@@ -133,7 +133,6 @@ def evaluate(expression, values, free):
     return float(expression.xreplace({symbol: values[str(symbol)] for symbol in expression.free_symbols}))
 
 
-@pytest.mark.skipif(not (ROOT / "src").exists(), reason="the sources are not here")
 @pytest.mark.parametrize(("formula", "name", "path", "code"), BLOCKS, ids=[block[0][:50] for block in BLOCKS])
 def test_a_formula_holds(formula, name, path, code, values):
     left, right = (
