@@ -83,5 +83,5 @@ def test_without_rich_it_names_the_command(tmp_path):
     assert done.returncode == 1
     assert done.stdout == ""
     assert done.stderr == (
-        "python -m batchnorm explain: rich is missing, install it with python -m pip install 'batchnorm[explain]'\n"
+        "python -m batchnorm explain: rich is missing, install it with python -m pip install 'rich>=13'\n"
     )

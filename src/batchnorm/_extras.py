@@ -1,20 +1,35 @@
 """Optional packages, asked for by name where they are used and nowhere else."""
 
 import importlib
+import re
 import sys
 from collections.abc import Iterable, Sized
+from importlib import metadata
 from typing import Any, TypeVar
 
 Item = TypeVar("Item")
 
 
-def require(module: str, command: str, requirement: str) -> Any:
+def require(module: str, command: str) -> Any:
     """Import a module, or end the command with a sentence that says what installs it."""
     try:
         return importlib.import_module(module)
     except ImportError:
-        package, install = module.partition(".")[0], f"python -m pip install '{requirement}'"
+        package = module.partition(".")[0]
+        install = f"python -m pip install {_requirements(package, command)}"
         raise SystemExit(f"python -m batchnorm {command}: {package} is missing, install it with {install}") from None
+
+
+def _requirements(package: str, extra: str) -> str:
+    """What pip is told: all of the extra that has the package, wherever batchnorm was installed from; else its name."""
+    try:
+        declared = metadata.requires("batchnorm") or []
+    except metadata.PackageNotFoundError:
+        declared = []
+    wanted = [line.partition(";")[0].strip() for line in declared if re.search(rf"extra == .{extra}\W", line)]
+    if not any(re.match(rf"{package}\b", requirement) for requirement in wanted):
+        return package
+    return " ".join(f"'{requirement}'" for requirement in wanted)
 
 
 def with_progress(items: Iterable[Item], description: str) -> Iterable[Item]:

@@ -85,8 +85,8 @@ def _numbers(rng: np.random.Generator, n: int, least: int = -30) -> Array:
 
 def _table(columns: Sequence[tuple[str, str, Array]]) -> Any:
     """Columns of numbers: header, style, values."""
-    table = require("rich.table", "explain", "batchnorm[explain]").Table
-    box = require("rich.box", "explain", "batchnorm[explain]")
+    table = require("rich.table", "explain").Table
+    box = require("rich.box", "explain")
     grid = table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 0, 0, 1))
     for header, style, _ in columns:
         grid.add_column(header, style=style, header_style=style, justify="right", no_wrap=True)
@@ -167,7 +167,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, _error: Callable[[str], NoReturn]) -> int:
     """Print the example."""
-    console = require("rich.console", "explain", "batchnorm[explain]").Console
+    console = require("rich.console", "explain").Console
     screen = console()
     screen = console(width=max(WIDTH, screen.width) if screen.is_terminal else WIDTH)
     rng = np.random.default_rng(arguments.seed)

@@ -1,0 +1,322 @@
+"""What is measured, and how.
+
+- The yardstick is the copy limit: a pass cannot be quicker than reading its inputs and writing its output, which
+  `np.copyto` and `np.add` do in pieces on as many threads, or on one where that is quicker. Time over limit survives
+  a change of machine or of hour; times do not.
+- Contestants take turns, because cache and memory are shared with strangers and a busy second must hit all of them.
+  A turn is many calls, so that a small array is warm, and it starts after a rest, because the threads of an OpenMP
+  runtime spin for milliseconds after their last call and would sit on the processors of the next contestant.
+- The best time counts: whatever disturbs a call makes it longer.
+- batchnorm writes to `out=`, allocated before; NumPy and torch allocate their results, as their users do.
+- A team of threads that is slower than one thread was waiting for a processor that others had: it stalled. Such a row
+  is measured again, and says so if that does not help.
+- Exact results are the textbook's in the next wider dtype, for the first channels only: channels do not depend on
+  each other.
+"""
+
+import itertools
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .. import functional, reference
+from .._config import show_config
+from .._extras import require
+from ..reference import Array
+from .networks import Shape
+
+Calls = dict[str, Callable[[], Any]]
+
+PASSES = {"forward": ("x",), "backward": ("x", "dy"), "inference": ("x",)}
+"""The arrays that a pass cannot avoid reading; it writes one more."""
+
+EPS = 1e-5
+TURN, REST, ROUNDS = 0.02, 0.01, 3
+TRIES, STALLED = 3, 1.5
+EXACT_VALUES = 1 << 20
+ARRAYS = 10
+"""Arrays of the size of x that exist at once: x, dy, out, and the textbook's cache and intermediate results."""
+
+
+class Problem(NamedTuple):
+    """The arrays of one layer, and room for a result."""
+
+    x: Array
+    dy: Array
+    gamma: Array
+    beta: Array
+    mean: Array
+    var: Array
+    out: Array
+    axis: int
+
+    def first_channels(self, array: Array) -> Array:
+        """Few enough channels to be exact about."""
+        channels = max(1, EXACT_VALUES * self.gamma.size // self.x.size)
+        return array[(slice(None),) * (self.axis if array.ndim > 1 else 0) + (slice(channels),)]
+
+    def widened(self) -> "Problem":
+        """The first channels in a dtype that has digits to spare."""
+        dtype: Any = np.float64 if self.x.dtype == np.float32 else np.longdouble
+        x, dy, gamma, beta, mean, var = (self.first_channels(array).astype(dtype) for array in self[:6])
+        return Problem(x, dy, gamma, beta, mean, var, self.out, self.axis)
+
+    def error(self, result: Any, exact: Array) -> float:
+        """The largest difference over the largest exact value."""
+        array = result if isinstance(result, np.ndarray) else np.moveaxis(np.asarray(result), 1, self.axis)
+        return float(abs(self.first_channels(array) - exact).max() / (abs(exact).max() or 1))
+
+    def moved(self, which: str) -> int:
+        """Bytes that a pass cannot avoid reading and writing."""
+        return (len(PASSES[which]) + 1) * self.x.nbytes
+
+
+def activations(shape: Shape, axis: int, dtype: str) -> Problem:
+    """Random numbers that look like the inside of a network: each channel has an offset and a spread of its own."""
+    rng = np.random.default_rng(0)
+    channels, column = shape[axis], (shape[axis],) + (1,) * (len(shape) - axis - 1)
+    x, dy = (rng.standard_normal(shape, np.dtype(dtype)) for _ in range(2))
+    x *= rng.uniform(0.5, 2, column).astype(dtype)
+    x += rng.uniform(-1, 3, column).astype(dtype)
+    gamma, beta = rng.uniform(0.5, 1.5, channels).astype(dtype), rng.uniform(-0.5, 0.5, channels).astype(dtype)
+    _, saved = functional.forward(x, axis=axis)
+    return Problem(x, dy, gamma, beta, saved.mean.astype(dtype), saved.var.astype(dtype), np.empty_like(x), axis)
+
+
+def numpy_calls(problem: Problem, _threads: int = 1) -> Calls:
+    x, dy, gamma, beta, mean, var, _, axis = problem
+    _, cache = reference.forward(x, gamma, beta, axis, EPS)
+    return {
+        "forward": lambda: reference.forward(x, gamma, beta, axis, EPS)[0],
+        "backward": lambda: reference.backward(dy, cache)[0],
+        "inference": lambda: reference.inference(x, mean, var, gamma, beta, axis, EPS),
+    }
+
+
+def torch_calls(problem: Problem, threads: int) -> Calls:
+    torch = require("torch", "profile")
+    torch.set_num_threads(threads)
+    # A view with the channels where torch wants them: channels-last memory stays channels-last.
+    x, dy = (torch.from_numpy(array).movedim(problem.axis, 1) for array in (problem.x, problem.dy))
+    gamma, beta, mean, var = (torch.from_numpy(array) for array in problem[2:6])
+    norm, grad = torch.native_batch_norm, torch.ops.aten.native_batch_norm_backward
+    _, *saved = norm(x, gamma, beta, None, None, True, 0.1, EPS)
+    return {
+        "forward": lambda: norm(x, gamma, beta, None, None, True, 0.1, EPS)[0],
+        "backward": lambda: grad(dy, x, gamma, None, None, *saved, True, EPS, [True, True, True])[0],
+        "inference": lambda: torch.nn.functional.batch_norm(x, mean, var, gamma, beta, training=False, eps=EPS),
+    }
+
+
+def batchnorm_calls(problem: Problem, threads: int, allocate: bool = False) -> Calls:
+    x, dy, gamma, beta, mean, var, out, axis = problem
+    _, saved = functional.forward(x, gamma, beta, axis=axis, eps=EPS)
+    given: dict[str, Any] = {"axis": axis, "eps": EPS}
+    where: dict[str, Any] = {"num_threads": threads} | ({} if allocate else {"out": out})
+    return {
+        "forward": lambda: functional.forward(x, gamma, beta, **given, **where)[0],
+        "backward": lambda: functional.backward(dy, saved, **where).dx,
+        "inference": lambda: functional.inference(x, mean, var, gamma, beta, **given, **where),
+    }
+
+
+class Contestant(NamedTuple):
+    label: str
+    colour: str
+    prepare: Callable[[Problem, int], Calls]
+
+
+OURS = "batchnorm"
+CONTESTANTS = {
+    "numpy": Contestant("NumPy", "#999999", numpy_calls),
+    "torch": Contestant("torch", "#d55e00", torch_calls),
+    OURS: Contestant("batchnorm", "#0072b2", batchnorm_calls),
+}
+
+
+def limit(problem: Problem, threads: int) -> Calls:
+    """Each pass with no arithmetic, cut for so many threads."""
+    others = ThreadPoolExecutor(max(1, threads - 1))
+    x, dy, out = (np.array_split(array.reshape(-1), threads) for array in (problem.x, problem.dy, problem.out))
+
+    def split(work: Callable[[int], object]) -> None:
+        running = [others.submit(work, part) for part in range(1, threads)]
+        work(0)
+        for part in running:
+            part.result()
+
+    def copy() -> None:
+        split(lambda part: np.copyto(out[part], x[part]))
+
+    def add() -> None:
+        split(lambda part: np.add(x[part], dy[part], out=out[part]))
+
+    return {"forward": copy, "backward": add, "inference": copy}
+
+
+def limit_alone(problem: Problem, _threads: int) -> Calls:
+    """The limit on one thread, which is quicker where arrays are small."""
+    return limit(problem, 1)
+
+
+LIMITS = {"limit": limit, "limit alone": limit_alone}
+
+
+class Timing(NamedTuple):
+    """Seconds."""
+
+    best: float
+    median: float
+    calls: int
+
+
+def turn(call: Callable[[], Any], seconds: float = TURN) -> list[float]:
+    """The seconds of each call, for so many seconds after a rest."""
+    time.sleep(REST)
+    taken = []
+    stop, end = 0.0, time.perf_counter() + seconds
+    while stop < end:
+        start = time.perf_counter()
+        call()
+        stop = time.perf_counter()
+        taken.append(stop - start)
+    return taken
+
+
+def in_turns(calls: Calls, seconds: float) -> dict[str, Timing]:
+    """Time each call until the seconds are over."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    each = min(TURN, seconds / ROUNDS / len(calls))
+    end = time.perf_counter() + seconds
+    for done in itertools.count():
+        if done >= ROUNDS and time.perf_counter() >= end:
+            break
+        for name, call in calls.items():
+            times[name] += turn(call, each)
+    return {name: Timing(min(taken), statistics.median(taken), len(taken)) for name, taken in times.items()}
+
+
+def pooled(first: dict[str, Timing], again: dict[str, Timing]) -> dict[str, Timing]:
+    """The best of both."""
+    return {
+        name: Timing(min(one.best, two.best), min(one.median, two.median), one.calls + two.calls)
+        for (name, one), two in zip(first.items(), again.values(), strict=True)
+    }
+
+
+class Result(NamedTuple):
+    """One pass over one layer: a row of the table."""
+
+    shape: Shape
+    layers: int
+    threads: int
+    name: str
+    bytes: int
+    limit: Timing
+    timings: dict[str, Timing]
+    errors: dict[str, float]
+    stalled: tuple[str, ...] = ()
+
+    def figures(self, contestant: str) -> dict[str, float]:
+        """All that is said about one contestant."""
+        timing = self.timings[contestant]
+        return {
+            **timing._asdict(),
+            "bytes_per_second": self.bytes / timing.best,
+            "over_limit": timing.best / self.limit.best,
+            "over_batchnorm": timing.best / self.timings[OURS].best,
+            "error": self.errors[contestant],
+        }
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "shape": self.shape,
+            "layers": self.layers,
+            "pass": self.name,
+            "threads": self.threads,
+            "bytes": self.bytes,
+            "limit": self.limit._asdict(),
+            "contestants": {name: self.figures(name) for name in self.timings},
+            "stalled": self.stalled,
+        }
+
+
+def total(rows: Sequence[Result]) -> Result:
+    """The same pass over all layers of a network, one after the other."""
+
+    def added(timings: Iterable[tuple[int, Timing]]) -> Timing:
+        each = [(layers * timing.best, layers * timing.median, timing.calls) for layers, timing in timings]
+        best, median, calls = zip(*each, strict=True)
+        return Timing(sum(best), sum(median), min(calls))
+
+    names = rows[0].timings
+    return rows[0]._replace(
+        shape=(),
+        layers=sum(row.layers for row in rows),
+        bytes=sum(row.layers * row.bytes for row in rows),
+        limit=added((row.layers, row.limit) for row in rows),
+        timings={name: added((row.layers, row.timings[name]) for row in rows) for name in names},
+        errors={name: max(row.errors[name] for row in rows) for name in names},
+        stalled=tuple(name for name in names if any(name in row.stalled for row in rows)),
+    )
+
+
+def totals(results: Sequence[Result]) -> list[Result]:
+    """One row for each pass and number of threads."""
+    kinds = dict.fromkeys((row.name, row.threads) for row in results)
+    return [total([row for row in results if (row.name, row.threads) == kind]) for kind in kinds]
+
+
+def _stalled(problem: Problem, name: str, timings: Mapping[str, Timing]) -> tuple[str, ...]:
+    """The contestants that a single thread of theirs would have beaten."""
+    alone = {rival: min(turn(CONTESTANTS[rival].prepare(problem, 1)[name])) for rival in timings}
+    return tuple(rival for rival, timing in timings.items() if timing.best > STALLED * alone[rival])
+
+
+def measured(problem: Problem, name: str, team: int, names: Sequence[str], seconds: float) -> dict[str, Any]:
+    """The timings of a pass, those of the limit, and who stalled."""
+    timings: dict[str, Timing] = {}
+    stalled: tuple[str, ...] = ()
+    for _ in range(TRIES):
+        calls = {rival: CONTESTANTS[rival].prepare(problem, team)[name] for rival in names}
+        limits = {which: prepare(problem, team)[name] for which, prepare in LIMITS.items()}
+        found = in_turns(calls | limits, seconds)
+        timings = pooled(timings, found) if timings else found
+        stalled = _stalled(problem, name, {rival: timings[rival] for rival in names}) if team > 1 else ()
+        if not stalled:
+            break
+    quickest = min(timings.pop(which) for which in LIMITS)
+    return {"limit": quickest, "timings": timings, "stalled": stalled}
+
+
+def every_pass(
+    layers: Mapping[Shape, int], axis: int, dtype: str, threads: Sequence[int], names: Sequence[str], seconds: float
+) -> Iterator[Result]:
+    """Measure every pass over every layer, each with every number of threads."""
+    for shape, count in layers.items():
+        problem = activations(shape, axis % len(shape), dtype)
+        exact = {name: call() for name, call in numpy_calls(problem.widened()).items()}
+        for team, name in itertools.product(threads, PASSES):
+            calls = {rival: CONTESTANTS[rival].prepare(problem, team)[name] for rival in names}
+            errors = {rival: problem.error(call(), exact[name]) for rival, call in calls.items()}
+            found = measured(problem, name, team, names, seconds)
+            yield Result(shape, count, team, name, problem.moved(name), errors=errors, **found)
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(models, platform.processor() or platform.machine())
+
+
+def machine_facts() -> dict[str, Any]:
+    """The processor, what else it does, and the configuration."""
+    return {"processor": _processor(), "load": os.getloadavg()[0], **show_config(mode="dicts")}

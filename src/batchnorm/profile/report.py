@@ -1,0 +1,117 @@
+"""The table and the plot.
+
+- What stalled is marked in both, and does not stretch the axis of the plot: it stands at its edge.
+- The layers of a network are added up, each as often as the network has it.
+"""
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from .._extras import require
+from .measure import CONTESTANTS, OURS, PASSES, Result
+
+SUFFIXES = (".png", ".pdf", ".svg")
+"""What a plot can be."""
+
+NOTES = """
+µs: best time. vs: time over that of batchnorm. GB/s: traffic no pass can avoid (read x, write y;
+backward: read x and dy, write dx) over the time of batchnorm. limit: time of batchnorm over that of
+np.copyto (backward: np.add) on as many threads. error: largest difference from {exact} over the
+largest value, in the first channels. batchnorm writes to out=, allocated before; the others allocate
+their results. load: other work when it began; a processor that is taken stalls every team of threads."""
+
+STALLED_NOTE = """*: stalled: the threads waited for a processor that other work had, and one thread alone was quicker.
+Measure again when the machine is quiet, or with --threads 1."""
+
+
+def threads_text(teams: Sequence[int]) -> str:
+    """As in "1 and 2 threads"."""
+    return f"{' and '.join(map(str, teams))} thread{'s' if teams[-1] > 1 else ''}"
+
+
+def _groups(results: Iterable[Result]) -> Iterator[tuple[str, list[Result]]]:
+    """The results of each shape under its name, those of one pass next to each other."""
+    for (shape, layers), rows in itertools.groupby(results, lambda row: (row.shape, row.layers)):
+        label = "x".join(map(str, shape)) + (f" ×{layers}" if layers > 1 else "") if shape else f"all {layers} layers"
+        yield label, sorted(rows, key=lambda row: list(PASSES).index(row.name))
+
+
+def _cells(row: Result, names: Sequence[str]) -> Iterator[str]:
+    """What the table says about one pass; nothing that a stalled time would decide."""
+    figures = {name: row.figures(name) for name in names}
+    ours = OURS not in row.stalled
+    for name in names:
+        best = 1e6 * figures[name]["best"]
+        yield f"{best:.{0 if best >= 100 else 1}f}{'*' if name in row.stalled else ''}"
+    for name in names:
+        if name != OURS:
+            yield f"{figures[name]['over_batchnorm']:.1f}" if ours and name not in row.stalled else "–"
+    yield f"{figures[OURS]['bytes_per_second'] / 1e9:.1f}" if ours else "–"
+    yield f"{figures[OURS]['over_limit']:.2f}" if ours else "–"
+    for name in names:
+        yield f"{figures[name]['error']:.1e}"
+
+
+def print_table(console: Any, results: Sequence[Result], names: Sequence[str], exact: str, facts: str) -> None:
+    """The table, what its columns mean, and the machine."""
+    box, table = require("rich.box", "profile"), require("rich.table", "profile")
+    labels, rivals = [CONTESTANTS[name].label for name in names], [name for name in names if name != OURS]
+    # With torch only one space between columns leaves everything within 100.
+    grid = table.Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, int("torch" not in names), 0, 0))
+    grid.add_column("shape\n  pass", min_width=16)
+    headers = ["threads", *(f"{label}\nµs" for label in labels), *(f"vs\n{CONTESTANTS[name].label}" for name in rivals)]
+    for header in [*headers, "GB/s", "limit", *(f"{label}\nerror" for label in labels)]:
+        grid.add_column(header, justify="right", no_wrap=True)
+    for label, rows in _groups(results):
+        grid.add_row(label, style="bold")
+        for row in rows:
+            grid.add_row(f"  {row.name}", str(row.threads), *_cells(row, names))
+    console.print(grid)
+    notes = [NOTES.format(exact=exact), *([STALLED_NOTE] if any(row.stalled for row in results) else []), facts]
+    console.print(*notes, sep="\n", highlight=False, soft_wrap=True)
+
+
+def _largest(results: Sequence[Result]) -> float:
+    """The largest time over the limit that did not stall."""
+    sound = [row.figures(name)["over_limit"] for row in results for name in row.timings if name not in row.stalled]
+    return max(sound, default=1.0)
+
+
+def draw(path: Path, results: Sequence[Result], names: Sequence[str], subtitle: str) -> None:
+    """Time over the copy limit, a line for each pass."""
+    pyplot, ticker = require("matplotlib.pyplot", "profile"), require("matplotlib.ticker", "profile")
+    lines: list[tuple[str, Result | None]] = []
+    for label, rows in _groups(results):
+        lines += [(label, None), *((f"{row.name}, {threads_text([row.threads])}", row) for row in rows)]
+    figure, axes = pyplot.subplots(figsize=(9, 1.7 + 0.23 * len(lines)), layout="constrained")
+    places = [(y, row) for y, (_, row) in enumerate(lines) if row is not None]
+    edge = _largest(results)
+    for y, row in places:
+        ratios = [min(row.figures(name)["over_limit"], edge) for name in names]
+        axes.hlines(y, min(ratios), max(ratios), color="0.85", linewidth=2)
+    for name in names:
+        sound = {y: row.figures(name)["over_limit"] for y, row in places if name not in row.stalled}
+        late = [y for y, row in places if name in row.stalled]
+        colour, label = CONTESTANTS[name].colour, CONTESTANTS[name].label
+        axes.plot([*sound.values()], [*sound], "o", color=colour, label=label)
+        axes.plot([edge] * len(late), late, ">", color=colour, fillstyle="none")
+    if any(row.stalled for row in results):
+        axes.plot([], [], ">", color="0.3", fillstyle="none", label="stalled")
+    axes.axvline(1, color="0.3", linewidth=1, linestyle="--", label="copy limit")
+    axes.set_yticks(range(len(lines)), [label for label, _ in lines])
+    for tick, (_, line) in zip(axes.get_yticklabels(), lines, strict=True):
+        tick.set_fontweight("bold" if line is None else "normal")
+    axes.tick_params(axis="y", length=0)
+    axes.set(xscale="log", ylim=(len(lines) - 0.5, -0.5), xlabel="time over the copy limit", axisbelow=True)
+    axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5) if edge < 200 else (1,)))
+    axes.xaxis.set_major_formatter(ticker.FormatStrFormatter("%g×"))
+    axes.xaxis.set_minor_formatter(ticker.NullFormatter())
+    axes.grid(axis="x", color="0.93")
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.set_title(subtitle, fontsize="small", color="0.35")
+    figure.suptitle("Batch normalization: time over the copy limit", fontweight="bold")
+    figure.legend(loc="outside lower center", ncols=len(names) + 2, frameon=False)
+    figure.savefig(path, dpi=150, format=path.suffix[1:].lower())
+    pyplot.close(figure)
