@@ -1,20 +1,19 @@
 """`python -m bench`: batchnorm against the frameworks, numba and NumPy, on the same arrays, in one run.
 
-- Each contestant has a process of its own, because OpenMP runtimes in one process disturb each other. It may run on as
-  many processors as it has threads.
-- They take turns, a short burst each, round after round: the machine's cache and memory are shared with strangers,
-  and a slow second must hit everybody. The best time of all rounds is reported, the median beside it in the JSON.
+- Contestants have processes of their own and take turns, a short burst each, round after round: the machine's cache and
+  memory are shared with strangers, and a slow second must hit everybody. Rounds go on until the two best turns of each
+  agree, or there were enough of them. The best time is reported, the median beside it in the JSON.
 - The limit takes its turns too, in batchnorm's process and on its very arrays, whose pages decide much.
 - Every result is held against the reference in float64 before it is timed.
-- `--build DIRECTORY` lets another build of batchnorm take part (`pip install --target DIRECTORY`), which is how a
-  change of a kernel is measured.
+- `--build NAME=DIRECTORY` holds builds of batchnorm against each other (`pip install --target DIRECTORY`), which is how
+  a change of a kernel is measured. Cells that come out slower are measured once more in new processes, on new pages,
+  and the best of both counts.
 - This is a command and not pytest-benchmark, because that one times its cases one after the other in one process.
 """
 
 import argparse
 import itertools
 import json
-import multiprocessing
 import shlex
 import statistics
 import sys
@@ -23,91 +22,77 @@ from pathlib import Path
 
 from rich.progress import track
 
-from batchnorm import profile
+from batchnorm.profile import measure
+from batchnorm.profile.measure import LIMITS, OURS, PASSES
 
-from . import report
+from . import comparison, report
 from .cases import SETS
-from .contestants import LIMITS, MODULES, OURS, OURS_OUT, PASSES, PROCESSES, missing, serve
+from .contestants import BUILD, MODULES, RIVALS, missing
+from .team import Team
 
 # What others leave: NumPy's sums over a million rows, torch's with the channels last; ONNX Runtime's eps is a float32.
 MOST_ERROR = {"float32": 1e-3, "float64": 1e-12}
+INSTALLED = "installed"
+LEAST_ROUNDS, SETTLED = 4, 1.01
 
 
-class Team:
-    """The contestants' processes, for one number of threads."""
-
-    def __init__(self, names, builds, threads):
-        context = multiprocessing.get_context("spawn")
-        self.processes, self.pipes = [], {}
-        places = {name: (name, []) for name in names} | {f"{OURS} {path.name}": (OURS, [str(path)]) for path in builds}
-        before = sys.path
-        for label, (name, place) in places.items():
-            self.pipes[label], far = context.Pipe()
-            process = context.Process(target=serve, args=(name, far, threads), daemon=True)
-            try:
-                sys.path = [*place, *before]  # a spawned process gets the path of its parent
-                process.start()
-            finally:
-                sys.path = before
-            far.close()
-            self.processes.append(process)
-
-    def ask(self, label, *request):
-        self.pipes[label].send(request)
-        try:
-            answer = self.pipes[label].recv()
-        except (EOFError, ConnectionResetError):
-            raise SystemExit(f"{label} has died at {request}") from None
-        if label == OURS or not label.startswith(OURS):
-            return answer
-        return {label: answer[OURS], f"{label}, out=": answer[OURS_OUT]}  # another build, under its own name
-
-    def measure(self, case, dtype, which, rounds):
-        """The times of each contestant."""
-        request = (case.shape, case.axis % len(case.shape), dtype, which)
-        times = {}
-        for label in self.pipes:
-            for name, error in self.ask(label, *request, True).items():
-                if not error <= MOST_ERROR[dtype]:
-                    raise SystemExit(f"{name} is wrong in {which} of {case.label} {dtype}: error {error}")
-        for _, label in itertools.product(range(rounds), self.pipes):
-            for name, taken in self.ask(label, *request, False).items():
-                times.setdefault(name, []).extend(taken)
-        return times
-
-    def close(self):
-        for pipe in self.pipes.values():
-            pipe.close()
-        for process in self.processes:
-            process.join()
+def times_of(team, case, dtype, which, rounds):
+    """The seconds of each contestant's calls, turn by turn."""
+    about = (which, case.shape, case.axis % len(case.shape), dtype)
+    for name, error in team.ask("error", *about, together=True).items():
+        if not error <= MOST_ERROR[dtype]:
+            raise SystemExit(f"{name} is wrong in {which} of {case.label} {dtype}: error {error}")
+    turns = {}
+    for done in range(rounds):
+        for name, taken in team.ask("times", *about, backwards=done % 2 == 1).items():
+            turns.setdefault(name, []).append(taken)
+        if done + 1 >= LEAST_ROUNDS and all(map(settled, turns.values())):
+            break
+    return turns
 
 
-def row_of(case, dtype, which, threads, times):
+def settled(turns):
+    """Whether the best times of two turns agree."""
+    first, second, *_ = sorted(map(min, turns))
+    return second < SETTLED * first
+
+
+def row_of(case, dtype, which, threads, turns):
+    times = {name: list(itertools.chain(*of_name)) for name, of_name in turns.items()}
     best = {name: min(taken) for name, taken in times.items()}
-    best["limit"] = min(best.pop(name) for name in LIMITS)
+    limits = [best.pop(name) for name in LIMITS if name in best]
+    best |= {"limit": min(limits)} if limits else {}
     median = {name: statistics.median(taken) for name, taken in times.items()}
     facts = {"case": case.label, "layout": case.layout, "dtype": dtype, "pass": which, "threads": threads}
+    facts["settled"] = all(map(settled, turns.values()))
     return report.Row(**facts, megabytes=case.megabytes(dtype), best=best, median=median)
 
 
-def measure(cases, threads, dtypes, names, builds, rounds):
-    cells = [cell for cell in itertools.product(dtypes, cases, PASSES) if cell[0] in cell[1].dtypes]
-    if not cells:
-        raise SystemExit(f"nothing to measure: none of the shapes is for {' or '.join(dtypes) or 'no dtype'}")
-    rows = []
-    for count in threads:
-        team = Team(names, builds, count)
-        for dtype, case, which in track(cells, description=f"measuring, {count} threads"):
-            rows.append(row_of(case, dtype, which, count, team.measure(case, dtype, which, rounds)))
+def measured(cells, members, builds, threads, rounds):
+    """A row for each cell, and what each build says about itself."""
+    turns = {}
+
+    def run(team, cells, description):
+        for cell in track(cells, description=f"{description}, {threads} thread{'s' if threads > 1 else ''}"):
+            case, dtype, which = cell
+            for name, found in times_of(team, case, dtype, which, rounds).items():
+                turns.setdefault(cell, {}).setdefault(name, []).extend(found)
         team.close()
-    return rows
+
+    team = Team(members, threads)
+    versions = {label: team.ask_one(label, "version") for label in builds}
+    run(team, cells, "measuring")
+    slow = [cell for cell in cells if builds and comparison.is_slower(row_of(*cell, threads, turns[cell]), builds)]
+    if slow:
+        run(Team({label: members[label] for label in builds}, threads), slow, "once more, what was slower")
+    return [row_of(*cell, threads, turns[cell]) for cell in cells], versions
 
 
 def some_of(known):
     """Names out of `known`, joined by commas."""
 
     def parse(text):
-        names = text.split(",") if text else []
+        names = list(dict.fromkeys(text.split(","))) if text else []
         if not set(names) <= set(known):
             raise argparse.ArgumentTypeError(f"must be names out of {', '.join(known)} joined by commas, got {text!r}")
         return names
@@ -125,17 +110,37 @@ def teams(text):
     return [positive(part) for part in text.split(",")]
 
 
+def build(text):
+    """The name and the directory of a build; without a name it is called as its directory."""
+    name, equals, directory = text.rpartition("=")
+    path = Path(directory)
+    name = name if equals else path.resolve().name
+    if not (path / "batchnorm").is_dir():
+        raise argparse.ArgumentTypeError(f"must be NAME=DIRECTORY with a package batchnorm in it, got {text!r}")
+    if not name or name in (OURS, INSTALLED, *LIMITS):
+        raise argparse.ArgumentTypeError(f"must have a name of its own, got {text!r}")
+    return name, path.resolve()
+
+
 def parse():
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__.partition("\n")[0])
     parser.add_argument("--set", choices=SETS, default="core", help="the shapes (default %(default)s)")
     parser.add_argument("--threads", type=teams, default=[2], help="one or more, such as 1,2 (default 2)")
     parser.add_argument("--dtype", type=some_of(MOST_ERROR), default=["float32"], help="(default float32)")
-    parser.add_argument("--rounds", type=positive, default=8, help="turns of each contestant (default %(default)s)")
-    parser.add_argument("--quick", action="store_true", help="small shapes, two rounds, to see that it works")
+    parser.add_argument("--rounds", type=positive, default=12, help="turns of each at most (default %(default)s)")
+    parser.add_argument("--quick", action="store_true", help="small shapes and few rounds, to see that it works")
     parser.add_argument("--only", help="shapes whose name holds this text")
-    rivals = [name for name in PROCESSES if name != OURS]
-    parser.add_argument("--without", type=some_of(rivals), default=[], help=f"leave out some of {', '.join(rivals)}")
-    parser.add_argument("--build", type=Path, action="append", default=[], help="directory of another build")
+    parser.add_argument(
+        "--against", type=some_of(RIVALS), help=f"{', '.join(RIVALS)} (default: all, and none with --build)"
+    )
+    parser.add_argument(
+        "--build",
+        type=build,
+        action="append",
+        default=[],
+        metavar="NAME=DIRECTORY",
+        help="hold builds against the first that is named: the others that are named, or the batchnorm installed here",
+    )
     parser.add_argument("--output", type=Path, help="write to this Markdown file, the figures and a plot beside it")
     arguments = parser.parse_args()
     cases = SETS["quick" if arguments.quick else arguments.set]
@@ -143,34 +148,65 @@ def parse():
     if not arguments.cases:
         labels = ", ".join(case.label for case in cases)
         parser.error(f"argument --only: no shape's name holds {arguments.only!r}; there are: {labels}")
-    for path in arguments.build:
-        if not (path / "batchnorm").is_dir():
-            parser.error(f"argument --build: must be a directory with a package batchnorm in it, got {str(path)!r}")
+    if len(dict(arguments.build)) < len(arguments.build):
+        parser.error("argument --build: two builds have the same name")
+    if arguments.against is None:
+        arguments.against = [] if arguments.build else RIVALS
+    if arguments.output and not arguments.output.absolute().parent.is_dir():
+        parser.error(f"argument --output: must be in a directory that exists, got {str(arguments.output)!r}")
     return arguments
+
+
+def facts_of(machine):
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    return f"{machine['processor']}, {machine['kernels']['level']} kernels, load {machine['load']:.1f}, {versions}"
 
 
 def main():
     arguments = parse()
-    names = [name for name in PROCESSES if name not in arguments.without]
-    for name in names:
+    for name in arguments.against:
         if missing(name):
-            raise SystemExit(f"{name} needs {', '.join(missing(name))}; install it or leave it out: --without '{name}'")
-    rounds = 2 if arguments.quick else arguments.rounds
-    rows = measure(arguments.cases, arguments.threads, arguments.dtype, names, arguments.build, rounds)
-    machine = profile.machine_facts([])
-    machine["versions"] |= {module: metadata.version(module) for name in names for module in MODULES.get(name, ())}
-    facts = f"{machine['processor']}, {machine['kernels']['level']} kernels, " + ", ".join(
-        f"{name} {version}" for name, version in machine["versions"].items()
-    )
-    shown = [name for name in dict.fromkeys(name for row in rows for name in row.best) if name != "limit"]
-    text = report.markdown(rows, shown, facts, shlex.join(["python", "-m", "bench", *sys.argv[1:]]))
+            others = ",".join(other for other in arguments.against if other != name)
+            raise SystemExit(f"{name} needs {', '.join(missing(name))}; install it or leave it out: --against {others}")
+    builds = dict(arguments.build)
+    if len(builds) == 1:
+        builds[INSTALLED] = None
+    here = str(Path(measure.__file__).parents[1])  # the package that has `profile`
+    members = {label: (BUILD, str(path), here) if path else (BUILD,) for label, path in builds.items()}
+    if not builds or arguments.against:
+        members |= {name: (name,) for name in (OURS, *arguments.against)}
+    cells = [
+        (case, dtype, which)
+        for dtype, case, which in itertools.product(arguments.dtype, arguments.cases, PASSES)
+        if dtype in case.dtypes
+    ]
+    if not cells:
+        raise SystemExit(f"none of the shapes is for {' or '.join(arguments.dtype) or 'no dtype'}")
+    machine = measure.machine_facts()
+    rows, versions = [], {}
+    for threads in arguments.threads:
+        found, versions = measured(
+            cells, members, list(builds), threads, LEAST_ROUNDS if arguments.quick else arguments.rounds
+        )
+        rows += found
+    modules = [module for name in arguments.against for module in MODULES.get(name, ())]
+    machine["versions"] |= {module: metadata.version(module) for module in modules}
+    facts, command = facts_of(machine), shlex.join(["python", "-m", "bench", *sys.argv[1:]])
+    shown = [
+        name for name in dict.fromkeys(name for row in rows for name in row.best) if name not in {"limit", *builds}
+    ]
+    text = f"{facts}\n\n```sh\n{command}\n```\n\n"
+    if builds:
+        text += comparison.markdown(rows, list(builds), versions)
+    if shown:
+        text += report.markdown(rows, shown)
     print(text)
     if arguments.output:
         arguments.output.write_text(text)
-        arguments.output.with_suffix(".json").write_text(
-            json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n"
-        )
-        report.draw(arguments.output.with_suffix(".png"), rows, shown, facts)
+        figures = {"machine": machine, "builds": versions, "rows": rows}
+        arguments.output.with_suffix(".json").write_text(json.dumps(figures, indent=1) + "\n")
+        if shown:
+            report.draw(arguments.output.with_suffix(".png"), rows, shown, facts)
 
 
 if __name__ == "__main__":

@@ -6,56 +6,18 @@
 - JAX: jitted. Its backward pass is the formula with saved statistics; differentiating the forward pass takes longer.
 - ONNX Runtime has inference alone, and that with the channels second.
 - numba: the loops one would write, parallel over channels, with its fast mathematics.
-- The limit: `np.copyto` (backward: `np.add`) on the arrays of batchnorm, in its process, cut for as many threads.
+- The limit is that of `batchnorm.profile`, on the arrays of batchnorm, in its process.
 """
 
 import importlib.util
-import os
-import signal
-import time
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 
-import batchnorm as bn
-from batchnorm import profile, reference
-
-BURST, REST = 0.03, 0.003
-PASSES = ("forward", "backward", "inference")
-EPS = profile.EPS
-
-
-def allocating(problem, threads):
-    x, dy, gamma, beta, mean, var, _, axis = problem
-    _, saved = bn.forward(x, gamma, beta, axis=axis)
-    return {
-        "forward": lambda: bn.forward(x, gamma, beta, axis=axis, num_threads=threads)[0],
-        "backward": lambda: bn.backward(dy, saved, num_threads=threads).dx,
-        "inference": lambda: bn.inference(x, mean, var, gamma, beta, axis=axis, num_threads=threads),
-    }
-
-
-def limit(problem, threads):
-    pool = ThreadPoolExecutor(threads)
-    x, dy, out = (np.array_split(array.reshape(-1), threads) for array in (problem.x, problem.dy, problem.out))
-
-    def split(work):
-        others = [pool.submit(work, part) for part in range(1, threads)]
-        work(0)
-        for other in others:
-            other.result()
-
-    def copy():
-        split(lambda part: np.copyto(out[part], x[part]))
-
-    def add():
-        split(lambda part: np.add(x[part], dy[part], out=out[part]))
-
-    return {"forward": copy, "backward": add, "inference": copy}
-
-
-def limit_alone(problem, _threads):
-    return limit(problem, 1)
+import batchnorm
+from batchnorm.profile import measure
+from batchnorm.profile.measure import EPS, LIMITS, OURS
 
 
 def torch_out(problem, threads):
@@ -206,24 +168,22 @@ def numba(problem, threads):
     }
 
 
-OURS, OURS_OUT, LIMITS = "batchnorm", "batchnorm, out=", ("limit", "limit alone")
+OURS_OUT = f"{OURS}, out="
+BUILD = "build"
 
-# A process, and what it measures.
+# What `--against` names, and what is measured in its process.
 PROCESSES = {
-    OURS: {
-        OURS: allocating,
-        OURS_OUT: profile.CONTESTANTS["batchnorm"].prepare,
-        "limit": limit,
-        "limit alone": limit_alone,
-    },
-    "NumPy": {"NumPy": profile.CONTESTANTS["numpy"].prepare},
-    "torch": {"torch": profile.CONTESTANTS["torch"].prepare, "torch, out=": torch_out},
-    "JAX": {"JAX": jax},
-    "ONNX Runtime": {"ONNX Runtime": onnx_runtime},
+    OURS: {OURS: partial(measure.batchnorm_calls, allocate=True), OURS_OUT: measure.batchnorm_calls, **LIMITS},
+    "numpy": {"NumPy": measure.numpy_calls},
+    "torch": {"torch": measure.torch_calls, "torch, out=": torch_out},
+    "jax": {"JAX": jax},
+    "onnxruntime": {"ONNX Runtime": onnx_runtime},
     "numba": {"numba": numba},
+    BUILD: {BUILD: measure.batchnorm_calls},
 }
+RIVALS = [name for name in PROCESSES if name not in (OURS, BUILD)]
 FRAMEWORKS = ("torch", "JAX", "ONNX Runtime")
-MODULES = {"torch": ("torch",), "JAX": ("jax",), "ONNX Runtime": ("onnx", "onnxruntime"), "numba": ("numba",)}
+MODULES = {"torch": ("torch",), "jax": ("jax",), "onnxruntime": ("onnx", "onnxruntime"), "numba": ("numba",)}
 
 
 def missing(name):
@@ -231,48 +191,43 @@ def missing(name):
     return [module for module in MODULES.get(name, ()) if importlib.util.find_spec(module) is None]
 
 
-def serve(process, pipe, threads):
-    """Measures a burst of each of the process's contestants whenever it is asked to, until the other end closes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the asking process, and the pipe with it
-    if hasattr(os, "sched_setaffinity"):  # the only limit that all of them obey
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
-    key = problem = calls = None
-    while True:
-        try:
-            shape, axis, dtype, which, check = pipe.recv()
-        except EOFError:
-            return
-        if key != (shape, axis, dtype):
-            key, problem, calls = (shape, axis, dtype), None, None
-            problem = profile.activations(*key)
-            calls = {name: prepare(problem, threads) for name, prepare in PROCESSES[process].items()}
-        mine = {name: passes[which] for name, passes in calls.items() if which in passes}
-        if check:
-            exact = exactly(problem, which)
-            results = {name: call() for name, call in mine.items() if name not in LIMITS}
-            if process != "torch":  # whose results have the channels second, which `error` knows
-                results = {name: np.asarray(result) for name, result in results.items()}
-            pipe.send({name: problem.error(result, exact) for name, result in results.items()})
-        else:
-            pipe.send({name: burst(call) for name, call in mine.items()})
+class Bout:
+    """What one process measures, with the arrays of the case it was asked for last."""
 
+    def __init__(self, process, threads):
+        self.process, self.threads = process, threads
+        self.case = self.problem = self.calls = None
 
-def burst(call):
-    time.sleep(REST)  # the threads of the one before may still be spinning
-    taken = []
-    stop, end = 0.0, time.perf_counter() + BURST
-    while stop < end:
-        start = time.perf_counter()
-        call()
-        stop = time.perf_counter()
-        taken.append(stop - start)
-    return taken
+    def answer(self, request, *about):
+        return getattr(self, request)(*about)
 
+    def version(self):
+        level = batchnorm.show_config(mode="dicts")["kernels"]["level"]
+        return f"{batchnorm.__version__}, {level} kernels, {Path(batchnorm.__file__).parent}"
 
-def exactly(problem, which):
-    """The result in float64 or wider, of the first channels."""
-    wide = problem.widened()
-    if which == "inference":
-        return reference.inference(wide.x, wide.mean, wide.var, wide.gamma, wide.beta, wide.axis)
-    exact, cache = reference.forward(wide.x, wide.gamma, wide.beta, wide.axis)
-    return reference.backward(wide.dy, cache)[0] if which == "backward" else exact
+    def calls_of(self, which, *case):
+        """The case is a shape, an axis and a dtype; fresh arrays if it is another one."""
+        if self.case != case:
+            self.case, self.problem, self.calls = case, None, None
+            self.problem = measure.activations(*case)
+            self.calls = {name: prepare(self.problem, self.threads) for name, prepare in self.mine.items()}
+        return {name: passes[which] for name, passes in self.calls.items() if which in passes}
+
+    @property
+    def mine(self):
+        return PROCESSES[self.process]
+
+    def error(self, which, *case):
+        """How far each result is from that of the reference in a wider dtype."""
+        calls = self.calls_of(which, *case)
+        exact = measure.numpy_calls(self.problem.widened())[which]()
+        results = {name: call() for name, call in calls.items() if name not in LIMITS}
+        if self.process != "torch":  # whose results have the channels second, which `error` knows
+            results = {name: np.asarray(result) for name, result in results.items()}
+        return self.own({name: self.problem.error(result, exact) for name, result in results.items()})
+
+    def times(self, which, *case):
+        return self.own({name: measure.turn(call) for name, call in self.calls_of(which, *case).items()})
+
+    def own(self, found):
+        return found[BUILD] if self.process == BUILD else found

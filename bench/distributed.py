@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from batchnorm.profile import NETWORKS
+from batchnorm.profile.networks import NETWORKS
 
 SHAPES = ((8, 64, 56, 56), (8, 256, 14, 14), (8, 2048, 7, 7), (32, 64))
 BYTES = (8, 512, 4096, 16384, 65536, 262144)

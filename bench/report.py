@@ -4,7 +4,9 @@ import itertools
 import math
 import statistics
 
-from .contestants import FRAMEWORKS, OURS, OURS_OUT, PASSES
+from batchnorm.profile.measure import OURS, PASSES
+
+from .contestants import FRAMEWORKS, OURS_OUT
 
 COLOURS = {
     "NumPy": "#999999",
@@ -45,7 +47,7 @@ class Row(dict):
 
     @property
     def gigabytes_per_second(self):
-        arrays = 3 if self["pass"] == "backward" else 2
+        arrays = len(PASSES[self["pass"]]) + 1
         return arrays * self["megabytes"] / 1e3 / self.time(OURS)
 
 
@@ -127,14 +129,13 @@ def tables(rows, names):
         yield f"## {dtype}, {threads} thread{'s' if threads > 1 else ''}\n\n{table(header, lines, 2)}"
 
 
-def markdown(rows, names, facts, command):
-    parts = [f"{facts}\n\n```sh\n{command}\n```"]
-    parts.append(
+def markdown(rows, names):
+    parts = [
         "Shapes are those of memory; `last` has the channels last. µs: best time. The columns under a rival's name: "
         "its time over that of batchnorm, each in its quicker way, allocating the result or writing to `out=`. GB/s: "
         "x and y (backward: x, dy and dx) over the time of batchnorm. Over limit: that time over `np.copyto` "
         "(backward: `np.add`), same threads, same arrays."
-    )
+    ]
     parts.append(f"Geometric means:\n\n{summary(rows)}")
     parts.append("A framework is quicker at:\n\n" + ("\n".join(slower(rows)) or "- none of these"))
     return "\n\n".join([*parts, *tables(rows, names)]) + "\n"

@@ -1,0 +1,110 @@
+"""`python -m bench`, run as its users run it: that it tells builds apart, and measures what it says it measures."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import batchnorm as bn
+from batchnorm import _cpu
+
+ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.skipif(not (ROOT / "bench").is_dir(), reason="the benchmarks are in a clone only")
+pytest.importorskip("rich")
+
+LATE = """
+
+def _late(function):
+    import functools, time
+
+    @functools.wraps(function)
+    def late(*args, **kwargs):
+        time.sleep(0.005)
+        return function(*args, **kwargs)
+
+    return late
+
+
+forward = _late(forward)
+"""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def level():
+    """Once is enough: a process of its own chooses its level itself."""
+
+
+def bench(*arguments):
+    command = [sys.executable, "-m", "bench", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+
+
+@pytest.fixture(scope="module")
+def builds(tmp_path_factory):
+    """Two installed builds that differ in their version and in the time of forward."""
+    folders = {name: tmp_path_factory.mktemp(name) for name in ("old", "new")}
+    for name, folder in folders.items():
+        for place in {Path(bn.__file__).parent, Path(_cpu.__file__).parent}:
+            ignored = shutil.ignore_patterns("__pycache__", "*.pyx")
+            shutil.copytree(place, folder / "batchnorm", dirs_exist_ok=True, ignore=ignored)
+        (folder / "batchnorm" / "_version.py").write_text(f'__version__ = "{name}"\n')
+    with (folders["old"] / "batchnorm" / "functional.py").open("a") as module:
+        module.write(LATE)
+    # A build may come from a time when it measured otherwise, or not at all.
+    shutil.rmtree(folders["old"] / "batchnorm" / "profile")
+    return folders
+
+
+def test_builds_are_told_apart(builds, tmp_path):
+    output = tmp_path / "builds.md"
+    named = [f"--build={name}={builds[name]}" for name in ("new", "old")]
+    done = bench("--quick", "--only", "32×64", "--threads", "1", *named, "--output", str(output))
+    assert done.returncode == 0, done.stderr
+    for name in builds:
+        assert f"- {name}: {name}, " in done.stdout
+        assert str(builds[name]) in done.stdout
+    (row,) = re.findall(r"\| float32 \| 1 \| forward \| 1 \| ([\d.]+) \|", done.stdout)
+    assert float(row) > 50
+    assert re.search(r"^- [\d.]+: 32×64 forward, float32, 1 threads, [\d.]+ µs for ", done.stdout, re.MULTILINE)
+    found = json.loads(output.with_suffix(".json").read_text())
+    assert found["builds"].keys() == {"new", "old"}
+    for cell in found["rows"]:
+        assert cell["best"].keys() == {"new", "old"}
+        assert (cell["best"]["old"] > 0.005) == (cell["pass"] == "forward")
+    assert output.read_text() in done.stdout
+
+
+def test_one_build_is_held_against_the_installed_one(builds):
+    done = bench(
+        "--quick", "--only", "32×64", "--threads", "1", "--dtype", "float64", "--build", f"old={builds['old']}"
+    )
+    assert done.returncode == 0, done.stderr
+    (row,) = re.findall(r"\| float64 \| 1 \| forward \| 1 \| ([\d.]+) \|", done.stdout)
+    assert float(row) < 0.02
+    assert f"- installed: {bn.__version__}, " in done.stdout
+
+
+def test_rivals_have_the_names_that_profile_knows():
+    done = bench("--quick", "--only", "32×64", "--threads", "1", "--against", "numpy")
+    assert done.returncode == 0, done.stderr
+    assert "| shape | pass | batchnorm µs | out= µs | GB/s | over limit | NumPy |" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--against", "NumPy"], "must be names out of numpy, torch, jax, onnxruntime, numba joined by commas"),
+        (["--build", "old=/nonexistent"], "must be NAME=DIRECTORY with a package batchnorm in it"),
+        (["--only", "nothing"], "no shape's name holds 'nothing'"),
+        (["--output", "/nonexistent/a.md"], "must be in a directory that exists"),
+    ],
+    ids=" ".join,
+)
+def test_bad_arguments_are_refused(arguments, message):
+    done = bench(*arguments)
+    assert done.returncode == 2
+    assert message in done.stderr
