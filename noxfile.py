@@ -89,7 +89,8 @@ def bench(session):
     """That the benchmarks work, in small, against all that PyPI has for this Python."""
     session.install(".[bench,mpi]", "mpich")
     folder = Path(session.create_tmp())
-    session.run("python", "-m", "bench", "--quick", "--against", "numpy,jax,onnxruntime,numba", "--output", str(folder / "bench.md"))
+    rivals = "numpy,jax,onnxruntime,numba"
+    session.run("python", "-m", "bench", "--quick", "--against", rivals, "--output", str(folder / "bench.md"))
     session.run("python", "-m", "bench.distributed", "--output", str(folder / "distributed.md"))
     for name in ("bench.json", "bench.png", "distributed.png"):
         if not (folder / name).stat().st_size:

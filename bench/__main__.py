@@ -64,7 +64,7 @@ def row_of(case, dtype, which, threads, turns):
     best |= {"limit": min(limits)} if limits else {}
     median = {name: statistics.median(taken) for name, taken in times.items()}
     facts = {"case": case.label, "layout": case.layout, "dtype": dtype, "pass": which, "threads": threads}
-    facts["settled"] = all(map(settled, turns.values()))
+    facts["settled"] = [name for name, of_name in turns.items() if settled(of_name)]
     return report.Row(**facts, megabytes=case.megabytes(dtype), best=best, median=median)
 
 

@@ -16,6 +16,10 @@ def ratio(row, label, base):
     return row.best[label] / row.best[base]
 
 
+def is_settled(row, *labels):
+    return set(labels) <= set(row["settled"])
+
+
 def is_slower(row, labels):
     """Whether any build needs more of the first one's time than noise explains."""
     base, *others = labels
@@ -65,7 +69,7 @@ def slower(rows, label, base):
             times = [microseconds(row.best[name]) for name in (label, base)]
             yield (
                 f"- {ratio(row, label, base):.2f}: {row['case']} {row['pass']}, {row['dtype']}, "
-                f"{row['threads']} threads, {times[0]} µs for {times[1]}{'' if row['settled'] else ' (did not settle)'}"
+                f"{row['threads']} threads, {times[0]} µs for {times[1]}{'' if is_settled(row, label, base) else ' (did not settle)'}"
             )
 
 
@@ -100,7 +104,7 @@ def markdown(rows, labels, versions):
             f"Geometric means, and the median, over shapes; below 1 {label} is quicker.\n\n{means(rows, label, base)}"
         )
         found = list(slower(rows, label, base))
-        late = sum(not row["settled"] for row in rows)
+        late = sum(not is_settled(row, label, base) for row in rows)
         parts.append(
             f"Slower by more than {100 * SLOWER - 100:.0f} %: {len(found)} of {len(rows)} cells. "
             f"Did not settle, because the machine was busy: {late}."
