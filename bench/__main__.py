@@ -6,8 +6,7 @@
 - The limit takes its turns too, in batchnorm's process and on its very arrays, whose pages decide much.
 - Every result is held against the reference in float64 before it is timed.
 - `--build NAME=DIRECTORY` holds builds of batchnorm against each other (`pip install --target DIRECTORY`), which is how
-  a change of a kernel is measured. Cells that come out slower are measured once more in new processes, on new pages,
-  and the best of both counts.
+  a change of a kernel is measured. They visit all shapes twice, in new processes and so on new pages, minutes apart.
 - This is a command and not pytest-benchmark, because that one times its cases one after the other in one process.
 """
 
@@ -33,22 +32,27 @@ from .team import Team
 # What others leave: NumPy's sums over a million rows, torch's with the channels last; ONNX Runtime's eps is a float32.
 MOST_ERROR = {"float32": 1e-3, "float64": 1e-12}
 INSTALLED = "installed"
-LEAST_ROUNDS, SETTLED = 4, 1.01
+VISITS, LEAST_ROUNDS, SETTLED = 2, 3, 1.01
 
 
-def times_of(team, case, dtype, which, rounds):
-    """The seconds of each contestant's calls, turn by turn."""
-    about = (which, case.shape, case.axis % len(case.shape), dtype)
-    for name, error in team.ask("error", *about, together=True).items():
+def check(team, case, dtype, which):
+    """End the run if a result is wrong."""
+    for name, error in team.ask("error", *about(case, dtype, which), together=True).items():
         if not error <= MOST_ERROR[dtype]:
             raise SystemExit(f"{name} is wrong in {which} of {case.label} {dtype}: error {error}")
-    turns = {}
+
+
+def take_turns(team, case, dtype, which, turns, rounds):
+    """Add the seconds of each contestant's calls to its turns."""
     for done in range(rounds):
-        for name, taken in team.ask("times", *about, backwards=done % 2 == 1).items():
+        for name, taken in team.ask("times", *about(case, dtype, which), backwards=done % 2 == 1).items():
             turns.setdefault(name, []).append(taken)
         if done + 1 >= LEAST_ROUNDS and all(map(settled, turns.values())):
             break
-    return turns
+
+
+def about(case, dtype, which):
+    return which, case.shape, case.axis % len(case.shape), dtype
 
 
 def settled(turns):
@@ -70,21 +74,17 @@ def row_of(case, dtype, which, threads, turns):
 
 def measured(cells, members, builds, threads, rounds):
     """A row for each cell, and what each build says about itself."""
-    turns = {}
-
-    def run(team, cells, description):
-        for cell in track(cells, description=f"{description}, {threads} thread{'s' if threads > 1 else ''}"):
-            case, dtype, which = cell
-            for name, found in times_of(team, case, dtype, which, rounds).items():
-                turns.setdefault(cell, {}).setdefault(name, []).extend(found)
+    turns = {cell: {} for cell in cells}
+    visits = VISITS if builds else 1
+    for visit in range(visits):
+        team = Team(members, threads)
+        versions = {label: team.ask_one(label, "version") for label in builds}
+        description = f"measuring, {threads} thread{'s' if threads > 1 else ''}, visit {visit + 1} of {visits}"
+        for cell in track(cells, description=description):
+            if visit == 0:
+                check(team, *cell)
+            take_turns(team, *cell, turns[cell], rounds)
         team.close()
-
-    team = Team(members, threads)
-    versions = {label: team.ask_one(label, "version") for label in builds}
-    run(team, cells, "measuring")
-    slow = [cell for cell in cells if builds and comparison.is_slower(row_of(*cell, threads, turns[cell]), builds)]
-    if slow:
-        run(Team({label: members[label] for label in builds}, threads), slow, "once more, what was slower")
     return [row_of(*cell, threads, turns[cell]) for cell in cells], versions
 
 
@@ -127,7 +127,7 @@ def parse():
     parser.add_argument("--set", choices=SETS, default="core", help="the shapes (default %(default)s)")
     parser.add_argument("--threads", type=teams, default=[2], help="one or more, such as 1,2 (default 2)")
     parser.add_argument("--dtype", type=some_of(MOST_ERROR), default=["float32"], help="(default float32)")
-    parser.add_argument("--rounds", type=positive, default=12, help="turns of each at most (default %(default)s)")
+    parser.add_argument("--rounds", type=positive, default=8, help="turns of each at most (default %(default)s)")
     parser.add_argument("--quick", action="store_true", help="small shapes and few rounds, to see that it works")
     parser.add_argument("--only", help="shapes whose name holds this text")
     parser.add_argument(

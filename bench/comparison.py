@@ -20,12 +20,6 @@ def is_settled(row, *labels):
     return set(labels) <= set(row["settled"])
 
 
-def is_slower(row, labels):
-    """Whether any build needs more of the first one's time than noise explains."""
-    base, *others = labels
-    return any(ratio(row, label, base) > SLOWER for label in others)
-
-
 def mean(ratios):
     """Geometric, of those there are."""
     return math.exp(statistics.mean(map(math.log, ratios))) if ratios else None
@@ -67,9 +61,10 @@ def slower(rows, label, base):
     for row in sorted(rows, key=lambda row: -ratio(row, label, base)):
         if ratio(row, label, base) > SLOWER:
             times = [microseconds(row.best[name]) for name in (label, base)]
+            doubt = "" if is_settled(row, label, base) else " (did not settle)"
             yield (
                 f"- {ratio(row, label, base):.2f}: {row['case']} {row['pass']}, {row['dtype']}, "
-                f"{row['threads']} threads, {times[0]} µs for {times[1]}{'' if is_settled(row, label, base) else ' (did not settle)'}"
+                f"{row['threads']} threads, {times[0]} µs for {times[1]}{doubt}"
             )
 
 
