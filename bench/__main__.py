@@ -32,7 +32,7 @@ from .team import Team
 # What others leave: NumPy's sums over a million rows, torch's with the channels last; ONNX Runtime's eps is a float32.
 MOST_ERROR = {"float32": 1e-3, "float64": 1e-12}
 INSTALLED = "installed"
-VISITS, LEAST_ROUNDS, SETTLED = 2, 3, 1.01
+VISITS, LEAST_ROUNDS, AGREE = 2, 3, 1.02
 
 
 def check(team, case, dtype, which):
@@ -42,39 +42,44 @@ def check(team, case, dtype, which):
             raise SystemExit(f"{name} is wrong in {which} of {case.label} {dtype}: error {error}")
 
 
-def take_turns(team, case, dtype, which, turns, rounds):
-    """Add the seconds of each contestant's calls to its turns."""
+def take_turns(team, case, dtype, which, rounds):
+    """The seconds of each contestant's calls, turn by turn."""
+    turns = {}
     for done in range(rounds):
         for name, taken in team.ask("times", *about(case, dtype, which), backwards=done % 2 == 1).items():
             turns.setdefault(name, []).append(taken)
-        if done + 1 >= LEAST_ROUNDS and all(map(settled, turns.values())):
+        if done + 1 >= LEAST_ROUNDS and all(agree(map(min, of_name)) for of_name in turns.values()):
             break
+    return turns
 
 
 def about(case, dtype, which):
     return which, case.shape, case.axis % len(case.shape), dtype
 
 
-def settled(turns):
-    """Whether the best times of two turns agree."""
-    first, second, *_ = sorted(map(min, turns))
-    return second < SETTLED * first
+def agree(bests):
+    """Whether the two best are nearly the same."""
+    first, second, *_ = sorted(bests)
+    return second < AGREE * first
 
 
-def row_of(case, dtype, which, threads, turns):
-    times = {name: list(itertools.chain(*of_name)) for name, of_name in turns.items()}
-    best = {name: min(taken) for name, taken in times.items()}
+def row_of(case, dtype, which, threads, visits):
+    """What came out of a cell: the turns of each contestant, visit by visit."""
+    best, median, settled = {}, {}, []
+    for name in visits[0]:
+        turns = [turn for visit in visits for turn in visit[name]]
+        best[name], median[name] = min(map(min, turns)), statistics.median(itertools.chain(*turns))
+        if agree(min(map(min, visit[name])) for visit in visits) if len(visits) > 1 else agree(map(min, turns)):
+            settled.append(name)
     limits = [best.pop(name) for name in LIMITS if name in best]
     best |= {"limit": min(limits)} if limits else {}
-    median = {name: statistics.median(taken) for name, taken in times.items()}
     facts = {"case": case.label, "layout": case.layout, "dtype": dtype, "pass": which, "threads": threads}
-    facts["settled"] = [name for name, of_name in turns.items() if settled(of_name)]
-    return report.Row(**facts, megabytes=case.megabytes(dtype), best=best, median=median)
+    return report.Row(**facts, megabytes=case.megabytes(dtype), best=best, median=median, settled=settled)
 
 
 def measured(cells, members, builds, threads, rounds):
     """A row for each cell, and what each build says about itself."""
-    turns = {cell: {} for cell in cells}
+    found = {cell: [] for cell in cells}
     visits = VISITS if builds else 1
     for visit in range(visits):
         team = Team(members, threads)
@@ -83,9 +88,9 @@ def measured(cells, members, builds, threads, rounds):
         for cell in track(cells, description=description):
             if visit == 0:
                 check(team, *cell)
-            take_turns(team, *cell, turns[cell], rounds)
+            found[cell].append(take_turns(team, *cell, rounds))
         team.close()
-    return [row_of(*cell, threads, turns[cell]) for cell in cells], versions
+    return [row_of(*cell, threads, found[cell]) for cell in cells], versions
 
 
 def some_of(known):
