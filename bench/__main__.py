@@ -188,6 +188,8 @@ def main():
     if not cells:
         raise SystemExit(f"none of the shapes is for {' or '.join(arguments.dtype) or 'no dtype'}")
     machine = measure.machine_facts()
+    if warning := measure.busy(machine["load"]):
+        print(f"python -m bench: {warning}", file=sys.stderr)
     rows, versions = [], {}
     for threads in arguments.threads:
         found, versions = measured(

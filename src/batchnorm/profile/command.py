@@ -121,13 +121,8 @@ def run(arguments: argparse.Namespace, error: Callable[[str], NoReturn]) -> int:
         about["versions"]["torch"] = str(require("torch", "profile").__version__)
     if arguments.plot:
         require("matplotlib", "profile").use("Agg")
-    processors = os.cpu_count() or 1
-    if about["load"] >= processors:
-        print(
-            f"python -m batchnorm profile: the machine is busy, load {about['load']:.1f} on {processors} processors: "
-            "times will be too long",
-            file=sys.stderr,
-        )
+    if warning := measure.busy(about["load"]):
+        print(f"python -m batchnorm profile: {warning}", file=sys.stderr)
     cells = len(layers) * len(arguments.threads) * len(PASSES)
     seconds = SECONDS_QUICK if arguments.quick else min(SECONDS, SECONDS_IN_ALL / cells)
     versions = ", ".join(f"{name} {about['versions'][name]}" for name in dict.fromkeys(["numpy", *names]))

@@ -320,3 +320,11 @@ def _processor() -> str:
 def machine_facts() -> dict[str, Any]:
     """The processor, what else it does, and the configuration."""
     return {"processor": _processor(), "load": os.getloadavg()[0], **show_config(mode="dicts")}
+
+
+def busy(load: float) -> str | None:
+    """A sentence, if there is as much other work as there are processors."""
+    processors = os.cpu_count() or 1
+    if load < processors:
+        return None
+    return f"the machine is busy, load {load:.1f} on {processors} processors: times will be too long"
