@@ -13,7 +13,7 @@ from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike, DTypeLike, NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from . import _arrays, _dispatch, _threads
 from ._arrays import Array, Layout
@@ -74,14 +74,15 @@ class InferenceGradients(Gradients):
 
 
 class Saved:
-    """What `forward` leaves for `backward`: a reference to x (not a copy) and a few float64 numbers a channel.
+    """What `forward` leaves for `backward`: a reference to x (not a copy) and a few float64 numbers per channel.
 
-    x must not change until `backward` has run. The object itself cannot be changed.
+    x must not change until `backward` has run: neither its values, which nobody checks, nor its shape, dtype or order
+    of memory, which are checked whenever x is used. The object itself cannot be changed.
 
     Attributes
     ----------
     x : ndarray
-        The input.
+        The input. ValueError if it no longer has the shape, dtype and order of memory that `forward` saw.
     axis : int
         The channel axis, at least 0.
     eps : float
@@ -96,7 +97,7 @@ class Saved:
         1/√(σ² + eps) has more than `rstd`, 0 for float32. Read-only.
     """
 
-    __slots__ = ("_count", "_dtypes", "_eps", "_layout", "_statistics", "_x")
+    __slots__ = ("_count", "_dtype", "_dtypes", "_eps", "_layout", "_statistics", "_x")
 
     def __init__(
         self,
@@ -104,10 +105,11 @@ class Saved:
         eps: float,
         layout: Layout,
         statistics: NDArray[np.float64],
-        dtypes: tuple[DTypeLike | None, DTypeLike | None],
+        dtypes: tuple[np.dtype[Any] | None, np.dtype[Any] | None],
         count: int,
     ) -> None:
         self._x = x
+        self._dtype = x.dtype
         self._eps = eps
         self._layout = layout
         self._statistics = statistics
@@ -115,11 +117,18 @@ class Saved:
         self._count = count
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _restored, (self._x, self._eps, self._layout, self._statistics, self._dtypes, self._count)
+        return _restored, (self.x, self._eps, self._layout, self._statistics, self._dtypes, self._count)
 
     @property
     def x(self) -> Array:
-        return self._x
+        x, layout = self._x, self._layout
+        alike = x.dtype == self._dtype and x.shape == layout.shape
+        if alike and layout.fits(x):
+            return x
+        raise ValueError(
+            f"x must stay what forward saw, <{self._dtype} {layout.shape}>, until backward has run; "
+            f"it is now {_shape_and_dtype(x)}{' in another order of memory' if alike else ''}"
+        )
 
     @property
     def axis(self) -> int:
@@ -134,8 +143,8 @@ class Saved:
         return self._count
 
     def _row(self, row: int) -> NDArray[np.float64]:
+        self._statistics.flags.writeable = False  # or a view could be made writeable again
         array: NDArray[np.float64] = self._statistics[row]
-        array.flags.writeable = False
         return array
 
     @property
@@ -443,7 +452,7 @@ def _backward(
     summed: bool = False,
 ) -> Gradients:
     """The gradients that are needed; all those of the channels are left in the table, which may hold the sums."""
-    x, layout, statistics, count = saved._x, saved._layout, saved._statistics, saved._count
+    x, layout, statistics, count = saved.x, saved._layout, saved._statistics, saved._count
     dtype = x.dtype
     dy = like_x(dy, x)
     threads = _threads.threads_for(x.size, num_threads)
@@ -510,7 +519,7 @@ def grad_sums(dy: ArrayLike, saved: Saved, *, num_threads: int | None = None) ->
     """
     if not isinstance(saved, Saved):
         raise TypeError(f"saved must be what forward returned, got {type(saved).__name__}")
-    x, layout = saved._x, saved._layout
+    x, layout = saved.x, saved._layout
     dy = like_x(dy, x)
     table = np.zeros((GRADIENT_ROWS, layout.view[1]))
     if x.size:
@@ -585,7 +594,7 @@ def update_running(
     n = saved.count
     if n == 1 and unbiased:
         raise ValueError(
-            f"the unbiased variance needs more than one value per channel, got x of shape {saved.x.shape} with "
+            f"the unbiased variance needs more than one value per channel, got x of shape {saved._layout.shape} with "
             f"axis={saved.axis}; pass unbiased=False or a larger batch"
         )
     if n:
