@@ -36,6 +36,7 @@ CHANGES = {
     "fewer values": (lambda x: x.resize((1, 6), refcheck=False), r"<float64 \(1, 6\)>"),
     "another order of memory": (strides, r"<float64 \(4, 6\)> in another order of memory"),
 }
+SAME_MEMORY = ("integers", "the other byte order", "axes exchanged", "more dimensions", "another order of memory")
 USES = {
     "backward": lambda dy, saved: bn.backward(dy, saved),
     "backward, sums given": lambda dy, saved: bn.backward(
@@ -46,9 +47,9 @@ USES = {
     "pathways": lambda dy, saved: bn.pathways(dy, saved),
     "moment_gradients": lambda dy, saved: bn.moment_gradients(dy, saved),
     "diagnose": lambda dy, saved: bn.diagnose(dy, dy, saved),
-    "x": lambda dy, saved: saved.x,
-    "pickle": lambda dy, saved: pickle.dumps(saved),
-    "copy": lambda dy, saved: copy.copy(saved),
+    "x": lambda _, saved: saved.x,
+    "pickle": lambda _, saved: pickle.dumps(saved),
+    "copy": lambda _, saved: copy.copy(saved),
 }
 
 
@@ -96,18 +97,18 @@ class Changes:
         return ONES
 
 
-@pytest.mark.parametrize(("change", "became"), CHANGES.values(), ids=CHANGES)
-def test_an_x_that_changes_during_the_call(change, became, rng):
-    """It is refused, or read as it was."""
+@pytest.mark.parametrize("name", CHANGES)
+def test_an_x_that_changes_during_the_call(name, rng):
+    """It is refused where its memory is not what the call has seen, else read as it was."""
+    change, _ = CHANGES[name]
     for call in (lambda x, gamma: bn.forward(x, gamma)[0], lambda x, gamma: bn.inference(x, ONES, ONES, gamma)):
         x = rng.standard_normal(SHAPE)
         expected = call(x.copy(), ONES)
-        try:
-            y = call(x, Changes(x, change))
-        except ValueError as error:
-            assert "a buffer of the kernel must hold" in str(error)
+        if name in SAME_MEMORY:
+            np.testing.assert_allclose(call(x, Changes(x, change)).view(np.float64), expected, rtol=1e-12)
         else:
-            np.testing.assert_allclose(y.view(np.float64), expected, rtol=1e-12)
+            with pytest.raises(ValueError, match="a buffer of the kernel must hold"):
+                call(x, Changes(x, change))
 
 
 def test_the_doors_of_the_kernels_measure_every_array(rng):

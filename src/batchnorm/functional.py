@@ -10,7 +10,7 @@ Conventions, because frameworks differ in each of them:
 """
 
 from collections.abc import Collection
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -171,6 +171,13 @@ class Saved:
     def mean_low(self) -> NDArray[np.float64]:
         return self._row(MEAN_LOW)
 
+    def __getitem__(self, item: object) -> NoReturn:
+        """Refuse to be taken apart, which an own backward pass would do."""
+        raise TypeError(
+            "what forward left is for the backward pass of batchnorm and has no items: take x, mean, var, rstd and "
+            "gamma from its attributes, or give a backward pass of your own the cache of a forward pass of your own"
+        )
+
     def __repr__(self) -> str:
         return f"Saved(x={_shape_and_dtype(self._x)}, axis={self.axis}, eps={self._eps}, count={self.count})"
 
@@ -181,8 +188,11 @@ def _restored(x: Array, eps: float, layout: Layout, *rest: Any) -> Saved:
 
 
 def _names(names: Collection[str], argument: str, known: tuple[str, ...]) -> Collection[str]:
-    if isinstance(names, str) or not isinstance(names, Collection) or any(name not in known for name in names):
-        raise ValueError(f"{argument} must be a collection of names out of {known}, got {names!r}")
+    """The names, of which one may come by itself."""
+    if isinstance(names, str):
+        names = (names,)
+    if not isinstance(names, Collection) or any(name not in known for name in names):
+        raise ValueError(f"{argument} must be a name or a collection of names out of {known}, got {names!r}")
     return names
 
 
@@ -218,14 +228,14 @@ def forward(
     x : array_like of float32 or float64, at least 2-D
         Channels along `axis`. Channels-last memory, Fortran order and other dense arrangements are used without a copy.
     gamma, beta : array_like, shape (C,), optional
-        Scale and shift; 1 and 0 where None.
+        Scale and shift; 1 and 0 where None. Integers become float64.
     axis : int, default 1
         The channel axis.
     eps : float, default 1e-5
         Added to the variance, under the root; finite, at least 0. With eps = 0 a channel without spread gives beta.
     moments : Moments, optional
-        Statistics of a larger batch that x is a part of, in place of x's own: `Moments.of` each part, added up. With
-        those of x alone, y is the same, bit for bit.
+        Statistics to normalize with in place of x's own: those of a larger batch that x is a part of (`Moments.of`
+        each part, added up), or of any other set of values. With those of x, y is the same, bit for bit.
     out : ndarray, optional
         Where to write y; of x's shape and dtype, sharing no memory with the inputs.
     num_threads : int, optional
@@ -241,7 +251,7 @@ def forward(
     Raises
     ------
     TypeError
-        If a dtype is neither float32 nor float64.
+        If x is neither float32 nor float64, or another argument is not of numbers.
     ValueError
         If a shape, `axis`, `eps` or `moments` does not fit, or `out` is read-only or overlaps an input. Nothing is
         written then.
@@ -271,9 +281,9 @@ def forward(
     x, layout = _arrays.lay_out(given, axis)
     dtype, channels = x.dtype, layout.view[1]
     if gamma is not None:
-        gamma = _arrays.as_channels(gamma, "gamma", channels)
+        gamma = _arrays.as_channels(gamma, "gamma", channels, layout)
     if beta is not None:
-        beta = _arrays.as_channels(beta, "beta", channels)
+        beta = _arrays.as_channels(beta, "beta", channels, layout)
     eps = _arrays.as_eps(eps)
     if moments is not None:
         _check_moments(moments, layout)
@@ -315,8 +325,8 @@ def _check_moments(moments: Moments, layout: Layout) -> None:
         raise TypeError(f"moments must be Moments, got {type(moments).__name__}")
     if moments.mean.size != layout.view[1]:
         raise ValueError(f"moments must have {layout.view[1]} channels, got {moments.mean.size}")
-    if moments.count < layout.values:
-        raise ValueError(f"moments must be those of x and more, at least {layout.values} values, got {moments.count}")
+    if moments.count == 0 and layout.values:
+        raise ValueError("moments must be of at least one value, got count = 0")
 
 
 def backward(
@@ -344,16 +354,16 @@ def backward(
         Upstream gradient, of x's shape and dtype.
     saved : Saved
         From `forward`.
-    through : collection of {"mean", "variance"}, optional
-        The statistics through which the gradient goes, both by default. `through=("mean",)` treats the variance as a
+    through : {"mean", "variance"} or collection of them, optional
+        The statistics through which the gradient goes, both by default. `through="mean"` treats the variance as a
         constant, `through=()` both, which leaves the direct path.
     dmean, dvar : array_like, shape (C,), optional
         Upstream gradients of `saved.mean` and `saved.var` themselves, where a loss depends on them. They add
         dmean/n + dvar·2(x − μ)/n to dx, whatever `through` is.
     sums : GradientSums, optional
-        Sums over the larger batch whose `moments` went into `forward`, in place of those of dy: `grad_sums` of each
-        part, added up. dgamma and dbeta are then those of the larger batch.
-    need : collection of {"dx", "dgamma", "dbeta"}, optional
+        Sums over all values that were normalized with the `moments` given to `forward`, in place of those of dy alone:
+        `grad_sums` of each part, added up. dgamma and dbeta are then those of all parts.
+    need : {"dx", "dgamma", "dbeta"} or collection of them, optional
         The gradients to compute, all by default; the others are None.
     out : ndarray, optional
         Where to write dx; of x's shape and dtype. `out=dy` is allowed, other overlaps are not.
@@ -372,7 +382,13 @@ def backward(
         If `saved` is not from `forward`, or dy has another dtype than x.
     ValueError
         If dy has another shape than x, `through` or `need` hold another name, dmean or dvar have another shape, `sums`
-        are not over as many values as the statistics, or `out` does not fit. Nothing is written then.
+        are over fewer values than the statistics, or `out` does not fit. Nothing is written then.
+
+    Notes
+    -----
+    Every value of x is taken for one of the n values of the statistics, so that it has a share in the paths through
+    them. Values of x that have none, because `forward` was given the `moments` of other values, have dx of the direct
+    path, `through=()`; dgamma and dbeta are right for all.
 
     References
     ----------
@@ -387,11 +403,18 @@ def backward(
     >>> dx, dgamma, dbeta = bn.backward(dy, saved)
     >>> bool(abs(dx.sum()) < 1e-12)
     True
-    >>> bn.backward(dy, saved, need=["dbeta"]).dbeta
+    >>> bn.backward(dy, saved, need="dbeta").dbeta
     array([1.])
+
+    With the statistics of some samples, the others have the direct path alone:
+
+    >>> mask = np.array([True, True, False])
+    >>> y, saved = bn.forward(x, moments=bn.Moments.of(x[mask]))
+    >>> dx = np.where(mask[:, None], bn.backward(dy, saved).dx, bn.backward(dy, saved, through=()).dx)
 
     With a loss of μ alone, every value of x counts 1/n:
 
+    >>> y, saved = bn.forward(x)
     >>> bn.backward(np.zeros((3, 1)), saved, dmean=[1.0]).dx.ravel().round(3)
     array([0.333, 0.333, 0.333])
     """
@@ -421,10 +444,9 @@ def _check_sums(sums: GradientSums, saved: Saved) -> None:
         raise TypeError(f"sums must be GradientSums, got {type(sums).__name__}")
     if sums.sum_dy.size != saved._layout.view[1]:
         raise ValueError(f"sums must have {saved._layout.view[1]} channels, got {sums.sum_dy.size}")
-    if sums.count != saved.count:
-        raise ValueError(
-            f"sums must be over the {saved.count} values a channel that the statistics were made of, got {sums.count}"
-        )
+    wanted = max(saved.count, saved._layout.values)
+    if sums.count < wanted:
+        raise ValueError(f"sums must be over all values that were normalized, at least {wanted}, got {sums.count}")
 
 
 def _check_out(out: Array, need: Collection[str], x: Array, dy: Array) -> None:
@@ -580,8 +602,10 @@ def update_running(
     for name, array in (("running_mean", running_mean), ("running_var", running_var)):
         if not isinstance(array, np.ndarray):
             raise TypeError(f"{name} must be a numpy array, because it is changed in place, got {type(array).__name__}")
-        if _arrays.as_channels(array, name, channels) is not array or not array.flags.aligned:
+        if _arrays.as_float(array, name) is not array or not array.flags.aligned:
             raise TypeError(f"{name} must be an aligned array in native byte order, because it is changed in place")
+        if array.shape != (channels,):
+            raise ValueError(f"{name} must have shape ({channels},), got {array.shape}")
         if not array.flags.writeable:
             raise ValueError(f"{name} must be writeable, got a read-only array")
     if running_mean.dtype != running_var.dtype:
@@ -619,11 +643,11 @@ def _fixed_statistics(
     channels = layout.view[1]
     given: dict[str, Any] = {
         "x": array,
-        "mean": _arrays.as_channels(mean, "mean", channels),
-        "var": _arrays.as_channels(var, "var", channels),
+        "mean": _arrays.as_channels(mean, "mean", channels, layout),
+        "var": _arrays.as_channels(var, "var", channels, layout),
     }
     for name, value in (("gamma", gamma), ("beta", beta)):
-        given[name] = None if value is None else _arrays.as_channels(value, name, channels)
+        given[name] = None if value is None else _arrays.as_channels(value, name, channels, layout)
     statistics = np.empty((STATISTICS_ROWS, channels))
     negative = _dispatch.kernels.fix_statistics(
         statistics,
@@ -658,9 +682,9 @@ def inference(
     x : array_like of float32 or float64, at least 2-D
         Channels along `axis`.
     mean, var : array_like, shape (C,)
-        Usually the running statistics; var is not negative.
+        Usually the running statistics; var is not negative. Integers become float64.
     gamma, beta : array_like, shape (C,), optional
-        Scale and shift; 1 and 0 where None.
+        Scale and shift; 1 and 0 where None. Integers become float64.
     axis : int, default 1
         The channel axis.
     eps : float, default 1e-5
@@ -678,7 +702,7 @@ def inference(
     Raises
     ------
     TypeError
-        If a dtype is neither float32 nor float64.
+        If x is neither float32 nor float64, or another argument is not of numbers.
     ValueError
         If a shape, `axis`, `eps`, a variance or `out` does not fit. Nothing is written then.
 
@@ -728,7 +752,7 @@ def inference_backward(
         Upstream gradient, of x's shape and dtype.
     x, mean, var, gamma, axis, eps
         As given to `inference`.
-    need : collection of {"dx", "dgamma", "dbeta", "dmean", "dvar"}, optional
+    need : {"dx", "dgamma", "dbeta", "dmean", "dvar"} or collection of them, optional
         The gradients to compute, the first three by default; the others are None.
     out : ndarray, optional
         Where to write dx; of x's shape and dtype. `out=dy` is allowed, other overlaps are not.
@@ -753,7 +777,7 @@ def inference_backward(
     >>> dx, dgamma, dbeta = bn.inference_backward(dy, x, mean=[2.0], var=[4.0], gamma=[3.0], eps=0.0)
     >>> dx.ravel(), dgamma, dbeta
     (array([1.5, 3. ]), array([0.5]), array([3.]))
-    >>> bn.inference_backward(dy, x, mean=[2.0], var=[4.0], gamma=[3.0], eps=0.0, need=["dmean"]).dmean
+    >>> bn.inference_backward(dy, x, mean=[2.0], var=[4.0], gamma=[3.0], eps=0.0, need="dmean").dmean
     array([-4.5])
     """
     x, layout, statistics, given = _fixed_statistics(x, mean, var, gamma, None, axis, eps)
