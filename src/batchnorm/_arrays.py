@@ -86,7 +86,7 @@ def layout_of(shape: tuple[int, ...], axis: int, order: tuple[int, ...] | None =
     return Layout(shape, channel, view, order)
 
 
-def as_float(value: ArrayLike, name: str, *, integers: bool = False) -> Array:
+def as_float(value: ArrayLike, name: str, integers: bool = False) -> Array:
     """The argument as an ndarray of native float32 or float64, without a copy where it is one.
 
     Integers and booleans, where they are taken, become float64, as in NumPy's own arithmetic.
@@ -126,7 +126,7 @@ def lay_out(x: Array, axis: int) -> tuple[Array, Layout]:
 
 def as_channels(value: ArrayLike, name: str, channels: int, layout: Layout | None = None) -> Array:
     """The argument as an array with one number per channel; integers become float64."""
-    array = as_float(value, name, integers=True)
+    array = as_float(value, name, True)
     if array.shape != (channels,):
         raise ValueError(f"{name} must have shape ({channels},), got {array.shape}{_other_axis(array, layout)}")
     return array

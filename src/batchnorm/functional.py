@@ -76,13 +76,13 @@ class InferenceGradients(Gradients):
 class Saved:
     """What `forward` leaves for `backward`: a reference to x (not a copy) and a few float64 numbers per channel.
 
-    x must not change until `backward` has run: neither its values, which nobody checks, nor its shape, dtype or order
-    of memory, which are checked whenever x is used. The object itself cannot be changed.
+    x must not change until `backward` has run: neither its values, which nobody checks, nor its shape and dtype, which
+    are checked whenever x is used. The object itself cannot be changed.
 
     Attributes
     ----------
     x : ndarray
-        The input. ValueError if it no longer has the shape, dtype and order of memory that `forward` saw.
+        The input. ValueError if it no longer has the shape and dtype that `forward` saw.
     axis : int
         The channel axis, at least 0.
     eps : float
@@ -97,7 +97,7 @@ class Saved:
         1/√(σ² + eps) has more than `rstd`, 0 for float32. Read-only.
     """
 
-    __slots__ = ("_count", "_dtype", "_dtypes", "_eps", "_layout", "_statistics", "_x")
+    __slots__ = ("_count", "_dtypes", "_eps", "_layout", "_statistics", "_x")
 
     def __init__(
         self,
@@ -105,11 +105,10 @@ class Saved:
         eps: float,
         layout: Layout,
         statistics: NDArray[np.float64],
-        dtypes: tuple[np.dtype[Any] | None, np.dtype[Any] | None],
+        dtypes: tuple[np.dtype[Any], np.dtype[Any] | None, np.dtype[Any] | None],
         count: int,
     ) -> None:
         self._x = x
-        self._dtype = x.dtype
         self._eps = eps
         self._layout = layout
         self._statistics = statistics
@@ -121,14 +120,16 @@ class Saved:
 
     @property
     def x(self) -> Array:
-        x, layout = self._x, self._layout
-        alike = x.dtype == self._dtype and x.shape == layout.shape
-        if alike and layout.fits(x):
-            return x
-        raise ValueError(
-            f"x must stay what forward saw, <{self._dtype} {layout.shape}>, until backward has run; "
-            f"it is now {_shape_and_dtype(x)}{' in another order of memory' if alike else ''}"
-        )
+        return self._unchanged_x()
+
+    def _unchanged_x(self) -> Array:
+        x, layout, dtype = self._x, self._layout, self._dtypes[0]
+        if x.dtype != dtype or x.shape != layout.shape:
+            raise ValueError(
+                f"x must stay what forward saw, <{dtype} {layout.shape}>, until backward has run; "
+                f"it is now {_shape_and_dtype(x)}"
+            )
+        return x
 
     @property
     def axis(self) -> int:
@@ -196,15 +197,16 @@ def _names(names: Collection[str], argument: str, known: tuple[str, ...]) -> Col
     return names
 
 
-def like_x(dy: ArrayLike, x: Array) -> Array:
+def like_x(dy: ArrayLike, saved: Saved) -> Array:
     """dy as an array, which must be like x."""
-    if type(dy) is np.ndarray and dy.dtype is x.dtype and dy.shape == x.shape:
+    shape, dtype = saved._layout.shape, saved._dtypes[0]
+    if type(dy) is np.ndarray and dy.dtype is dtype and dy.shape == shape:
         return dy
     array = _arrays.as_float(dy, "dy")
-    if array.shape != x.shape:
-        raise ValueError(f"dy must have the shape of x, {x.shape}, got {array.shape}")
-    if array.dtype != x.dtype:
-        raise TypeError(f"dy must have the dtype of x, {x.dtype}, got {array.dtype}")
+    if array.shape != shape:
+        raise ValueError(f"dy must have the shape of x, {shape}, got {array.shape}")
+    if array.dtype != dtype:
+        raise TypeError(f"dy must have the dtype of x, {dtype}, got {array.dtype}")
     return array
 
 
@@ -303,7 +305,7 @@ def forward(
             gamma,
             beta,
             eps,
-            dtype == np.float64,
+            x.itemsize == 8,
             moments.mean_low,
             moments.m2_low,
             max(1, moments.count),
@@ -316,7 +318,7 @@ def forward(
         statistics[...] = 0
     if out is not None:
         y = _arrays.deliver(y, out)
-    dtypes = (None if gamma is None else gamma.dtype, None if beta is None else beta.dtype)
+    dtypes = (dtype, None if gamma is None else gamma.dtype, None if beta is None else beta.dtype)
     return y, Saved(x, eps, layout, statistics, dtypes, layout.values if moments is None else moments.count)
 
 
@@ -458,7 +460,7 @@ def _check_out(out: Array, need: Collection[str], x: Array, dy: Array) -> None:
 
 def check_backward(dy: ArrayLike, saved: Saved, need: Collection[str], out: Array | None) -> None:
     """Refuse what `backward` would refuse."""
-    need, dy = _names(need, "need", _NEED), like_x(dy, saved.x)
+    need, dy = _names(need, "need", _NEED), like_x(dy, saved)
     if out is not None:
         _check_out(out, need, saved.x, dy)
 
@@ -474,9 +476,9 @@ def _backward(
     summed: bool = False,
 ) -> Gradients:
     """The gradients that are needed; all those of the channels are left in the table, which may hold the sums."""
-    x, layout, statistics, count = saved.x, saved._layout, saved._statistics, saved._count
+    x, layout, statistics, count = saved._unchanged_x(), saved._layout, saved._statistics, saved._count
     dtype = x.dtype
-    dy = like_x(dy, x)
+    dy = like_x(dy, saved)
     threads = _threads.threads_for(x.size, num_threads)
     if out is not None:
         _check_out(out, need, x, dy)
@@ -496,7 +498,7 @@ def _backward(
         kernels.backward(layout.bring(dy), x, dx, layout.view, statistics, table, paths, count, threads)
     if dx is not None and out is not None:
         dx = _arrays.deliver(dx, out)
-    gamma_dtype, beta_dtype = saved._dtypes
+    _, gamma_dtype, beta_dtype = saved._dtypes
     return Gradients(
         dx,
         table[DGAMMA].astype(gamma_dtype) if "dgamma" in need and gamma_dtype is not None else None,
@@ -542,7 +544,7 @@ def grad_sums(dy: ArrayLike, saved: Saved, *, num_threads: int | None = None) ->
     if not isinstance(saved, Saved):
         raise TypeError(f"saved must be what forward returned, got {type(saved).__name__}")
     x, layout = saved.x, saved._layout
-    dy = like_x(dy, x)
+    dy = like_x(dy, saved)
     table = np.zeros((GRADIENT_ROWS, layout.view[1]))
     if x.size:
         threads = _threads.threads_for(x.size, num_threads)
@@ -641,26 +643,17 @@ def _fixed_statistics(
     array = _arrays.as_float(x, "x")
     x, layout = _arrays.lay_out(array, axis)
     channels = layout.view[1]
-    given: dict[str, Any] = {
-        "x": array,
-        "mean": _arrays.as_channels(mean, "mean", channels, layout),
-        "var": _arrays.as_channels(var, "var", channels, layout),
-    }
-    for name, value in (("gamma", gamma), ("beta", beta)):
-        given[name] = None if value is None else _arrays.as_channels(value, name, channels, layout)
+    mean = _arrays.as_channels(mean, "mean", channels, layout)
+    var = _arrays.as_channels(var, "var", channels, layout)
+    gamma = None if gamma is None else _arrays.as_channels(gamma, "gamma", channels, layout)
+    beta = None if beta is None else _arrays.as_channels(beta, "beta", channels, layout)
     statistics = np.empty((STATISTICS_ROWS, channels))
     negative = _dispatch.kernels.fix_statistics(
-        statistics,
-        given["mean"],
-        given["var"],
-        given["gamma"],
-        given["beta"],
-        _arrays.as_eps(eps),
-        x.dtype == np.float64,
+        statistics, mean, var, gamma, beta, _arrays.as_eps(eps), x.itemsize == 8
     )
     if negative >= 0:
-        raise ValueError(f"var must not be negative, got {given['var'][negative]} in channel {negative}")
-    return x, layout, statistics, given
+        raise ValueError(f"var must not be negative, got {var[negative]} in channel {negative}")
+    return x, layout, statistics, {"x": array, "mean": mean, "var": var, "gamma": gamma, "beta": beta}
 
 
 def inference(
@@ -784,7 +777,7 @@ def inference_backward(
     if out is not None:
         _arrays.check_overlap(out, given)
     dtype = x.dtype if given["gamma"] is None else given["gamma"].dtype
-    saved = Saved(x, eps, layout, statistics, (dtype, dtype), layout.values)
+    saved = Saved(x, eps, layout, statistics, (x.dtype, dtype, dtype), layout.values)
     table = np.empty((GRADIENT_ROWS, layout.view[1]))
     if need is not _NEED:
         need = _names(need, "need", _INFERENCE_NEED)
