@@ -49,6 +49,102 @@ def test_numeric_gradient(shape, forward, backwards):
             assert relative_error(got, expected) <= 1e-8
 
 
+# What the assignment's own notebooks do, with their types of arrays: whole numbers for gamma and beta among them.
+
+
+def activations(rng, samples=200, inputs=50, hidden=60, outputs=3):
+    """Of a network with two layers, and a function that draws more of them."""
+    first, second = rng.standard_normal((inputs, hidden)), rng.standard_normal((hidden, outputs))
+    return lambda: np.maximum(0, rng.standard_normal((samples, inputs)).dot(first)).dot(second)
+
+
+PARAMETERS = {
+    "ones and zeros": (np.ones((3,)), np.zeros((3,))),
+    "floats": (np.asarray([1.0, 2.0, 3.0]), np.asarray([11.0, 12.0, 13.0])),
+    "integers": (np.asarray([3, 4, 5]), np.asarray([6, 7, 8])),
+    "lists": ([3, 4, 5], [6, 7, 8]),
+    "one of each": (np.asarray([3, 4, 5]), np.asarray([6.0, 7.0, 8.0])),
+}
+
+
+@pytest.mark.parametrize(("gamma", "beta"), PARAMETERS.values(), ids=PARAMETERS)
+def test_the_notebook_training(gamma, beta):
+    """Features have beta for mean and gamma for deviation, in rows and in images."""
+    rng = np.random.default_rng(231)
+    out, _ = batchnorm_forward(activations(rng)(), gamma, beta, {"mode": "train"})
+    np.testing.assert_allclose(out.mean(axis=0), beta, atol=1e-13)
+    np.testing.assert_allclose(out.std(axis=0), gamma, rtol=1e-6)
+    images = 4 * rng.standard_normal((2, 3, 4, 5)) + 10
+    out, _ = spatial_batchnorm_forward(images, gamma, beta, {"mode": "train"})
+    assert out.shape == images.shape
+    np.testing.assert_allclose(out.mean(axis=(0, 2, 3)), beta, atol=1e-13)
+    np.testing.assert_allclose(out.std(axis=(0, 2, 3)), gamma, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("gamma", "beta"), PARAMETERS.values(), ids=PARAMETERS)
+def test_the_notebook_testing(gamma, beta):
+    """After fifty batches the running statistics give nearly the same, with the noise of one batch."""
+    rng = np.random.default_rng(231)
+    draw, bn_param = activations(rng), {"mode": "train"}
+    images, image_param = (lambda: 2.3 * rng.standard_normal((10, 3, 11, 12)) + 13), {"mode": "train"}
+    for _ in range(50):
+        batchnorm_forward(draw(), gamma, beta, bn_param)
+        spatial_batchnorm_forward(images(), gamma, beta, image_param)
+    bn_param["mode"] = image_param["mode"] = "test"
+    out, _ = batchnorm_forward(draw(), gamma, beta, bn_param)
+    np.testing.assert_allclose((out.mean(axis=0) - beta) / gamma, 0, atol=0.25)
+    np.testing.assert_allclose(out.std(axis=0), gamma, rtol=0.15)
+    out, _ = spatial_batchnorm_forward(images(), gamma, beta, image_param)
+    np.testing.assert_allclose((out.mean(axis=(0, 2, 3)) - beta) / gamma, 0, atol=0.15)
+    np.testing.assert_allclose(out.std(axis=(0, 2, 3)), gamma, rtol=0.1)
+
+
+@pytest.mark.parametrize(("gamma", "beta"), PARAMETERS.values(), ids=PARAMETERS)
+@pytest.mark.parametrize("spatial", [False, True])
+def test_the_notebook_backward(spatial, gamma, beta):
+    """One `bn_param` for all calls, as there, whose running statistics move meanwhile and change nothing."""
+    rng = np.random.default_rng(231)
+    shape = (2, 3, 4, 5) if spatial else (4, 3)
+    forward, backwards = (SPATIAL if spatial else PLAIN)[1:]
+    x, dout, bn_param = 5 * rng.standard_normal(shape) + 12, rng.standard_normal(shape), {"mode": "train"}
+    a, b = np.array(gamma, float), np.array(beta, float)
+    numeric = (
+        numeric_gradient(lambda: forward(x, gamma, beta, bn_param)[0], x, dout),
+        numeric_gradient(lambda: forward(x, a, beta, bn_param)[0], a, dout),
+        numeric_gradient(lambda: forward(x, gamma, b, bn_param)[0], b, dout),
+    )
+    _, cache = forward(x, gamma, beta, bn_param)
+    for backward in backwards:
+        for got, expected in zip(backward(dout, cache), numeric, strict=True):
+            np.testing.assert_allclose(got, expected, rtol=1e-8, atol=1e-8)
+            assert got.dtype == np.float64
+
+
+def test_the_notebook_compares_both_backward_passes():
+    """The graph's and the simplified one, on (100, 500): the same."""
+    rng = np.random.default_rng(231)
+    x, dout = 5 * rng.standard_normal((100, 500)) + 12, rng.standard_normal((100, 500))
+    gamma, beta = rng.standard_normal(500), rng.standard_normal(500)
+    _, cache = batchnorm_forward(x, gamma, beta, {"mode": "train"})
+    for one, other in zip(batchnorm_backward(dout, cache), batchnorm_backward_alt(dout, cache), strict=True):
+        assert relative_error(one, other) == 0
+
+
+def test_integers_everywhere():
+    """x, dout and running statistics too: what NumPy's own arithmetic gives."""
+    x, dout = np.array([[1, 5], [3, 4], [8, 0]]), np.array([[1, 0], [0, 2], [3, 0]])
+    gamma, beta = np.array([3, 4]), np.array([6, 7])
+    bn_param = {"mode": "train", "running_mean": np.zeros(2, int), "running_var": np.ones(2, int)}
+    y, gradients, running = textbook(x, gamma, beta, dout, [np.zeros(2), np.ones(2)], 1e-5, 0.9)
+    out, cache = batchnorm_forward(x, gamma, beta, bn_param)
+    np.testing.assert_allclose(out, y, rtol=1e-13)
+    for got, expected in zip(batchnorm_backward(dout, cache), gradients, strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-13, atol=1e-13)
+    np.testing.assert_allclose([bn_param["running_mean"], bn_param["running_var"]], running, rtol=1e-14)
+    out, _ = batchnorm_forward(x, gamma, beta, {"mode": "test", "running_mean": [4, 3], "running_var": [1, 2]})
+    np.testing.assert_allclose(out, gamma * (x - [4, 3]) / np.sqrt(np.array([1, 2]) + 1e-5) + beta, rtol=1e-13)
+
+
 def textbook(x, gamma, beta, dout, running, eps, momentum):
     """One training step on rows (N, D) in plain NumPy."""
     n, mean, var = len(x), x.mean(axis=0), x.var(axis=0)
@@ -103,7 +199,25 @@ def test_running_statistics_are_new_arrays(rng):
     assert bn_param["running_mean"].all()
 
 
-X, ONES = np.ones((4, 3)), np.ones(3)
+def own_backward_of_a_tuple(dout, cache):
+    xhat, rstd, gamma = cache
+    return gamma * rstd * (dout - dout.mean(axis=0) - xhat * (dout * xhat).mean(axis=0))
+
+
+def own_backward_of_a_dict(dout, cache):
+    return dout * cache["gamma"]
+
+
+def train(x):
+    forward = batchnorm_forward if x.ndim == 2 else spatial_batchnorm_forward
+    return forward(x, np.ones(3), np.zeros(3), {"mode": "train"})[1]
+
+
+OWN_BACKWARD = (
+    "what forward left is for the backward pass of batchnorm and has no items: .* "
+    "give a backward pass of your own the cache of a forward pass of your own"
+)
+X, IMAGES, ONES = np.ones((4, 3)), np.ones((2, 3, 4, 5)), np.ones(3)
 TRAIN = {"mode": "train"}
 BAD = {
     "no mode": (lambda: batchnorm_forward(X, ONES, ONES, {}), KeyError, "mode"),
@@ -136,7 +250,20 @@ BAD = {
     "no cache in test mode": (
         lambda: batchnorm_backward(X, batchnorm_forward(X, ONES, ONES, {"mode": "test"})[1]),
         TypeError,
-        "cache must be what the forward pass returned in mode 'train', got NoneType",
+        "cache must be what the forward pass of batchnorm.cs231n returned in mode 'train', got NoneType",
+    ),
+    "the cache of an own forward pass": (
+        lambda: batchnorm_backward(X, (X, ONES, ONES, 1e-5)),
+        TypeError,
+        "got tuple; the cache of a forward pass of your own goes into a backward pass of your own",
+    ),
+    "an own backward pass that unpacks": (lambda: own_backward_of_a_tuple(X, train(X)), TypeError, OWN_BACKWARD),
+    "an own backward pass that looks up": (lambda: own_backward_of_a_dict(X, train(X)), TypeError, OWN_BACKWARD),
+    "an own spatial pass": (lambda: own_backward_of_a_tuple(IMAGES, train(IMAGES)), TypeError, OWN_BACKWARD),
+    "x of text": (
+        lambda: batchnorm_forward([["1"]], [1], [1], TRAIN),
+        TypeError,
+        "x must have dtype float32 or float64",
     ),
     "dout of another shape": (
         lambda: spatial_batchnorm_backward(X[:2], batchnorm_forward(X, ONES, ONES, {"mode": "train"})[1]),

@@ -18,6 +18,13 @@ def read_only(array):
     return array
 
 
+class Unreadable:
+    """As torch's tensors of bfloat16."""
+
+    def __array__(self, dtype=None, copy=None):
+        raise TypeError("Got unsupported ScalarType BFloat16")
+
+
 # call, error, message
 FORWARD = {
     "0-d": (lambda: bn.forward(1.0), ValueError, r"x must have at least 2 dimensions, got shape \(\)"),
@@ -37,7 +44,35 @@ FORWARD = {
     "gamma 2-d": (lambda: bn.forward(X, np.ones((3, 1))), ValueError, r"gamma must have shape \(3,\), got \(3, 1\)"),
     "gamma a number": (lambda: bn.forward(X, 1.0), ValueError, r"gamma must have shape \(3,\), got \(\)"),
     "beta too short": (lambda: bn.forward(X, ONES, np.ones(2)), ValueError, r"beta must have shape \(3,\), got \(2,\)"),
-    "beta of integers": (lambda: bn.forward(X, ONES, [1, 2, 3]), TypeError, "beta must have dtype float32 or float64"),
+    "beta complex": (lambda: bn.forward(X, ONES, [1j, 2, 3]), TypeError, "beta must have dtype float32 or float64"),
+    "axes of the statistics": (
+        lambda: bn.forward(X, axis=(0, 2, 3)),
+        TypeError,
+        r"axis must be the channel axis, one integer, got \(0, 2, 3\): statistics are taken over all other axes",
+    ),
+    "eps a 1-d array": (lambda: bn.forward(X, eps=np.full(1, 1e-5)), TypeError, "eps must be a number, got ndarray"),
+    "eps a 0-d array of a string": (
+        lambda: bn.forward(X, eps=np.array("1")),
+        TypeError,
+        "eps must be a number, got str",
+    ),
+    "gamma for the last axis": (
+        lambda: bn.forward(X, np.ones(5)),
+        ValueError,
+        r"gamma must have shape \(3,\), got \(5,\); x of shape \(2, 3, 4, 5\) has 5 along another "
+        r"axis than 1: axis=-1\?",
+    ),
+    "beta for axis 1": (
+        lambda: bn.forward(X, beta=ONES, axis=-1),
+        ValueError,
+        r"beta must have shape \(5,\), got \(3,\); x of .* along another axis than 3: axis=1\?",
+    ),
+    "a bfloat16 tensor": (
+        lambda: bn.forward(Unreadable()),
+        TypeError,
+        r"x must be readable as a NumPy array of float32 or float64: Got unsupported ScalarType BFloat16; "
+        r"convert it first, a bfloat16 tensor of torch by x\.float\(\)",
+    ),
     "threads 0": (lambda: bn.forward(X, num_threads=0), ValueError, "num_threads must be between 1 and 4096, got 0"),
     "threads a float": (lambda: bn.forward(X, num_threads=2.0), TypeError, "num_threads must be an integer, got float"),
     "out a list": (lambda: bn.forward(X, out=[1.0]), TypeError, "out must be a numpy array, got list"),
@@ -91,43 +126,47 @@ BACKWARD = {
     "need unknown": (
         lambda: bn.backward(X, SAVED, need=["dx", "dmu"]),
         ValueError,
-        "need must be a collection of names",
+        "need must be a name or a collection of names",
     ),
-    "need a string": (lambda: bn.backward(X, SAVED, need="dx"), ValueError, "need must be a collection of names"),
+    "need another name": (
+        lambda: bn.backward(X, SAVED, need="d"),
+        ValueError,
+        r"need must be a name or a collection of names out of .*, got \('d',\)",
+    ),
     "through unknown": (
         lambda: bn.backward(X, SAVED, through=["mean", "var"]),
         ValueError,
-        r"through must be a collection of names out of \('mean', 'variance'\), got \['mean', 'var'\]",
+        r"through must be a name or a collection of names out of \('mean', 'variance'\), got \['mean', 'var'\]",
     ),
-    "through a string": (
-        lambda: bn.backward(X, SAVED, through="mean"),
+    "through another name": (
+        lambda: bn.backward(X, SAVED, through="mea"),
         ValueError,
-        "through must be a collection of names .*, got 'mean'",
+        r"through must be a name or a collection of names out of .*, got \('mea',\)",
     ),
     "through a tuple with another name": (
         lambda: bn.backward(X, SAVED, through=("mean", ["variance"])),
         ValueError,
-        "through must be a collection of names",
+        "through must be a name or a collection of names",
     ),
     "through None": (
         lambda: bn.backward(X, SAVED, through=None),
         ValueError,
-        "through must be a collection of names .*, got None",
+        "through must be a name or a collection of names .*, got None",
     ),
     "need a statistic": (
         lambda: bn.backward(X, SAVED, need=["dmean"]),
         ValueError,
-        r"need must be a collection of names out of \('dx', 'dgamma', 'dbeta'\), got \['dmean'\]",
+        r"need must be a name or a collection of names out of \('dx', 'dgamma', 'dbeta'\), got \['dmean'\]",
     ),
     "dmean too short": (
         lambda: bn.backward(X, SAVED, dmean=np.ones(2)),
         ValueError,
         r"dmean must have shape \(3,\), got \(2,\)",
     ),
-    "dvar of integers": (
-        lambda: bn.backward(X, SAVED, dvar=[1, 2, 3]),
+    "dvar of text": (
+        lambda: bn.backward(X, SAVED, dvar=["1", "2", "3"]),
         TypeError,
-        "dvar must have dtype float32 or float64, got int64",
+        "dvar must have dtype float32 or float64, got <U1",
     ),
     "out without dx": (
         lambda: bn.backward(X, SAVED, need=["dgamma"], out=np.empty_like(X)),
@@ -158,7 +197,8 @@ INFERENCE = {
         ValueError,
         "var must not be negative, got -2.0 in channel 2",
     ),
-    "mean of integers": (lambda: bn.inference(X, [0, 0, 0], ONES), TypeError, "mean must have dtype"),
+    "mean of dates": (lambda: bn.inference(X, np.zeros(3, "M8[s]"), ONES), TypeError, "mean must have dtype"),
+    "mean for the last axis": (lambda: bn.inference(X, np.ones(5), ONES), ValueError, r"axis=-1\?"),
     "eps negative": (lambda: bn.inference(X, ONES, ONES, eps=-1.0), ValueError, "eps must be finite"),
     "dy of another shape": (
         lambda: bn.inference_backward(X[0], X, ONES, ONES),
@@ -353,6 +393,41 @@ def test_lists_and_mixed_precision_are_right():
     y, saved = bn.forward(X.astype(np.float32), np.ones(3), np.ones(3, np.float32))
     dx, dgamma, dbeta = bn.backward(X.astype(np.float32), saved)
     assert (y.dtype, dx.dtype, dgamma.dtype, dbeta.dtype) == tuple(np.dtype(c) for c in "ffdf")
+
+
+@pytest.mark.parametrize("dtype", ["int64", "int8", "uint16", "bool"])
+def test_parameters_of_integers_are_those_of_float64(dtype):
+    """Values of x must be floats; what there is one of per channel may be integers, and has gradients of float64."""
+    a, b = np.array([[1, 0, 1], [1, 1, 0]]).astype(dtype)
+    exact_a, exact_b = a.astype(np.float64), b.astype(np.float64)
+    y, saved = bn.forward(X, a, b)
+    exact_y, exact_saved = bn.forward(X, exact_a, exact_b)
+    np.testing.assert_array_equal(y, exact_y)
+    got, expected = (bn.backward(X, s, dmean=m, dvar=v) for s, m, v in ((saved, a, b), (exact_saved, exact_a, exact_b)))
+    for one, other in zip(got, expected, strict=True):
+        np.testing.assert_array_equal(one, other)
+        assert one.dtype == np.float64
+    np.testing.assert_array_equal(bn.inference(X, a, b, a, b), bn.inference(X, *[exact_a, exact_b] * 2))
+    fixed = bn.inference_backward(X, X, a, b, a, need=("dgamma", "dmean"))
+    assert fixed.dgamma.dtype == fixed.dmean.dtype == np.float64
+
+
+def test_one_name_is_a_collection_of_one():
+    _, saved = bn.forward(X, ONES, ONES)
+    np.testing.assert_array_equal(
+        bn.backward(X**2, saved, through="mean").dx, bn.backward(X**2, saved, through=("mean",)).dx
+    )
+    for name in ("dx", "dgamma", "dbeta"):
+        gradients = bn.backward(X, saved, need=name)
+        assert [field for field, value in gradients._asdict().items() if value is not None] == [name]
+    assert bn.inference_backward(X, X, ONES, ONES, need="dvar").dvar.shape == (3,)
+
+
+def test_numbers_may_be_arrays_without_dimensions():
+    np.testing.assert_array_equal(bn.forward(X, eps=np.array(1e-3))[0], bn.forward(X, eps=1e-3)[0])
+    mean, var = np.zeros(3), np.ones(3)
+    bn.update_running(mean, var, SAVED, momentum=np.array(1))
+    np.testing.assert_array_equal(mean, SAVED.mean)
 
 
 @pytest.mark.parametrize("shape", [(0, 3), (4, 0), (0, 3, 2, 2), (2, 3, 0, 5), (2, 0, 4, 4), (0, 0)], ids=str)

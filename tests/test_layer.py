@@ -195,7 +195,7 @@ BAD_STATES = {
     "unknown": (lambda s: s.update(extra=1), ValueError, r"unknown \['extra'\]"),
     "shape": (lambda s: s.update(weight=np.ones(4, "f4")), ValueError, r"weight must have shape \(3,\), got \(4,\)"),
     "dtype": (lambda s: s.update(bias=np.ones(3)), TypeError, "bias must have dtype float32, got float64"),
-    "integers": (lambda s: s.update(bias=np.ones(3, int)), TypeError, "bias must have dtype float32 or float64"),
+    "integers": (lambda s: s.update(bias=np.ones(3, int)), TypeError, "bias must have dtype float32"),
     "NaN": (lambda s: s.update(running_mean=np.full(3, np.nan, "f4")), ValueError, "running_mean must be finite"),
     "infinite": (lambda s: s.update(weight=np.full(3, np.inf, "f4")), ValueError, "weight must be finite, got inf"),
     "negative variance": (

@@ -148,6 +148,100 @@ def test_merging(sizes, offset, seed):
         np.testing.assert_allclose(merged.std(), whole.std(axis=0), rtol=1e-12, atol=1e-9 * abs(offset) * 1e-3)
 
 
+@pytest.mark.parametrize("dtype", ["uint8", "int32", "int64", "bool", "float32", ">f8"])
+@pytest.mark.parametrize("shape", [(50,), (50, 3), (5, 3, 7), ()], ids=str)
+def test_what_numpy_takes_the_mean_of(shape, dtype, rng):
+    """Integers as float64, 1-D data as one channel, a number as one value of it; the stream of a data set likewise."""
+    x = rng.integers(0, 2 if dtype == "bool" else 200, shape).astype(dtype)
+    axes = tuple(i for i in range(max(x.ndim, 1)) if i != 1)
+    numbers = np.atleast_1d(x).astype(float)
+    for moments in (bn.Moments.of(x), bn.population([x] if x.ndim < 2 else [x[:2], x[2:]])):
+        np.testing.assert_allclose(moments.mean, np.atleast_1d(numbers.mean(axis=axes)), rtol=1e-14)
+        np.testing.assert_allclose(moments.var(), np.atleast_1d(numbers.var(axis=axes)), rtol=1e-13)
+        assert moments.count == numbers.size // (x.shape[1] if x.ndim > 1 else 1)
+
+
+def test_one_dimension_is_a_column():
+    x = np.arange(4.0)
+    assert bn.Moments.of(x) == bn.Moments.of(list(x)) == bn.Moments.of(x, -1) == bn.Moments.of(x[:, None])
+    assert bn.Moments.of(x, 0) == bn.Moments.of(x[:, None], 0)
+    assert bn.population([x[:1], x[1:]]) == bn.population([x])
+
+
+def test_sum_adds_up(rng):
+    """From the 0 with which it begins."""
+    x, dy = rng.standard_normal((2, 9, 3))
+    assert sum(bn.Moments.of(part) for part in np.split(x, 3)) == (
+        bn.Moments.of(x[:3]) + bn.Moments.of(x[3:6]) + bn.Moments.of(x[6:])
+    )
+    _, saved = bn.forward(x)
+    one = bn.grad_sums(dy, saved)
+    np.testing.assert_array_equal(sum([one, one]).sum_dy, 2 * one.sum_dy)
+    assert sum([one]) is one
+
+
+def numeric_gradient(loss, x, step=1e-3):
+    """By the five-point rule, which leaves O(step⁴)."""
+    gradient = np.zeros_like(x)
+    for index in np.ndindex(x.shape):
+        values = []
+        for k in (-2, -1, 1, 2):
+            moved = x.copy()
+            moved[index] += k * step
+            values.append(loss(moved))
+        gradient[index] = (values[0] - 8 * values[1] + 8 * values[2] - values[3]) / (12 * step)
+    return gradient
+
+
+def textbook(x, mean, var, gamma, beta):
+    return gamma * (x - mean) / np.sqrt(var + 1e-5) + beta
+
+
+def test_statistics_of_some_samples(rng):
+    """y, and the gradient, which goes through the statistics for the samples they are of and for no other."""
+    x, dy = rng.standard_normal((2, 7, 3)) + np.array([2.0, 0.0]).reshape(2, 1, 1)
+    gamma, beta = rng.standard_normal((2, 3))
+    mask = np.array([1, 0, 1, 1, 0, 0, 1], bool)
+
+    def loss(x, gamma, beta):
+        return (textbook(x, x[mask].mean(axis=0), x[mask].var(axis=0), gamma, beta) * dy).sum()
+
+    y, saved = bn.forward(x, gamma, beta, moments=bn.Moments.of(x[mask]))
+    np.testing.assert_allclose(y, textbook(x, x[mask].mean(axis=0), x[mask].var(axis=0), gamma, beta), atol=1e-14)
+    assert saved.count == 4
+    gradients = bn.backward(dy, saved)
+    dx = np.where(mask[:, None], gradients.dx, bn.backward(dy, saved, through=()).dx)
+    np.testing.assert_allclose(dx, numeric_gradient(lambda x: loss(x, gamma, beta), x), atol=1e-9)
+    np.testing.assert_allclose(gradients.dgamma, numeric_gradient(lambda g: loss(x, g, beta), gamma), atol=1e-9)
+    np.testing.assert_allclose(gradients.dbeta, numeric_gradient(lambda b: loss(x, gamma, b), beta), atol=1e-9)
+    in_steps = bn.backward(dy, saved, sums=bn.grad_sums(dy, saved))
+    assert in_steps.dx.tobytes() == gradients.dx.tobytes()
+
+
+def test_statistics_of_some_samples_of_every_part(rng):
+    """Parts with masks of their own: the sums are over all samples, more than the statistics are of."""
+    x, dy = rng.standard_normal((2, 8, 3)) + np.array([2.0, 0.0]).reshape(2, 1, 1)
+    mask = np.array([1, 0, 1, 1, 0, 0, 1, 0], bool)
+    whole = bn.forward(x, moments=bn.Moments.of(x[mask]))[1]
+    expected = bn.backward(dy, whole).dx
+    moments = bn.Moments.of(x[:5][mask[:5]]) + bn.Moments.of(x[5:][mask[5:]])
+    saved = [bn.forward(part, moments=moments)[1] for part in (x[:5], x[5:])]
+    sums = bn.grad_sums(dy[:5], saved[0]) + bn.grad_sums(dy[5:], saved[1])
+    dx = [bn.backward(part, s, sums=sums).dx for part, s in zip((dy[:5], dy[5:]), saved, strict=True)]
+    np.testing.assert_allclose(np.concatenate(dx), expected, rtol=1e-12, atol=1e-14)
+
+
+def test_statistics_of_other_data(rng):
+    """x has no share in them, so only the direct path is left; their own gradients are those of fixed statistics."""
+    x, other, dy = rng.standard_normal((5, 3)), rng.standard_normal((2, 3)), rng.standard_normal((5, 3))
+    gamma, beta = rng.standard_normal((2, 3))
+    y, saved = bn.forward(x, gamma, beta, moments=bn.Moments.of(other))
+    np.testing.assert_allclose(y, bn.inference(x, other.mean(axis=0), other.var(axis=0), gamma, beta), atol=1e-14)
+    fixed = bn.inference_backward(dy, x, other.mean(axis=0), other.var(axis=0), gamma)
+    for got, expected in zip(bn.backward(dy, saved, through=()), fixed, strict=True):
+        np.testing.assert_allclose(got, expected, atol=1e-13)
+
+
 def test_an_empty_side_changes_nothing(rng):
     full = bn.Moments.of(rng.standard_normal((9, 4)) + 1e5)
     empty = bn.Moments.of(np.empty((0, 4)))
@@ -242,7 +336,7 @@ def test_recalibrate(rng):
     np.testing.assert_allclose(layer.running_var, x.var(axis=(0, 1), ddof=1), rtol=1e-14)
     assert layer.num_batches_tracked == 0
     before = layer.state_dict()
-    for bad in ([x[..., :2]], [], [x[:1, :1]], [x, x.astype(int)]):
+    for bad in ([x[..., :2]], [], [x[:1, :1]], [x, x.astype(complex)]):
         with pytest.raises((TypeError, ValueError)):
             layer.recalibrate(bad)
     for name, value in layer.state_dict().items():
@@ -287,13 +381,15 @@ X = np.arange(24.0).reshape(8, 3)
 SAVED = bn.forward(X)[1]
 OF = bn.Moments.of(X)
 SUMS = bn.grad_sums(X, SAVED)
+MASKED = bn.forward(X[:4], moments=bn.Moments.of(X[:2]))[1]
 BAD = {
     "count negative": (lambda: bn.Moments(-1, [0.0], [0.0]), ValueError, "count must be at least 0, got -1"),
     "count a float": (lambda: bn.Moments(1.0, [0.0], [0.0]), TypeError, "count must be an integer, got float"),
     "mean 2-d": (lambda: bn.Moments(1, [[0.0]], [0.0]), ValueError, r"mean must have shape \(C,\), got \(1, 1\)"),
     "m2 too long": (lambda: bn.Moments(1, [0.0], [0.0, 1.0]), ValueError, r"m2 must have shape \(1,\), got \(2,\)"),
     "m2 negative": (lambda: bn.Moments(1, [0.0], [-1.0]), ValueError, "m2 must not be negative, got -1.0"),
-    "of 1-d": (lambda: bn.Moments.of(np.ones(3)), ValueError, "x must have at least 2 dimensions"),
+    "of text": (lambda: bn.Moments.of(["1"]), TypeError, "x must have dtype float32 or float64, got <U1"),
+    "sum with a start": (lambda: sum([OF], 1), TypeError, "unsupported operand"),
     "ddof too large": (lambda: OF.var(8), ValueError, "ddof must be at least 0 and less than count = 8, got 8"),
     "merge with a number": (lambda: OF.merge(1), TypeError, "other must be Moments, got int"),
     "merge of other channels": (
@@ -327,10 +423,10 @@ BAD = {
         ValueError,
         "moments must have 3 channels, got 2",
     ),
-    "forward, of less than x": (
-        lambda: bn.forward(X, moments=bn.Moments.of(X[:4])),
+    "forward, of nothing": (
+        lambda: bn.forward(X, moments=bn.Moments.of(X[:0])),
         ValueError,
-        "moments must be those of x and more, at least 8 values, got 4",
+        "moments must be of at least one value, got count = 0",
     ),
     "backward, no sums": (lambda: bn.backward(X, SAVED, sums=3), TypeError, "sums must be GradientSums, got int"),
     "backward, other channels": (
@@ -341,7 +437,12 @@ BAD = {
     "backward, sums of a part": (
         lambda: bn.backward(X, SAVED, sums=bn.grad_sums(X[:4], bn.forward(X[:4])[1])),
         ValueError,
-        "sums must be over the 8 values a channel that the statistics were made of, got 4",
+        "sums must be over all values that were normalized, at least 8, got 4",
+    ),
+    "backward, sums of a part with a mask": (
+        lambda: bn.backward(X, bn.forward(X, moments=bn.Moments.of(X[:2]))[1], sums=bn.grad_sums(X[:4], MASKED)),
+        ValueError,
+        "sums must be over all values that were normalized, at least 8, got 4",
     ),
     "sums with a number": (lambda: SUMS.merge(1), TypeError, "other must be GradientSums, got int"),
     "grad_sums, saved": (lambda: bn.grad_sums(X, X), TypeError, "saved must be what forward returned, got ndarray"),
@@ -356,7 +457,7 @@ BAD = {
         ValueError,
         r"a batch must have 3 channels along axis 1, got shape \(8, 2\)",
     ),
-    "population of integers": (lambda: bn.population([X.astype(int)]), TypeError, "a batch must have dtype float32 or"),
+    "population of text": (lambda: bn.population([["1"]]), TypeError, "a batch must have dtype float32 or"),
 }
 
 

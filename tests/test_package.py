@@ -126,6 +126,17 @@ def test_nothing_but_numpy_is_imported():
     assert succeeds(program).split() == ["batchnorm", "numpy"]
 
 
+def test_modules_for_some_are_attributes_that_are_imported_when_asked_for():
+    program = (
+        "import sys, batchnorm as bn; names = {'cs231n', 'mpi'}; assert names <= set(dir(bn)); "
+        "assert not names & {name.partition('batchnorm.')[2] for name in sys.modules}; "
+        "print(bn.cs231n.batchnorm_forward.__name__, bn.mpi.SyncBatchNorm.__name__)"
+    )
+    assert succeeds(program).split() == ["batchnorm_forward", "SyncBatchNorm"]
+    with pytest.raises(AttributeError, match="module 'batchnorm' has no attribute 'torch'"):
+        _ = bn.torch
+
+
 def test_every_module_imports():
     for module in pkgutil.iter_modules(bn.__path__):
         if not module.name.startswith(("_kernels", "__main__")):

@@ -5,6 +5,9 @@ added under the root: PyTorch's conventions. Statistics are float64 inside, and 
 any number of threads and any processor.
 """
 
+import importlib
+from typing import TYPE_CHECKING
+
 from ._config import show_config
 from ._threads import get_num_threads, set_num_threads
 from ._version import __version__
@@ -25,6 +28,9 @@ from .layer import BatchNorm
 from .moments import GradientSums, Moments, population
 from .reference import MomentGradients
 
+if TYPE_CHECKING:
+    from . import cs231n, mpi
+
 __all__ = [
     "BatchNorm",
     "Diagnosis",
@@ -38,6 +44,7 @@ __all__ = [
     "__version__",
     "backward",
     "centering_matrix",
+    "cs231n",
     "diagnose",
     "forward",
     "get_num_threads",
@@ -46,9 +53,22 @@ __all__ = [
     "inference_backward",
     "jacobian",
     "moment_gradients",
+    "mpi",
     "pathways",
     "population",
     "set_num_threads",
     "show_config",
     "update_running",
 ]
+
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name):
+        """Modules that only some need are imported when they are first asked for."""
+        if name in ("cs231n", "mpi"):
+            return importlib.import_module(f".{name}", __name__)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    def __dir__():
+        return sorted({*globals(), *__all__})

@@ -86,9 +86,12 @@ def layout_of(shape: tuple[int, ...], axis: int, order: tuple[int, ...] | None =
     return Layout(shape, channel, view, order)
 
 
-def as_float(value: ArrayLike, name: str) -> Array:
-    """The argument as an ndarray of native float32 or float64, without a copy where it is one."""
-    if type(value) is np.ndarray and value.dtype in (_FLOAT32, _FLOAT64):
+def as_float(value: ArrayLike, name: str, integers: bool = False) -> Array:
+    """The argument as an ndarray of native float32 or float64, without a copy where it is one.
+
+    Integers and booleans, where they are taken, become float64, as in NumPy's own arithmetic.
+    """
+    if type(value) is np.ndarray and (value.dtype is _FLOAT32 or value.dtype is _FLOAT64):
         return value
     ma = sys.modules.get("numpy.ma")
     if ma is not None and isinstance(value, ma.MaskedArray):
@@ -97,6 +100,13 @@ def as_float(value: ArrayLike, name: str) -> Array:
         array = np.asarray(value)
     except ValueError as error:
         raise ValueError(f"{name} must be an array of numbers: {error}") from None
+    except TypeError as error:
+        raise TypeError(
+            f"{name} must be readable as a NumPy array of float32 or float64: {error}; "
+            f"convert it first, a bfloat16 tensor of torch by {name}.float()"
+        ) from None
+    if integers and array.dtype.kind in "iub":
+        return array.astype(np.float64)
     if array.dtype.kind != "f" or array.dtype.itemsize not in (4, 8):
         raise TypeError(f"{name} must have dtype float32 or float64, got {array.dtype}")
     return array.astype(array.dtype.newbyteorder("="), copy=False)
@@ -114,22 +124,36 @@ def lay_out(x: Array, axis: int) -> tuple[Array, Layout]:
     return (x, layout) if layout.fits(x) else (layout.copy(x), layout)
 
 
-def as_channels(value: ArrayLike, name: str, channels: int) -> Array:
-    """The argument as an array with one number a channel."""
-    array = as_float(value, name)
+def as_channels(value: ArrayLike, name: str, channels: int, layout: Layout | None = None) -> Array:
+    """The argument as an array with one number per channel; integers become float64."""
+    array = as_float(value, name, True)
     if array.shape != (channels,):
-        raise ValueError(f"{name} must have shape ({channels},), got {array.shape}")
+        raise ValueError(f"{name} must have shape ({channels},), got {array.shape}{_other_axis(array, layout)}")
     return array
+
+
+def _other_axis(array: Array, layout: Layout | None) -> str:
+    """A question, where the numbers fit the channels along another axis than the one that was named."""
+    if layout is None or array.ndim != 1 or array.size not in layout.shape:
+        return ""
+    axis = -1 if layout.shape[-1] == array.size else layout.shape.index(array.size)
+    return f"; x of shape {layout.shape} has {array.size} along another axis than {layout.axis}: axis={axis}?"
 
 
 def as_index(value: int, name: str) -> int:
     try:
         return operator.index(value)
     except TypeError:
+        if name == "axis" and isinstance(value, (tuple, list)):
+            raise TypeError(
+                f"axis must be the channel axis, one integer, got {value}: statistics are taken over all other axes"
+            ) from None
         raise TypeError(f"{name} must be an integer, got {type(value).__name__}") from None
 
 
 def _as_number(value: float, name: str) -> float:
+    if isinstance(value, np.ndarray) and value.ndim == 0:
+        value = value[()]
     if not isinstance(value, (float, int, np.floating, np.integer)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     return float(value)

@@ -1689,6 +1689,25 @@ cdef int borrow(Py_buffer *buffer, object array, bint to_write) except -1:
     return PyObject_GetBuffer(array, buffer, PyBUF_STRIDED if to_write else PyBUF_STRIDED_RO)
 
 
+cdef int refuse(str wanted) except -1:
+    raise ValueError(f"a buffer of the kernel must hold {wanted}")
+
+
+cdef int measure(const Py_buffer *buffer, Py_ssize_t values, Py_ssize_t itemsize) except -1:
+    """Refuse memory that is not so many values of that size side by side, whatever the façade has checked."""
+    cdef Py_ssize_t i, extent = itemsize
+    if buffer.buf == NULL:              # nowhere
+        return 0
+    for i in range(buffer.ndim):
+        if buffer.shape[i] > 1:
+            if buffer.strides[i] < 0:
+                refuse("values in the order of memory")
+            extent += (buffer.shape[i] - 1) * buffer.strides[i]
+    if buffer.itemsize != itemsize or buffer.len != values * itemsize or (values > 0 and extent != buffer.len):
+        refuse(f"{values} values of {itemsize} bytes without gaps")
+    return 0
+
+
 cdef int call(Pass which, x, dy, out, tuple view, statistics, gradients, double eps, int through,
               double count, int num_threads) except -1:
     """Borrow the memory of the arrays, lay out the work, get scratch for a few numbers a block and channel, and run."""
@@ -1705,6 +1724,12 @@ cdef int call(Pass which, x, dy, out, tuple view, statistics, gradients, double 
         borrow(&at[2], out, True)
         borrow(&at[3], statistics, which <= NORMALIZE)
         borrow(&at[4], gradients, True)
+        if at[0].itemsize != sizeof(float) and at[0].itemsize != sizeof(double):
+            refuse("float32 or float64")
+        for i in range(3):
+            measure(&at[i], N * C * S, at[0].itemsize)
+        measure(&at[3], STATISTICS_ROWS * C, sizeof(double))
+        measure(&at[4], GRADIENT_ROWS * C, sizeof(double))
         lay_out(&job, N, C, S, at[0].itemsize, arrays)
         job.eps, job.through, job.count = eps, through, count
         job.statistics, job.gradients = <double *> at[3].buf, <double *> at[4].buf
@@ -1736,13 +1761,18 @@ cdef int set_channels(table, Py_ssize_t row, values, double otherwise) except -1
     cdef float single
     borrow(&to, table, True)
     try:
+        C = to.shape[1] if to.ndim == 2 else 0
+        measure(&to, STATISTICS_ROWS * C, sizeof(double))
         borrow(&buffer, values, False)
-        C = to.shape[1]
         numbers = <double *> to.buf + row * C
         if values is None:
             for c in range(C):
                 numbers[c] = otherwise
             return 0
+        if (buffer.ndim != 1 or buffer.shape[0] != C
+                or (buffer.itemsize != sizeof(float) and buffer.itemsize != sizeof(double))):
+            PyBuffer_Release(&buffer)
+            refuse(f"{C} values of float32 or float64")
         at, stride = <const char *> buffer.buf, buffer.strides[0]
         if buffer.itemsize == sizeof(double):
             for c in range(C):

@@ -10,7 +10,8 @@ that course does differently from the rest of this package:
 - Its momentum, 0.9, is the weight of the OLD value: running ← momentum·running + (1 − momentum)·batch.
 - The running variance takes the biased variance of the batch.
 - `mode` is "train" or "test"; in test mode there is no cache.
-- `cache` is nobody's business but the functions'; here it is what `batchnorm.forward` calls `saved`.
+- Integers are taken everywhere and become float64, as in NumPy's own arithmetic.
+- Treat `cache` as opaque: it is what `batchnorm.forward` calls `saved`. So take both passes from here, or neither.
 
 The course has two backward passes, one along the graph and one simplified on paper. They compute the same, and there
 is one kernel; `batchnorm.pathways` has the terms of the graph.
@@ -39,7 +40,8 @@ def batchnorm_forward(
 
     Parameters
     ----------
-    x : array_like of float32 or float64, shape (N, D)
+    x : array_like, shape (N, D)
+        Of float32 or float64; integers become float64.
     gamma, beta : array_like, shape (D,)
     bn_param : dict
         "mode": "train" or "test". "eps": 1e-5 if missing. "momentum": the weight of the OLD value, 0.9 if missing.
@@ -56,7 +58,7 @@ def batchnorm_forward(
     KeyError
         If `bn_param` has no "mode".
     TypeError
-        If a dtype is neither float32 nor float64.
+        If an array is not of numbers.
     ValueError
         If a shape or an entry of `bn_param` does not fit. Nothing is changed then.
 
@@ -102,8 +104,11 @@ def batchnorm_backward(dout: ArrayLike, cache: Cache) -> Gradients:
     array([1.])
     """
     if not isinstance(cache, Saved):
-        raise TypeError(f"cache must be what the forward pass returned in mode 'train', got {type(cache).__name__}")
-    return functional.backward(dout, cache)
+        raise TypeError(
+            "cache must be what the forward pass of batchnorm.cs231n returned in mode 'train', "
+            f"got {type(cache).__name__}; the cache of a forward pass of your own goes into a backward pass of your own"
+        )
+    return functional.backward(_arrays.as_float(dout, "dout", integers=True), cache)
 
 
 def batchnorm_backward_alt(dout: ArrayLike, cache: Cache) -> Gradients:
@@ -118,7 +123,8 @@ def spatial_batchnorm_forward(
 
     Parameters
     ----------
-    x : array_like of float32 or float64, shape (N, C, H, W)
+    x : array_like, shape (N, C, H, W)
+        Of float32 or float64; integers become float64.
     gamma, beta : array_like, shape (C,)
     bn_param : dict
         As for `batchnorm_forward`, the running statistics of shape (C,).
@@ -150,7 +156,7 @@ def spatial_batchnorm_backward(dout: ArrayLike, cache: Cache) -> Gradients:
 
 
 def _with_dimensions(x: ArrayLike, dimensions: int, wanted: str) -> Array:
-    array = _arrays.as_float(x, "x")
+    array = _arrays.as_float(x, "x", integers=True)
     if array.ndim != dimensions:
         raise ValueError(f"x must have shape {wanted}, got {array.shape}")
     return array
@@ -164,7 +170,8 @@ def _forward(x: Array, gamma: ArrayLike, beta: ArrayLike, bn_param: MutableMappi
     mean, var = (bn_param.get(name, np.zeros(x.shape[1], x.dtype)) for name in ("running_mean", "running_var"))
     if mode == "test":
         return functional.inference(x, mean, var, gamma, beta, eps=eps), None
-    running_mean, running_var = np.array(mean), np.array(var)
+    running_mean = np.array(_arrays.as_float(mean, "running_mean", integers=True))
+    running_var = np.array(_arrays.as_float(var, "running_var", integers=True))
     y, saved = functional.forward(x, gamma, beta, eps=eps)
     functional.update_running(running_mean, running_var, saved, momentum=1 - weight_of_old, unbiased=False)
     bn_param["running_mean"], bn_param["running_var"] = running_mean, running_var

@@ -10,10 +10,10 @@ Conventions, because frameworks differ in each of them:
 """
 
 from collections.abc import Collection
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
-from numpy.typing import ArrayLike, DTypeLike, NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from . import _arrays, _dispatch, _threads
 from ._arrays import Array, Layout
@@ -74,14 +74,15 @@ class InferenceGradients(Gradients):
 
 
 class Saved:
-    """What `forward` leaves for `backward`: a reference to x (not a copy) and a few float64 numbers a channel.
+    """What `forward` leaves for `backward`: a reference to x (not a copy) and a few float64 numbers per channel.
 
-    x must not change until `backward` has run. The object itself cannot be changed.
+    x must not change until `backward` has run: neither its values, which nobody checks, nor its shape and dtype, which
+    are checked whenever x is used. The object itself cannot be changed.
 
     Attributes
     ----------
     x : ndarray
-        The input.
+        The input. ValueError if it no longer has the shape and dtype that `forward` saw.
     axis : int
         The channel axis, at least 0.
     eps : float
@@ -104,7 +105,7 @@ class Saved:
         eps: float,
         layout: Layout,
         statistics: NDArray[np.float64],
-        dtypes: tuple[DTypeLike | None, DTypeLike | None],
+        dtypes: tuple[np.dtype[Any], np.dtype[Any] | None, np.dtype[Any] | None],
         count: int,
     ) -> None:
         self._x = x
@@ -115,11 +116,20 @@ class Saved:
         self._count = count
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _restored, (self._x, self._eps, self._layout, self._statistics, self._dtypes, self._count)
+        return _restored, (self.x, self._eps, self._layout, self._statistics, self._dtypes, self._count)
 
     @property
     def x(self) -> Array:
-        return self._x
+        return self._unchanged_x()
+
+    def _unchanged_x(self) -> Array:
+        x, layout, dtype = self._x, self._layout, self._dtypes[0]
+        if x.dtype != dtype or x.shape != layout.shape:
+            raise ValueError(
+                f"x must stay what forward saw, <{dtype} {layout.shape}>, until backward has run; "
+                f"it is now {_shape_and_dtype(x)}"
+            )
+        return x
 
     @property
     def axis(self) -> int:
@@ -134,8 +144,8 @@ class Saved:
         return self._count
 
     def _row(self, row: int) -> NDArray[np.float64]:
+        self._statistics.flags.writeable = False  # or a view could be made writeable again
         array: NDArray[np.float64] = self._statistics[row]
-        array.flags.writeable = False
         return array
 
     @property
@@ -162,6 +172,13 @@ class Saved:
     def mean_low(self) -> NDArray[np.float64]:
         return self._row(MEAN_LOW)
 
+    def __getitem__(self, item: object) -> NoReturn:
+        """Refuse to be taken apart, which an own backward pass would do."""
+        raise TypeError(
+            "what forward left is for the backward pass of batchnorm and has no items: take x, mean, var, rstd and "
+            "gamma from its attributes, or give a backward pass of your own the cache of a forward pass of your own"
+        )
+
     def __repr__(self) -> str:
         return f"Saved(x={_shape_and_dtype(self._x)}, axis={self.axis}, eps={self._eps}, count={self.count})"
 
@@ -172,20 +189,24 @@ def _restored(x: Array, eps: float, layout: Layout, *rest: Any) -> Saved:
 
 
 def _names(names: Collection[str], argument: str, known: tuple[str, ...]) -> Collection[str]:
-    if isinstance(names, str) or not isinstance(names, Collection) or any(name not in known for name in names):
-        raise ValueError(f"{argument} must be a collection of names out of {known}, got {names!r}")
+    """The names, of which one may come by itself."""
+    if isinstance(names, str):
+        names = (names,)
+    if not isinstance(names, Collection) or any(name not in known for name in names):
+        raise ValueError(f"{argument} must be a name or a collection of names out of {known}, got {names!r}")
     return names
 
 
-def like_x(dy: ArrayLike, x: Array) -> Array:
+def like_x(dy: ArrayLike, saved: Saved) -> Array:
     """dy as an array, which must be like x."""
-    if type(dy) is np.ndarray and dy.dtype is x.dtype and dy.shape == x.shape:
+    shape, dtype = saved._layout.shape, saved._dtypes[0]
+    if type(dy) is np.ndarray and dy.dtype is dtype and dy.shape == shape:
         return dy
     array = _arrays.as_float(dy, "dy")
-    if array.shape != x.shape:
-        raise ValueError(f"dy must have the shape of x, {x.shape}, got {array.shape}")
-    if array.dtype != x.dtype:
-        raise TypeError(f"dy must have the dtype of x, {x.dtype}, got {array.dtype}")
+    if array.shape != shape:
+        raise ValueError(f"dy must have the shape of x, {shape}, got {array.shape}")
+    if array.dtype != dtype:
+        raise TypeError(f"dy must have the dtype of x, {dtype}, got {array.dtype}")
     return array
 
 
@@ -209,14 +230,14 @@ def forward(
     x : array_like of float32 or float64, at least 2-D
         Channels along `axis`. Channels-last memory, Fortran order and other dense arrangements are used without a copy.
     gamma, beta : array_like, shape (C,), optional
-        Scale and shift; 1 and 0 where None.
+        Scale and shift; 1 and 0 where None. Integers become float64.
     axis : int, default 1
         The channel axis.
     eps : float, default 1e-5
         Added to the variance, under the root; finite, at least 0. With eps = 0 a channel without spread gives beta.
     moments : Moments, optional
-        Statistics of a larger batch that x is a part of, in place of x's own: `Moments.of` each part, added up. With
-        those of x alone, y is the same, bit for bit.
+        Statistics to normalize with in place of x's own: those of a larger batch that x is a part of (`Moments.of`
+        each part, added up), or of any other set of values. With those of x, y is the same, bit for bit.
     out : ndarray, optional
         Where to write y; of x's shape and dtype, sharing no memory with the inputs.
     num_threads : int, optional
@@ -232,7 +253,7 @@ def forward(
     Raises
     ------
     TypeError
-        If a dtype is neither float32 nor float64.
+        If x is neither float32 nor float64, or another argument is not of numbers.
     ValueError
         If a shape, `axis`, `eps` or `moments` does not fit, or `out` is read-only or overlaps an input. Nothing is
         written then.
@@ -262,9 +283,9 @@ def forward(
     x, layout = _arrays.lay_out(given, axis)
     dtype, channels = x.dtype, layout.view[1]
     if gamma is not None:
-        gamma = _arrays.as_channels(gamma, "gamma", channels)
+        gamma = _arrays.as_channels(gamma, "gamma", channels, layout)
     if beta is not None:
-        beta = _arrays.as_channels(beta, "beta", channels)
+        beta = _arrays.as_channels(beta, "beta", channels, layout)
     eps = _arrays.as_eps(eps)
     if moments is not None:
         _check_moments(moments, layout)
@@ -284,7 +305,7 @@ def forward(
             gamma,
             beta,
             eps,
-            dtype == np.float64,
+            x.itemsize == 8,
             moments.mean_low,
             moments.m2_low,
             max(1, moments.count),
@@ -297,7 +318,7 @@ def forward(
         statistics[...] = 0
     if out is not None:
         y = _arrays.deliver(y, out)
-    dtypes = (None if gamma is None else gamma.dtype, None if beta is None else beta.dtype)
+    dtypes = (dtype, None if gamma is None else gamma.dtype, None if beta is None else beta.dtype)
     return y, Saved(x, eps, layout, statistics, dtypes, layout.values if moments is None else moments.count)
 
 
@@ -306,8 +327,8 @@ def _check_moments(moments: Moments, layout: Layout) -> None:
         raise TypeError(f"moments must be Moments, got {type(moments).__name__}")
     if moments.mean.size != layout.view[1]:
         raise ValueError(f"moments must have {layout.view[1]} channels, got {moments.mean.size}")
-    if moments.count < layout.values:
-        raise ValueError(f"moments must be those of x and more, at least {layout.values} values, got {moments.count}")
+    if moments.count == 0 and layout.values:
+        raise ValueError("moments must be of at least one value, got count = 0")
 
 
 def backward(
@@ -335,16 +356,16 @@ def backward(
         Upstream gradient, of x's shape and dtype.
     saved : Saved
         From `forward`.
-    through : collection of {"mean", "variance"}, optional
-        The statistics through which the gradient goes, both by default. `through=("mean",)` treats the variance as a
+    through : {"mean", "variance"} or collection of them, optional
+        The statistics through which the gradient goes, both by default. `through="mean"` treats the variance as a
         constant, `through=()` both, which leaves the direct path.
     dmean, dvar : array_like, shape (C,), optional
         Upstream gradients of `saved.mean` and `saved.var` themselves, where a loss depends on them. They add
         dmean/n + dvar·2(x − μ)/n to dx, whatever `through` is.
     sums : GradientSums, optional
-        Sums over the larger batch whose `moments` went into `forward`, in place of those of dy: `grad_sums` of each
-        part, added up. dgamma and dbeta are then those of the larger batch.
-    need : collection of {"dx", "dgamma", "dbeta"}, optional
+        Sums over all values that were normalized with the `moments` given to `forward`, in place of those of dy alone:
+        `grad_sums` of each part, added up. dgamma and dbeta are then those of all parts.
+    need : {"dx", "dgamma", "dbeta"} or collection of them, optional
         The gradients to compute, all by default; the others are None.
     out : ndarray, optional
         Where to write dx; of x's shape and dtype. `out=dy` is allowed, other overlaps are not.
@@ -363,7 +384,13 @@ def backward(
         If `saved` is not from `forward`, or dy has another dtype than x.
     ValueError
         If dy has another shape than x, `through` or `need` hold another name, dmean or dvar have another shape, `sums`
-        are not over as many values as the statistics, or `out` does not fit. Nothing is written then.
+        are over fewer values than the statistics, or `out` does not fit. Nothing is written then.
+
+    Notes
+    -----
+    Every value of x is taken for one of the n values of the statistics, so that it has a share in the paths through
+    them. Values of x that have none, because `forward` was given the `moments` of other values, have dx of the direct
+    path, `through=()`; dgamma and dbeta are right for all.
 
     References
     ----------
@@ -378,11 +405,18 @@ def backward(
     >>> dx, dgamma, dbeta = bn.backward(dy, saved)
     >>> bool(abs(dx.sum()) < 1e-12)
     True
-    >>> bn.backward(dy, saved, need=["dbeta"]).dbeta
+    >>> bn.backward(dy, saved, need="dbeta").dbeta
     array([1.])
+
+    With the statistics of some samples, the others have the direct path alone:
+
+    >>> mask = np.array([True, True, False])
+    >>> y, saved = bn.forward(x, moments=bn.Moments.of(x[mask]))
+    >>> dx = np.where(mask[:, None], bn.backward(dy, saved).dx, bn.backward(dy, saved, through=()).dx)
 
     With a loss of μ alone, every value of x counts 1/n:
 
+    >>> y, saved = bn.forward(x)
     >>> bn.backward(np.zeros((3, 1)), saved, dmean=[1.0]).dx.ravel().round(3)
     array([0.333, 0.333, 0.333])
     """
@@ -412,10 +446,9 @@ def _check_sums(sums: GradientSums, saved: Saved) -> None:
         raise TypeError(f"sums must be GradientSums, got {type(sums).__name__}")
     if sums.sum_dy.size != saved._layout.view[1]:
         raise ValueError(f"sums must have {saved._layout.view[1]} channels, got {sums.sum_dy.size}")
-    if sums.count != saved.count:
-        raise ValueError(
-            f"sums must be over the {saved.count} values a channel that the statistics were made of, got {sums.count}"
-        )
+    wanted = max(saved.count, saved._layout.values)
+    if sums.count < wanted:
+        raise ValueError(f"sums must be over all values that were normalized, at least {wanted}, got {sums.count}")
 
 
 def _check_out(out: Array, need: Collection[str], x: Array, dy: Array) -> None:
@@ -427,7 +460,7 @@ def _check_out(out: Array, need: Collection[str], x: Array, dy: Array) -> None:
 
 def check_backward(dy: ArrayLike, saved: Saved, need: Collection[str], out: Array | None) -> None:
     """Refuse what `backward` would refuse."""
-    need, dy = _names(need, "need", _NEED), like_x(dy, saved.x)
+    need, dy = _names(need, "need", _NEED), like_x(dy, saved)
     if out is not None:
         _check_out(out, need, saved.x, dy)
 
@@ -443,9 +476,9 @@ def _backward(
     summed: bool = False,
 ) -> Gradients:
     """The gradients that are needed; all those of the channels are left in the table, which may hold the sums."""
-    x, layout, statistics, count = saved._x, saved._layout, saved._statistics, saved._count
+    x, layout, statistics, count = saved._unchanged_x(), saved._layout, saved._statistics, saved._count
     dtype = x.dtype
-    dy = like_x(dy, x)
+    dy = like_x(dy, saved)
     threads = _threads.threads_for(x.size, num_threads)
     if out is not None:
         _check_out(out, need, x, dy)
@@ -465,7 +498,7 @@ def _backward(
         kernels.backward(layout.bring(dy), x, dx, layout.view, statistics, table, paths, count, threads)
     if dx is not None and out is not None:
         dx = _arrays.deliver(dx, out)
-    gamma_dtype, beta_dtype = saved._dtypes
+    _, gamma_dtype, beta_dtype = saved._dtypes
     return Gradients(
         dx,
         table[DGAMMA].astype(gamma_dtype) if "dgamma" in need and gamma_dtype is not None else None,
@@ -510,8 +543,8 @@ def grad_sums(dy: ArrayLike, saved: Saved, *, num_threads: int | None = None) ->
     """
     if not isinstance(saved, Saved):
         raise TypeError(f"saved must be what forward returned, got {type(saved).__name__}")
-    x, layout = saved._x, saved._layout
-    dy = like_x(dy, x)
+    x, layout = saved.x, saved._layout
+    dy = like_x(dy, saved)
     table = np.zeros((GRADIENT_ROWS, layout.view[1]))
     if x.size:
         threads = _threads.threads_for(x.size, num_threads)
@@ -571,8 +604,10 @@ def update_running(
     for name, array in (("running_mean", running_mean), ("running_var", running_var)):
         if not isinstance(array, np.ndarray):
             raise TypeError(f"{name} must be a numpy array, because it is changed in place, got {type(array).__name__}")
-        if _arrays.as_channels(array, name, channels) is not array or not array.flags.aligned:
+        if _arrays.as_float(array, name) is not array or not array.flags.aligned:
             raise TypeError(f"{name} must be an aligned array in native byte order, because it is changed in place")
+        if array.shape != (channels,):
+            raise ValueError(f"{name} must have shape ({channels},), got {array.shape}")
         if not array.flags.writeable:
             raise ValueError(f"{name} must be writeable, got a read-only array")
     if running_mean.dtype != running_var.dtype:
@@ -585,7 +620,7 @@ def update_running(
     n = saved.count
     if n == 1 and unbiased:
         raise ValueError(
-            f"the unbiased variance needs more than one value per channel, got x of shape {saved.x.shape} with "
+            f"the unbiased variance needs more than one value per channel, got x of shape {saved._layout.shape} with "
             f"axis={saved.axis}; pass unbiased=False or a larger batch"
         )
     if n:
@@ -608,26 +643,17 @@ def _fixed_statistics(
     array = _arrays.as_float(x, "x")
     x, layout = _arrays.lay_out(array, axis)
     channels = layout.view[1]
-    given: dict[str, Any] = {
-        "x": array,
-        "mean": _arrays.as_channels(mean, "mean", channels),
-        "var": _arrays.as_channels(var, "var", channels),
-    }
-    for name, value in (("gamma", gamma), ("beta", beta)):
-        given[name] = None if value is None else _arrays.as_channels(value, name, channels)
+    mean = _arrays.as_channels(mean, "mean", channels, layout)
+    var = _arrays.as_channels(var, "var", channels, layout)
+    gamma = None if gamma is None else _arrays.as_channels(gamma, "gamma", channels, layout)
+    beta = None if beta is None else _arrays.as_channels(beta, "beta", channels, layout)
     statistics = np.empty((STATISTICS_ROWS, channels))
     negative = _dispatch.kernels.fix_statistics(
-        statistics,
-        given["mean"],
-        given["var"],
-        given["gamma"],
-        given["beta"],
-        _arrays.as_eps(eps),
-        x.dtype == np.float64,
+        statistics, mean, var, gamma, beta, _arrays.as_eps(eps), x.itemsize == 8
     )
     if negative >= 0:
-        raise ValueError(f"var must not be negative, got {given['var'][negative]} in channel {negative}")
-    return x, layout, statistics, given
+        raise ValueError(f"var must not be negative, got {var[negative]} in channel {negative}")
+    return x, layout, statistics, {"x": array, "mean": mean, "var": var, "gamma": gamma, "beta": beta}
 
 
 def inference(
@@ -649,9 +675,9 @@ def inference(
     x : array_like of float32 or float64, at least 2-D
         Channels along `axis`.
     mean, var : array_like, shape (C,)
-        Usually the running statistics; var is not negative.
+        Usually the running statistics; var is not negative. Integers become float64.
     gamma, beta : array_like, shape (C,), optional
-        Scale and shift; 1 and 0 where None.
+        Scale and shift; 1 and 0 where None. Integers become float64.
     axis : int, default 1
         The channel axis.
     eps : float, default 1e-5
@@ -669,7 +695,7 @@ def inference(
     Raises
     ------
     TypeError
-        If a dtype is neither float32 nor float64.
+        If x is neither float32 nor float64, or another argument is not of numbers.
     ValueError
         If a shape, `axis`, `eps`, a variance or `out` does not fit. Nothing is written then.
 
@@ -719,7 +745,7 @@ def inference_backward(
         Upstream gradient, of x's shape and dtype.
     x, mean, var, gamma, axis, eps
         As given to `inference`.
-    need : collection of {"dx", "dgamma", "dbeta", "dmean", "dvar"}, optional
+    need : {"dx", "dgamma", "dbeta", "dmean", "dvar"} or collection of them, optional
         The gradients to compute, the first three by default; the others are None.
     out : ndarray, optional
         Where to write dx; of x's shape and dtype. `out=dy` is allowed, other overlaps are not.
@@ -744,14 +770,14 @@ def inference_backward(
     >>> dx, dgamma, dbeta = bn.inference_backward(dy, x, mean=[2.0], var=[4.0], gamma=[3.0], eps=0.0)
     >>> dx.ravel(), dgamma, dbeta
     (array([1.5, 3. ]), array([0.5]), array([3.]))
-    >>> bn.inference_backward(dy, x, mean=[2.0], var=[4.0], gamma=[3.0], eps=0.0, need=["dmean"]).dmean
+    >>> bn.inference_backward(dy, x, mean=[2.0], var=[4.0], gamma=[3.0], eps=0.0, need="dmean").dmean
     array([-4.5])
     """
     x, layout, statistics, given = _fixed_statistics(x, mean, var, gamma, None, axis, eps)
     if out is not None:
         _arrays.check_overlap(out, given)
     dtype = x.dtype if given["gamma"] is None else given["gamma"].dtype
-    saved = Saved(x, eps, layout, statistics, (dtype, dtype), layout.values)
+    saved = Saved(x, eps, layout, statistics, (x.dtype, dtype, dtype), layout.values)
     table = np.empty((GRADIENT_ROWS, layout.view[1]))
     if need is not _NEED:
         need = _names(need, "need", _INFERENCE_NEED)

@@ -83,12 +83,18 @@ def _join(n_a: Numbers, a: Numbers, n_b: Numbers, b: Numbers) -> Numbers:
     return np.where(n_b == 0, a, np.where(n_a == 0, b, np.stack([mean.high, m2.high, mean.low, m2.low], axis=-2)))
 
 
+def _as_data(value: ArrayLike, name: str) -> Array:
+    """The argument as `np.mean` takes it: also of integers, which become float64, and of one channel alone."""
+    array = _arrays.as_float(value, name, integers=True)
+    return array if array.ndim > 1 else array.reshape(-1, 1)
+
+
 def _low_part(given: ArrayLike | None, name: str, channels: int) -> Array:
     return np.zeros(channels) if given is None else _arrays.as_channels(given, name, channels)
 
 
 class _Mergeable:
-    """A count and a table with a column a channel, of some of the values; `+` is `merge`."""
+    """A count and a table with a column a channel, of some of the values; `+` is `merge`, and `sum` adds up."""
 
     __slots__ = ("_count", "_table")
 
@@ -113,6 +119,10 @@ class _Mergeable:
 
     def __add__(self, other: Self) -> Self:
         return self.merge(other) if type(other) is type(self) else NotImplemented
+
+    def __radd__(self, other: object) -> Self:
+        """0 + self, with which `sum` begins."""
+        return self if type(other) is int and other == 0 else NotImplemented
 
     def merge(self, other: Self) -> Self:
         """Of both parts together, as `+`.
@@ -151,7 +161,7 @@ class Moments(_Mergeable):
     Raises
     ------
     TypeError
-        If `count` is not an integer or a dtype is neither float32 nor float64.
+        If `count` is not an integer or an array is not of numbers.
     ValueError
         If `count` or a value of m2 is negative, or shapes differ.
 
@@ -188,7 +198,7 @@ class Moments(_Mergeable):
         count = _arrays.as_index(count, "count")
         if count < 0:
             raise ValueError(f"count must be at least 0, got {count}")
-        mean = _arrays.as_float(mean, "mean")
+        mean = _arrays.as_float(mean, "mean", integers=True)
         if mean.ndim != 1:
             raise ValueError(f"mean must have shape (C,), got {mean.shape}")
         m2 = _arrays.as_channels(m2, "m2", mean.size)
@@ -203,8 +213,9 @@ class Moments(_Mergeable):
 
         Parameters
         ----------
-        x : array_like of float32 or float64, at least 2-D
-            Channels along `axis`.
+        x : array_like of float32, float64, integers or booleans
+            Channels along `axis`. A 1-D array of n values is taken as (n, 1), the values of one channel. Integers and
+            booleans become float64, as in `np.mean`.
         axis : int, default 1
             The channel axis.
         num_threads : int, optional
@@ -218,8 +229,14 @@ class Moments(_Mergeable):
         ------
         TypeError, ValueError
             As `forward`.
+
+        Examples
+        --------
+        >>> import batchnorm as bn
+        >>> bn.Moments.of([1, 2, 6])
+        Moments(count=3, mean=[3.], var=[4.66666667])
         """
-        x, layout = _arrays.lay_out(_arrays.as_float(x, "x"), axis)
+        x, layout = _arrays.lay_out(_as_data(x, "x"), axis)
         threads = _threads.threads_for(x.size, num_threads)
         table = np.zeros((STATISTICS_ROWS, layout.view[1]))
         if x.size:
@@ -353,7 +370,7 @@ class GradientSums(_Mergeable):
         sum_dy_low: ArrayLike | None = None,
         sum_dy_xmu_low: ArrayLike | None = None,
     ) -> None:
-        first = _arrays.as_float(sum_dy, "sum_dy")
+        first = _arrays.as_float(sum_dy, "sum_dy", integers=True)
         second = _arrays.as_channels(sum_dy_xmu, "sum_dy_xmu", first.size)
         first_low = _low_part(sum_dy_low, "sum_dy_low", first.size)
         second_low = _low_part(sum_dy_xmu_low, "sum_dy_xmu_low", first.size)
@@ -413,7 +430,7 @@ def _samples(batches: Iterable[ArrayLike], axis: int) -> Iterator[tuple[Array, i
     """Each batch with its samples along axis 0, and the channel axis."""
     channels = None
     for batch in batches:
-        array = _arrays.as_float(batch, "a batch")
+        array = _as_data(batch, "a batch")
         channel = _arrays.layout_of(array.shape, axis).axis
         if channels not in (None, array.shape[channel]):
             raise ValueError(f"a batch must have {channels} channels along axis {axis}, got shape {array.shape}")
@@ -458,8 +475,8 @@ def population(
     Parameters
     ----------
     batches : iterable of array_like
-        Of float32 or float64, with the same number of channels along `axis` each: a list, a generator, chunks of a
-        memory-mapped file. Sizes may differ, also of the other axes.
+        Of what `Moments.of` takes, with the same number of channels along `axis` each: a list, a generator, chunks of
+        a memory-mapped file. Sizes may differ, also of the other axes.
     axis : int, default 1
         The channel axis. Samples are cut along the first other one.
     progress : bool, default True

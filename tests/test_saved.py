@@ -1,0 +1,184 @@
+"""What forward leaves for backward: it cannot be changed, and an x that is another array by then is refused."""
+
+import copy
+import pickle
+
+import numpy as np
+import pytest
+
+import batchnorm as bn
+from batchnorm import _dispatch
+
+SHAPE = (4, 6)
+ONES = np.ones(6)
+
+
+def resize(x):
+    x.resize((40, 6), refcheck=False)
+
+
+# What x has become, in words.
+CHANGES = {
+    "a narrower dtype": (lambda x: setattr(x, "dtype", np.float32), r"<float32 \(4, 12\)>"),
+    "a wider dtype": (lambda x: setattr(x, "dtype", np.complex128), r"<complex128 \(4, 3\)>"),
+    "integers": (lambda x: setattr(x, "dtype", np.int64), r"<int64 \(4, 6\)>$"),
+    "the other byte order": (lambda x: setattr(x, "dtype", x.dtype.newbyteorder()), r"<>f8 \(4, 6\)>$"),
+    "axes exchanged": (lambda x: setattr(x, "shape", (6, 4)), r"<float64 \(6, 4\)>"),
+    "more dimensions": (lambda x: setattr(x, "shape", (4, 6, 1)), r"<float64 \(4, 6, 1\)>"),
+    "more values": (resize, r"<float64 \(40, 6\)>"),
+    "fewer values": (lambda x: x.resize((1, 6), refcheck=False), r"<float64 \(1, 6\)>"),
+}
+SAME_MEMORY = ("integers", "the other byte order", "axes exchanged", "more dimensions")
+USES = {
+    "backward": lambda dy, saved: bn.backward(dy, saved),
+    "backward, sums given": lambda dy, saved: bn.backward(
+        dy, saved, sums=bn.GradientSums(saved.count, np.ones(6), np.ones(6))
+    ),
+    "backward of parameters": lambda dy, saved: bn.backward(dy, saved, need=["dgamma"]),
+    "grad_sums": lambda dy, saved: bn.grad_sums(dy, saved),
+    "pathways": lambda dy, saved: bn.pathways(dy, saved),
+    "moment_gradients": lambda dy, saved: bn.moment_gradients(dy, saved),
+    "diagnose": lambda dy, saved: bn.diagnose(dy, dy, saved),
+    "x": lambda _, saved: saved.x,
+    "pickle": lambda _, saved: pickle.dumps(saved),
+    "copy": lambda _, saved: copy.copy(saved),
+}
+
+
+@pytest.mark.parametrize("use", USES.values(), ids=USES)
+@pytest.mark.parametrize(("change", "became"), CHANGES.values(), ids=CHANGES)
+def test_an_x_that_became_another_array_is_refused(change, became, use, rng):
+    """Even with a dy that is like the new x, and before anything is written."""
+    x = rng.standard_normal(SHAPE)
+    _, saved = bn.forward(x, ONES, ONES)
+    change(x)
+    for shape in (x.shape, SHAPE):
+        dy = np.ones(shape, x.dtype if shape == x.shape else np.float64)
+        message = rf"x must stay what forward saw, <float64 \(4, 6\)>, until backward has run; it is now {became}"
+        with pytest.raises(ValueError, match=message):
+            use(dy, saved)
+    assert "count=4" in repr(saved)
+
+
+def test_an_x_that_is_itself_again_is_accepted(rng):
+    x = rng.standard_normal(SHAPE)
+    _, saved = bn.forward(x)
+    before = bn.backward(x, saved).dx
+    x.shape = (6, 4)
+    x.shape = SHAPE
+    np.testing.assert_array_equal(bn.backward(x, saved).dx, before)
+
+
+def test_running_statistics_do_not_ask_for_x(rng):
+    x = rng.standard_normal(SHAPE)
+    _, saved = bn.forward(x)
+    x.shape = (6, 4)
+    mean, var = np.zeros(6), np.ones(6)
+    bn.update_running(mean, var, saved, momentum=1.0)
+    np.testing.assert_array_equal(mean, saved.mean)
+
+
+class Changes:
+    """A parameter that makes another array of x while it is read."""
+
+    def __init__(self, x, change):
+        self.x, self.change = x, change
+
+    def __array__(self, dtype=None, copy=None):
+        self.change(self.x)
+        return ONES
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_an_x_that_changes_during_the_call(name, rng):
+    """It is refused where its memory is not what the call has seen, else read as it was."""
+    change, _ = CHANGES[name]
+    for call in (lambda x, gamma: bn.forward(x, gamma)[0], lambda x, gamma: bn.inference(x, ONES, ONES, gamma)):
+        x = rng.standard_normal(SHAPE)
+        expected = call(x.copy(), ONES)
+        if name in SAME_MEMORY:
+            np.testing.assert_allclose(call(x, Changes(x, change)).view(np.float64), expected, rtol=1e-12)
+        else:
+            with pytest.raises(ValueError, match="a buffer of the kernel must hold"):
+                call(x, Changes(x, change))
+
+
+def test_the_doors_of_the_kernels_measure_every_array(rng):
+    """Whatever the façade has checked: memory of another size than the view needs is not touched."""
+    kernels, view = _dispatch.kernels, (4, 6, 1)
+
+    def arrays():
+        x, y, dy = rng.standard_normal((3, *SHAPE))
+        statistics, gradients = np.zeros((_dispatch.STATISTICS_ROWS, 6)), np.zeros((_dispatch.GRADIENT_ROWS, 6))
+        return {"x": x, "y": y, "dy": dy, "statistics": statistics, "gradients": gradients}
+
+    calls = {
+        "moments": (lambda a: kernels.moments(a["x"], view, a["statistics"], 0.0, 1), ("statistics",)),
+        "forward": (
+            lambda a: kernels.forward(a["x"], a["y"], view, a["statistics"], None, None, 0.0, 1),
+            ("x", "y", "statistics"),
+        ),
+        "normalize": (lambda a: kernels.normalize(a["x"], a["y"], view, a["statistics"], 1), ("x", "y", "statistics")),
+        "grad_sums": (
+            lambda a: kernels.grad_sums(a["dy"], a["x"], view, a["statistics"], a["gradients"], 1),
+            ("x", "dy", "statistics", "gradients"),
+        ),
+        "grad_apply": (
+            lambda a: kernels.grad_apply(a["dy"], a["x"], a["y"], view, a["statistics"], a["gradients"], 3, 4.0, 1),
+            ("x", "y", "dy", "statistics", "gradients"),
+        ),
+        "backward": (
+            lambda a: kernels.backward(a["dy"], a["x"], a["y"], view, a["statistics"], a["gradients"], 3, 4.0, 1),
+            ("x", "y", "dy", "statistics", "gradients"),
+        ),
+    }
+    wrong = {
+        "too short": lambda a: a[:-1],
+        "too long": lambda a: np.concatenate([a, a]),
+        "another dtype": lambda a: a.astype(np.float32),
+        "integers of one byte": lambda a: a.astype(np.int8),
+        "a gap": lambda a: np.repeat(a, 2, axis=0)[::2],
+        "backwards": lambda a: a[::-1],
+    }
+    for call, names in calls.values():
+        call(arrays())
+        for name in names:
+            for make in wrong.values():
+                given = arrays()
+                given[name] = make(given[name])
+                with pytest.raises(ValueError, match="a buffer of the kernel must"):
+                    call(given)
+
+
+@pytest.mark.parametrize(
+    "values", [np.ones(5), np.ones(7), np.ones((6, 1)), np.float64(1), np.ones(6, np.int8)], ids=repr
+)
+def test_the_doors_of_the_kernels_measure_every_parameter(values, rng):
+    x, y = rng.standard_normal((2, *SHAPE))
+    statistics = np.zeros((_dispatch.STATISTICS_ROWS, 6))
+    for given in ((values, None), (None, values)):
+        with pytest.raises(ValueError, match="a buffer of the kernel must"):
+            _dispatch.kernels.forward(x, y, (4, 6, 1), statistics, *given, 0.0, 1)
+
+
+def test_what_is_read_only_stays_so(rng):
+    """Whoever asks for it to be writeable."""
+    x = rng.standard_normal(SHAPE)
+    _, saved = bn.forward(x)
+    moments, sums = bn.Moments.of(x), bn.grad_sums(x, saved)
+    for array in (saved.mean, saved.var, saved.rstd, saved.gamma, moments.mean, moments.m2, sums.sum_dy):
+        with pytest.raises(ValueError, match="cannot set WRITEABLE flag to True"):
+            array.flags.writeable = True
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_other_strides_are_refused_or_read_as_they_were(rng):
+    x = rng.standard_normal(SHAPE)
+    dy = rng.standard_normal(SHAPE)
+    _, saved = bn.forward(x)
+    expected = bn.backward(dy, saved).dx
+    x.strides = (8, 32)
+    np.testing.assert_array_equal(bn.backward(dy, saved).dx, expected)
+    x.strides = (0, 8)
+    with pytest.raises(ValueError, match="a buffer of the kernel must hold 24 values of 8 bytes without gaps"):
+        bn.backward(dy, saved)
