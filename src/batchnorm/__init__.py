@@ -6,7 +6,7 @@ any number of threads and any processor.
 """
 
 from ._config import show_config
-from ._threads import get_num_threads, set_num_threads
+from ._threads import get_num_threads, num_threads, set_num_threads
 from ._version import __version__
 from .diagnosis import Diagnosis, diagnose
 from .explain import Pathways, centering_matrix, jacobian, moment_gradients, pathways
@@ -46,6 +46,7 @@ __all__ = [
     "inference_backward",
     "jacobian",
     "moment_gradients",
+    "num_threads",
     "pathways",
     "population",
     "set_num_threads",

@@ -112,6 +112,11 @@ class _Rationed(io.BufferedReader):
 
     left: int | None = None
 
+    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
+        if offset < 0 and whence == os.SEEK_SET:  # damage, not an error of the system
+            raise ValueError("an entry begins before the file does")
+        return super().seek(offset, whence)
+
     def read(self, size: int | None = -1, /) -> bytes:
         if self.left is None:
             return super().read(size)
