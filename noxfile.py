@@ -103,6 +103,7 @@ def wheel(session):
 
     On Linux. `-- --only 3.12` leaves it at that Python, `-- --only none` at the audit.
     """
+    session.install("--require-hashes", "-r", "requirements/build.txt")
     session.install(".[wheel]")
     epoch = session.run("git", "log", "-1", "--format=%ct", external=True, silent=True).strip()
     env = {"SOURCE_DATE_EPOCH": epoch}
@@ -125,7 +126,7 @@ def wheel(session):
 
 def build(session, project, folder, env):
     """The sdist, the wheel that is built from it, and the wheel that any Linux can use."""
-    session.run("python", "-m", "build", "--outdir", str(folder), str(project), env=env)
+    session.run("python", "-m", "build", "--no-isolation", "--outdir", str(folder), str(project), env=env)
     (sdist,), (wheel,) = folder.glob("*.tar.gz"), folder.glob("*.whl")
     session.run("auditwheel", "repair", "--strip", "-w", str(folder / "repaired"), str(wheel), env=env)
     (repaired,) = (folder / "repaired").glob("*.whl")

@@ -15,7 +15,7 @@ from processes import succeeds
 from shapes import VIEWS
 
 import batchnorm as bn
-from batchnorm import _dispatch
+from batchnorm import _dispatch, _threads
 
 THREADS = [1, 2, 3, 5, 8, 64]
 DTYPES = ["float32", "float64"]
@@ -99,9 +99,9 @@ def test_a_process_of_its_own(level):
 
 
 def test_the_smallest_stacks(level):
-    """Threads of musl have 128 KiB, and a kernel that needs more would end the process."""
+    """A kernel that needs more would end the process; musl's threads have 128 KiB, and smaller ones are not used."""
     always = "from batchnorm import _threads; _threads.SERIAL_VALUES = 0"
-    small = {"BATCHNORM_NUM_THREADS": "3", "OMP_STACKSIZE": "128k"}
+    small = {"BATCHNORM_NUM_THREADS": "3", "OMP_STACKSIZE": f"{_threads.STACK}B"}
     assert digest({"BATCHNORM_ISA": level, **small}, always) == digest_here()
 
 

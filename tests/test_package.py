@@ -143,6 +143,15 @@ def test_every_module_imports():
             importlib.import_module(f"batchnorm.{module.name}")
 
 
+@pytest.mark.skipif(shutil.which("readelf") is None, reason="needs readelf")
+def test_modules_bind_when_they_are_loaded(level):
+    """So nothing that a program can write to later says where a call goes."""
+    for module in (_cpu, importlib.import_module(f"batchnorm._kernels_{level}")):
+        shown = subprocess.run(["readelf", "-dlW", module.__file__], capture_output=True, text=True, check=True).stdout
+        assert "GNU_RELRO" in shown, module
+        assert "BIND_NOW" in shown, module
+
+
 @pytest.mark.skipif(shutil.which("objdump") is None, reason="needs objdump")
 def test_no_instruction_that_rounds_otherwise(level):
     """Contracted multiplications and additions, or estimates of roots and quotients, differ between processors."""

@@ -2,18 +2,23 @@
 
 import contextlib
 import io
+import itertools
 import os
 import pickle
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import time
+import tracemalloc
 import zipfile
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from processes import python
 
 import batchnorm as bn
 
@@ -98,7 +103,7 @@ def header(text, version=b"\x01\x00", data=b""):
 
 
 def described(descr="'<f4'", shape="(3,)", more="", data=bytes(12)):
-    return header(f"{{'descr': {descr}, 'fortran_order': False, 'shape': {shape}{more}}}\n", data=data)
+    return header(f"{{'descr': {descr}, 'fortran_order': False, 'shape': {shape}, {more}}}\n", data=data)
 
 
 @pytest.fixture(scope="module")
@@ -113,28 +118,42 @@ def members(tmp_path_factory):
 
 
 CHANGED = {
-    "pickled array": ({"weight.npy": npy(np.array([Executed()] * 3, object), allow_pickle=True)}, "dtype object"),
-    "pickle": ({"weight.npy": pickle.dumps(Executed())}, "magic string"),
+    "pickled array": (
+        {"weight.npy": npy(np.array([Executed()] * 3, object), allow_pickle=True)},
+        r"'descr': '\|O'.* other than NumPy writes for one number per channel",
+    ),
+    "pickle": ({"weight.npy": pickle.dumps(Executed())}, "other than version 1.0 of the npy format"),
     "another name": ({"gamma.npy": npy(np.ones(3, np.float32))}, "it holds 'gamma.npy', which is none of"),
     "a name without .npy": ({"weight": npy(np.ones(3, np.float32))}, "it holds 'weight', which is none of"),
+    "a name that ends before its end": (
+        {"weight.npy": None, "weight.npy/.exe": npy(np.ones(3, np.float32))},
+        r"it holds 'weight.npy\\x00.exe', which is none of",
+    ),
     "a path": ({"../weight.npy": npy(np.ones(3, np.float32))}, "which is none of"),
     "weight missing": ({"weight.npy": None}, r"missing \['weight'\]"),
     "eps missing": ({"eps.npy": None}, "eps is missing"),
     "too few channels": ({"weight.npy": npy(np.ones(2, np.float32))}, "num_features is 3, but arrays have shapes"),
-    "two dimensions": ({"weight.npy": npy(np.ones((3, 1), np.float32))}, "shape .3, 1., other than"),
+    "two dimensions": ({"weight.npy": npy(np.ones((3, 1), np.float32))}, r"'shape': \(3, 1\), \}., other than"),
     "float64 instead of float32": ({"weight.npy": npy(np.ones(3))}, "weight must have dtype float32, got float64"),
-    "float16": ({"weight.npy": npy(np.ones(3, np.float16))}, "dtype float16, which is none of"),
-    "big-endian": ({"weight.npy": npy(np.ones(3, ">f4"))}, "dtype >f4, which is none of"),
-    "complex": ({"weight.npy": npy(np.ones(3, np.complex64))}, "dtype complex64"),
-    "structured": ({"weight.npy": npy(np.ones(3, [("a", "<f4")]))}, "which is none of"),
-    "text": ({"weight.npy": npy(np.array(["a"] * 3))}, "dtype <U1"),
+    "float16": ({"weight.npy": npy(np.ones(3, np.float16))}, "'<f2'.*, other than .* float32, float64 or int64"),
+    "big-endian": ({"weight.npy": npy(np.ones(3, ">f4"))}, "'>f4'.*, other than"),
+    "complex": ({"weight.npy": npy(np.ones(3, np.complex64))}, "'<c8'.*, other than"),
+    "structured": ({"weight.npy": npy(np.ones(3, [("a", "<f4")]))}, "other than"),
+    "text": ({"weight.npy": npy(np.array(["a"] * 3))}, "'<U1'.*, other than"),
     "NaN": ({"running_mean.npy": npy(np.array([0, np.nan, 0], np.float32))}, "running_mean must be finite, got nan"),
     "infinite": ({"bias.npy": npy(np.array([0, np.inf, 0], np.float32))}, "bias must be finite, got inf"),
     "negative variance": (
         {"running_var.npy": npy(np.array([1, -1, 1], np.float32))},
         "running_var must not be negative, got -1.0",
     ),
-    "negative counter": ({"num_batches_tracked.npy": npy(-1)}, "num_batches_tracked must be one number, at least 0"),
+    "counter full": (
+        {"num_batches_tracked.npy": npy(2**63 - 1)},
+        "one number, 0 to .*, got 9223372036854775807",
+    ),
+    "negative counter": (
+        {"num_batches_tracked.npy": npy(-1)},
+        "num_batches_tracked must be one number, 0 to .*, got -1",
+    ),
     "counter a float": ({"num_batches_tracked.npy": npy(1.0)}, "num_batches_tracked must be an integer"),
     "eps negative": ({"eps.npy": npy(-1.0)}, "eps must be finite and at least 0, got -1.0"),
     "eps NaN": ({"eps.npy": npy(np.nan)}, "eps must be finite and at least 0, got nan"),
@@ -152,16 +171,17 @@ CHANGED = {
         "4000000000000 bytes, but 12 follow",
     ),
     "shape whose bytes overflow": ({"weight.npy": described(shape=f"({2**62 + 3},)")}, "bytes, but 12 follow"),
-    "shape negative": ({"weight.npy": described(shape="(-3,)")}, "has shape"),
-    "shape of text": ({"weight.npy": described(shape="('3',)")}, "shape is not valid"),
-    "shape true": ({"weight.npy": described(shape="(True,)", data=bytes(4))}, "other than one number a channel"),
+    "shape negative": ({"weight.npy": described(shape="(-3,)")}, "other than"),
+    "shape of text": ({"weight.npy": described(shape="('3',)")}, "other than"),
+    "shape true": ({"weight.npy": described(shape="(True,)", data=bytes(4))}, "other than"),
     "header that is code": ({"weight.npy": described(descr="__import__('os').abort()")}, "must be a file"),
     "header that does not close": ({"weight.npy": header("{'descr': '<f4', (\n")}, "must be a file"),
     "header nested": ({"weight.npy": described(descr="(" * 9000)}, "must be a file"),
-    "header of 10 kB": ({"weight.npy": described(shape="(3,)" + " " * 10_000)}, "Header info length"),
-    "header with more": ({"weight.npy": described(more=", 'x': 1")}, "must be a file"),
-    "version 9": ({"weight.npy": b"\x93NUMPY\x09\x00" + bytes(100)}, "version"),
-    "version 2": ({"weight.npy": npy(np.ones(3, np.float32), version=(2, 0))}, "other than"),
+    "header of 10 kB": ({"weight.npy": described(shape="(3,)" + " " * 10_000)}, "a header of .* bytes, more than 256"),
+    "header of Python 2": ({"weight.npy": described(shape="(3L,)")}, "other than"),
+    "header with more": ({"weight.npy": described(more="'x': 1, ")}, "must be a file"),
+    "version 9": ({"weight.npy": b"\x93NUMPY\x09\x00" + bytes(100)}, "other than version 1.0"),
+    "version 2": ({"weight.npy": npy(np.ones(3, np.float32), version=(2, 0))}, "other than version 1.0"),
 }
 
 
@@ -171,7 +191,7 @@ def rewritten(members, changes, compression=zipfile.ZIP_STORED):
         for name, data in {**members, **changes}.items():
             if data is not None:
                 archive.writestr(name, data)
-    return file.getvalue()
+    return file.getvalue().replace(b".npy/.exe", b".npy\0.exe")  # zipfile writes no such name
 
 
 def refused(content, path, message, **how):
@@ -209,6 +229,33 @@ def test_size_is_limited_before_anything_is_read(members, tmp_path):
     refused(bytes(1 << 20), tmp_path / "large", "it has 1048576 bytes, more than max_bytes allows", max_bytes=1000)
 
 
+def directory(entries, zip64):
+    """A zip file of so many entries of no bytes, all of them in one place."""
+    local = struct.pack("<4s5H3L2H", b"PK\3\4", 20, 0, 0, 0, 0, 0, 0, 0, 1, 0) + b"x"
+    entry = struct.pack("<4s6H3L5H2L", b"PK\1\2", 20, 20, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0) + b"x"
+    size, start = entries * len(entry), len(local)
+    end = struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, 0xFFFF, 0xFFFF, size, start, 0)
+    if zip64:
+        end = (
+            struct.pack("<4sQ2H2L4Q", b"PK\6\6", 44, 45, 45, 0, 0, entries, entries, size, start)
+            + struct.pack("<4sLQL", b"PK\6\7", 0, start + size, 1)
+            + struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, 0xFFFF, 0xFFFF, 0xFFFFFFFF, 0xFFFFFFFF, 0)
+        )
+    return local + entry * entries + end
+
+
+@pytest.mark.parametrize("zip64", [False, True])
+def test_a_directory_is_limited_before_it_is_read(zip64, tmp_path):
+    refused(directory(3, zip64), tmp_path / "short", "it holds 'x', which is none of")
+    content = directory(50_000, zip64)
+    tracemalloc.start()
+    try:
+        refused(content, tmp_path / "long", "its directory is longer than that of a layer")
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
+
+
 @pytest.mark.parametrize("compression", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA], ids=["bzip2", "lzma"])
 def test_other_compressions_are_refused(compression, members, tmp_path):
     refused(rewritten(members, {}, compression), tmp_path / "bad", "is compressed by method")
@@ -238,6 +285,25 @@ def test_what_is_no_file(tmp_path):
         bn.BatchNorm.load(tmp_path)
     with pytest.raises(ValueError, match="'/dev/null' must be a regular file"):
         bn.BatchNorm.load("/dev/null")
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    run = python(f"import batchnorm as bn; bn.BatchNorm.load({str(tmp_path / 'pipe')!r})", timeout=20)
+    assert run.stderr.endswith("pipe' must be a regular file\n")
+
+
+def test_an_exception_of_a_signal_handler_is_not_the_file_s_fault(tmp_path, monkeypatch):
+    class PreemptedError(Exception):
+        pass
+
+    def preempt(*_):
+        raise PreemptedError
+
+    bn.BatchNorm(3).save(tmp_path / "layer")
+    monkeypatch.setattr(zipfile.ZipExtFile, "read", preempt)
+    with pytest.raises(PreemptedError):
+        bn.BatchNorm.load(tmp_path / "layer")
 
 
 # Writing.
@@ -286,6 +352,8 @@ while True:
 
 def test_a_killed_process_leaves_a_whole_file(tmp_path, rng):
     path = tmp_path / "layer"
+    bn.BatchNorm(3).save(path)
+    path.chmod(0o600)
     for _ in range(3):
         process = subprocess.Popen([sys.executable, "-c", KILLED, str(path)], stdout=subprocess.PIPE)
         assert process.stdout.readline() == b"ready\n"
@@ -293,6 +361,45 @@ def test_a_killed_process_leaves_a_whole_file(tmp_path, rng):
         process.send_signal(signal.SIGKILL)
         process.communicate()
         assert bn.BatchNorm.load(path).eps in (1e-5, 0.5)
+    rest = {file for file in tmp_path.iterdir() if file != path}
+    assert {file.suffix for file in rest} <= {".part"}
+    assert {file.stat().st_mode & 0o777 for file in rest} <= {0o600}
+
+
+def raise_at_line(count):
+    """A trace function that raises at that line, counted in everything that is called from here."""
+
+    def trace(frame, event, argument):
+        nonlocal count
+        if event == "line":
+            count -= 1
+            if count < 0:
+                raise KeyboardInterrupt
+        return trace
+
+    return trace
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of zipfile, which says it twice
+def test_interrupted_at_any_line_it_is_the_old_or_the_new_file(tmp_path):
+    path = tmp_path / "layer"
+    old, new = bn.BatchNorm(3), bn.BatchNorm(3, eps=0.5)
+    old.save(path)
+    tracing = sys.gettrace()
+    for count in itertools.count(step=5):
+        try:
+            sys.settrace(raise_at_line(count))
+            new.save(path)
+        except KeyboardInterrupt:
+            pass
+        else:
+            break
+        finally:
+            sys.settrace(tracing)
+        assert os.listdir(tmp_path) == ["layer"], count
+        if bn.BatchNorm.load(path).eps == 0.5:
+            old.save(path)
+    assert count > 500
 
 
 def test_permissions_and_links_are_kept(tmp_path):
@@ -307,12 +414,68 @@ def test_permissions_and_links_are_kept(tmp_path):
     assert bn.BatchNorm.load(path).num_features == 4
 
 
+def test_nobody_reads_more_of_a_half_written_file_than_of_the_whole_one(tmp_path, monkeypatch):
+    path, modes = tmp_path / "layer", []
+    bn.BatchNorm(3).save(path)
+    path.chmod(0o604)
+
+    def watched(descriptor, mode, fchmod=os.fchmod):
+        modes.append((os.fstat(descriptor).st_mode & 0o777, mode))
+        fchmod(descriptor, mode)
+
+    monkeypatch.setattr(os, "fchmod", watched)
+    bn.BatchNorm(3).save(path)
+    assert modes == [(0o600, 0o604)]
+
+
 def umask():
     mask = os.umask(0)
     os.umask(mask)
     return mask
 
 
-def test_a_folder_that_is_not_there(tmp_path):
-    with pytest.raises(FileNotFoundError):
-        bn.BatchNorm(3).save(tmp_path / "missing" / "layer")
+def test_only_a_regular_file_is_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to("pipe")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "socket"))
+    ends = os.pipe()
+    before = {name: os.lstat(tmp_path / name) for name in os.listdir(tmp_path)}
+    for path in [*(str(tmp_path / name) for name in before), f"/dev/fd/{ends[1]}"]:
+        with pytest.raises(ValueError, match=f"^'{path}' must be a regular file$"):
+            bn.BatchNorm(3).save(path)
+    assert {name: os.lstat(tmp_path / name) for name in os.listdir(tmp_path)} == before
+    for end in ends:
+        os.close(end)
+
+
+@pytest.mark.parametrize(
+    "name", ["x" * 255, "μ" * 127, b"layer", b"\xff"], ids=["long", "long in UTF-8", "bytes", "not UTF-8"]
+)
+def test_any_name_of_a_file_will_do(name, tmp_path):
+    path = os.path.join(os.fsencode(tmp_path) if isinstance(name, bytes) else str(tmp_path), name)
+    bn.BatchNorm(3).save(path)
+    bn.BatchNorm(4).save(path)
+    assert os.listdir(tmp_path) == [os.fsdecode(name)]
+    assert bn.BatchNorm.load(path).num_features == 4
+    with pytest.raises(ValueError, match="more than max_bytes allows") as caught:
+        bn.BatchNorm.load(path, max_bytes=10)
+    assert str(caught.value).startswith(repr(os.fsdecode(path)))
+
+
+def test_an_error_names_the_path_that_was_given(tmp_path):
+    path = tmp_path / "missing" / "layer"
+    with pytest.raises(FileNotFoundError) as caught:
+        bn.BatchNorm(3).save(path)
+    assert str(caught.value) == f"[Errno 2] No such file or directory: {str(path)!r}"
+
+
+def test_a_full_counter_is_refused():
+    layer = bn.BatchNorm(3)
+    for counter in (2**63 - 1, np.uint64(2**63)):
+        with pytest.raises(ValueError, match=r"num_batches_tracked must be one number, 0 to 2\*\*62"):
+            layer.load_state_dict({**layer.state_dict(), "num_batches_tracked": counter})
+    layer.load_state_dict({**layer.state_dict(), "num_batches_tracked": 2**62})
+    layer(np.ones((4, 3), np.float32))
+    assert layer.state_dict()["num_batches_tracked"] == 2**62 + 1

@@ -1,5 +1,6 @@
 """How many threads, and why; and what a fork, a limit or a crowd of Python threads does to results: nothing."""
 
+import os
 import sys
 import threading
 
@@ -11,6 +12,7 @@ from threadpoolctl import threadpool_limits
 import batchnorm as bn
 from batchnorm import _dispatch, _threads
 
+linux = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc, or is about processors")
 pytestmark = pytest.mark.skipif(_dispatch.kernels.openmp() == 0, reason="a serial build has no threads to choose")
 
 
@@ -21,7 +23,7 @@ def undecided(monkeypatch):
     monkeypatch.setattr(_threads, "_named_at_import", None)
     monkeypatch.setattr(_threads, "_omp_named_at_import", False)
     monkeypatch.setattr(_threads, "_quota_at_import", None)
-    monkeypatch.setattr(_threads, "_processors", lambda: 6)
+    monkeypatch.setattr(_dispatch.kernels, "processors", lambda: 6)
     monkeypatch.setattr(_threads, "_openmp_at_import", _dispatch.kernels.max_threads())
 
 
@@ -47,6 +49,13 @@ def test_who_decides(undecided, monkeypatch):
         ({"BATCHNORM_NUM_THREADS": "3"}, "3 BATCHNORM_NUM_THREADS"),
         ({"BATCHNORM_NUM_THREADS": "3", "OMP_NUM_THREADS": "2"}, "3 BATCHNORM_NUM_THREADS"),
         ({"OMP_NUM_THREADS": "7,2"}, "7 OMP_NUM_THREADS"),
+        ({"BATCHNORM_NUM_THREADS": "1000000"}, "4096 BATCHNORM_NUM_THREADS"),
+        ({"BATCHNORM_NUM_THREADS": "1" + 20 * "0"}, "4096 BATCHNORM_NUM_THREADS"),
+        ({"OMP_NUM_THREADS": "1000000"}, "4096 OMP_NUM_THREADS"),
+        ({"BATCHNORM_NUM_THREADS": "3", "OMP_STACKSIZE": "16K"}, "1 OMP_STACKSIZE"),
+        ({"BATCHNORM_NUM_THREADS": "3", "OMP_STACKSIZE": " 16 "}, "1 OMP_STACKSIZE"),
+        ({"BATCHNORM_NUM_THREADS": "3", "OMP_STACKSIZE": "1m"}, "3 BATCHNORM_NUM_THREADS"),
+        ({"BATCHNORM_NUM_THREADS": "3", "OMP_STACKSIZE": "little"}, "3 BATCHNORM_NUM_THREADS"),
     ],
     ids=str,
 )
@@ -54,15 +63,64 @@ def test_the_environment_decides(environment, expected):
     assert decided_with(environment) == expected
 
 
-@pytest.mark.parametrize("text", ["", "0", "-2", "many", "1.5"])
+@pytest.mark.parametrize("text", ["", "0", "-2", "many", "1.5", pytest.param("9" * 5000, id="5000 digits")])
 def test_a_useless_variable_decides_nothing(text):
     assert decided_with({"BATCHNORM_NUM_THREADS": text}) == decided_with({})
 
 
-def decided_with(environment):
+def decided_with(environment, before="pass"):
     """What a new process decides."""
     nobody = {"BATCHNORM_NUM_THREADS": None, "OMP_NUM_THREADS": None}
-    return succeeds("from batchnorm import _threads; print(*_threads.decide())", **nobody | environment)
+    program = f"import os; {before}; from batchnorm import _threads; print(*_threads.decide())"
+    return succeeds(program, **nobody | environment)
+
+
+CPUS = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [0, 1]
+BOUND = [
+    *({"OMP_PROC_BIND": how} for how in ("true", "close", "spread", "master")),
+    {"OMP_PLACES": "cores"},
+    {"OMP_PLACES": ",".join(f"{{{cpu}}}" for cpu in CPUS)},
+    {"GOMP_CPU_AFFINITY": ",".join(map(str, CPUS))},
+]
+
+
+@linux
+@pytest.mark.parametrize("environment", BOUND, ids=str)
+def test_a_runtime_that_pins_its_threads_has_all_processors(environment):
+    """It pins the thread that loads it before anybody can ask where that may run."""
+    assert decided_with(environment) == decided_with({})
+
+
+@linux
+def test_processors_that_are_not_for_this_process_do_not_count():
+    one = f"os.sched_setaffinity(0, {{{CPUS[0]}}})"
+    assert decided_with({}, one) == "1 processors of this process"
+    assert decided_with({"OMP_PROC_BIND": "true"}, one) == "1 processors of this process"
+    assert decided_with({"OMP_PLACES": f"{{{CPUS[0]}}}"}) == "1 processors of this process"
+    after = f"from batchnorm import _threads; {one}"
+    assert decided_with({}, after) == "1 processors of this process"
+
+
+def test_the_number_of_threads_for_a_while(undecided):
+    with bn.num_threads(5):
+        assert _threads.decide() == (5, "set_num_threads")
+        with bn.num_threads(3):
+            assert bn.get_num_threads() == 3
+        assert bn.get_num_threads() == 5
+        with bn.num_threads(None):
+            assert bn.get_num_threads() == 6
+        with pytest.raises(RuntimeError, match="stop"), bn.num_threads(2):
+            raise RuntimeError("stop")
+        with pytest.raises(ValueError, match="num_threads must be between 1 and 4096, got 0"), bn.num_threads(0):
+            pass
+        assert bn.get_num_threads() == 5
+    assert _threads.decide() == (6, "processors of this process")
+
+
+def test_back_to_the_default(undecided):
+    bn.set_num_threads(5)
+    bn.set_num_threads(None)
+    assert _threads.decide() == (6, "processors of this process")
 
 
 def test_limits_of_threadpoolctl_are_obeyed(undecided):
@@ -146,7 +204,6 @@ def resident():
 """
 )
 ONE_HEAP = {"MALLOC_ARENA_MAX": "1"}  # glibc keeps a heap for every thread there ever was, which looks like a leak
-linux = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 
 SETTINGS = [
     {"OMP_NUM_THREADS": "1"},
@@ -159,6 +216,7 @@ SETTINGS = [
     {"OMP_SCHEDULE": "dynamic,1"},
     {"OMP_WAIT_POLICY": "passive"},
     {"OMP_STACKSIZE": "256k"},
+    {"OMP_STACKSIZE": "16k"},
     {"GOMP_SPINCOUNT": "1"},
     {"BATCHNORM_NUM_THREADS": "7"},
 ]
@@ -170,6 +228,31 @@ def test_no_setting_of_openmp_changes_bits(level):
     found = {str(these): succeeds(program, BATCHNORM_ISA=level, **nothing | these) for these in [{}, *SETTINGS]}
     assert len(set(found.values())) == 1, found
     assert len(set(found["{}"].split())) == 1
+
+
+def test_a_python_thread_with_a_small_stack(level):
+    """32 KiB are for Python and NumPy."""
+    program = """
+arrays = [x, x.astype(np.float64), np.moveaxis(x, 1, -1).copy(), x[:, :, 0, 0].copy(), x[:4]]
+
+def work():
+    for a in arrays:
+        axis = -1 if a.shape[-1] == 32 else 1
+        for threads in (1, 2):
+            _, saved = bn.forward(a, axis=axis, num_threads=threads)
+            bn.backward(a, saved, num_threads=threads)
+            bn.inference(a, ones, ones, axis=axis, num_threads=threads)
+    done.append(True)
+
+done = []
+_threads.SERIAL_VALUES = 0
+threading.stack_size(_threads.STACK + (32 << 10))
+thread = threading.Thread(target=work)
+thread.start()
+thread.join()
+assert done
+"""
+    succeeds(WATCHED + program, BATCHNORM_ISA=level)
 
 
 @linux

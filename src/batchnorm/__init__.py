@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 from ._config import show_config
-from ._threads import get_num_threads, set_num_threads
+from ._threads import get_num_threads, num_threads, set_num_threads
 from ._version import __version__
 from .diagnosis import Diagnosis, diagnose
 from .explain import Pathways, centering_matrix, jacobian, moment_gradients, pathways
@@ -54,6 +54,7 @@ __all__ = [
     "jacobian",
     "moment_gradients",
     "mpi",
+    "num_threads",
     "pathways",
     "population",
     "set_num_threads",

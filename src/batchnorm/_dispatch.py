@@ -40,6 +40,7 @@ class Kernels:
         module = importlib.import_module(f"batchnorm._kernels_{level}")
         self.level = level
         self.max_threads: Callable[[], int] = module.max_threads
+        self.processors: Callable[[], int] = module.processors
         self.openmp: Callable[[], int] = module.openmp
         self.openmp_runtime: Callable[[], str] = module.openmp_runtime
         self.forked: Callable[[], bool] = module.forked

@@ -5,19 +5,29 @@ the processors this process may run on and its cgroup's quota. A limit set throu
 the first. Results have the same bits for every number of threads, so each of these rules is about speed alone.
 
 Small work runs serially, because waking a team costs more than it saves. A child forked after threads were used runs
-serially, because the threads of its parent do not exist in it and OpenMP would wait for them for ever.
+serially, because the threads of its parent do not exist in it and OpenMP would wait for them for ever. Where
+OMP_STACKSIZE gives OpenMP's threads less than the kernels need, calls run serially too.
 """
 
+import contextlib
 import math
 import os
+import re
 import sys
 import threading
 import weakref
+from collections.abc import Iterator
 
 from . import _arrays, _dispatch
 
 SERIAL_VALUES = 65_536
 """Arrays with fewer values are worked on by the calling thread (measured: bench/README.md)."""
+
+STACK = 96 << 10
+"""Bytes of stack that are enough for a thread in the kernels, whatever the level."""
+
+_MOST = 4096
+"""Threads of a call. libgomp keeps a record of each on the stack of the caller."""
 
 
 _locks: "weakref.WeakSet[threading.Lock]" = weakref.WeakSet()
@@ -42,15 +52,23 @@ if hasattr(os, "register_at_fork"):
 
 def _checked(num_threads: int) -> int:
     count = _arrays.as_index(num_threads, "num_threads")
-    if not 1 <= count <= 4096:
-        raise ValueError(f"num_threads must be between 1 and 4096, got {count}")
+    if not 1 <= count <= _MOST:
+        raise ValueError(f"num_threads must be between 1 and {_MOST}, got {count}")
     return count
 
 
 def _environment(name: str) -> int | None:
     """A whole positive number in a variable; OMP_NUM_THREADS may be a list, whose first number counts."""
-    text = os.environ.get(name, "").split(",")[0].strip()
-    return int(text) if text.isdecimal() and int(text) > 0 else None
+    with contextlib.suppress(ValueError):  # also of more digits than Python reads
+        count = int(os.environ.get(name, "").split(",")[0])
+        return min(count, _MOST) if count > 0 else None
+    return None
+
+
+def _small_stacks() -> bool:
+    """Whether OMP_STACKSIZE, in kilobytes where it names no unit, is less than the kernels need."""
+    found = re.fullmatch(r"\s*(\d{1,18})\s*([bkmg]?)\s*", os.environ.get("OMP_STACKSIZE", "").lower(), re.ASCII)
+    return found is not None and int(found[1]) << 10 * "bkmg".index(found[2] or "k") < STACK
 
 
 def _read(*path: str) -> str | None:
@@ -86,18 +104,13 @@ def _folder_quota(folder: str) -> float | None:
     return None
 
 
-# Like OpenMP, the environment and the quota are read once; affinity and OpenMP's own limit are asked for on every call.
+# Like OpenMP, the environment and the quota are read once; the rest is asked for on every call.
 _asked: int | None = None
 _named_at_import = _environment("BATCHNORM_NUM_THREADS")
 _omp_named_at_import = _environment("OMP_NUM_THREADS") is not None
 _openmp_at_import = _dispatch.kernels.max_threads()
+_small_stacks_at_import = _small_stacks()
 _quota_at_import = _quota() if sys.platform == "linux" else None
-
-
-def _processors() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def decide() -> tuple[int, str]:
@@ -107,14 +120,16 @@ def decide() -> tuple[int, str]:
         return 1, "serial build"
     if _dispatch.kernels.forked():
         return 1, "forked child"
+    if _small_stacks_at_import:
+        return 1, "OMP_STACKSIZE"
     if _asked is not None:
         count, reason = _asked, "set_num_threads"
     elif _named_at_import is not None:
         count, reason = _named_at_import, "BATCHNORM_NUM_THREADS"
     elif _omp_named_at_import:
-        count, reason = openmp, "OMP_NUM_THREADS"
+        count, reason = min(openmp, _MOST), "OMP_NUM_THREADS"
     else:
-        count, reason = _processors(), "processors of this process"
+        count, reason = min(_dispatch.kernels.processors(), _MOST), "processors of this process"
         if _quota_at_import is not None and _quota_at_import < count:
             count, reason = _quota_at_import, "cgroup quota"
     if openmp != _openmp_at_import and openmp < count:
@@ -127,9 +142,9 @@ def considered() -> dict[str, int | None]:
     return {
         "set_num_threads": _asked,
         "BATCHNORM_NUM_THREADS": _named_at_import,
-        "OMP_NUM_THREADS": _openmp_at_import if _omp_named_at_import else None,
+        "OMP_NUM_THREADS": min(_openmp_at_import, _MOST) if _omp_named_at_import else None,
         "cgroup quota": _quota_at_import,
-        "processors of this process": _processors(),
+        "processors of this process": _dispatch.kernels.processors(),
     }
 
 
@@ -137,35 +152,71 @@ def threads_for(values: int, num_threads: int | None) -> int:
     """Threads of a call on an array with so many values."""
     if num_threads is not None:
         num_threads = _checked(num_threads)
-    if values < SERIAL_VALUES or _dispatch.kernels.forked():
+    if values < SERIAL_VALUES or _small_stacks_at_import or _dispatch.kernels.forked():
         return 1
     return decide()[0] if num_threads is None else num_threads
 
 
-def set_num_threads(num_threads: int) -> None:
-    """Use so many threads in calls that do not name a number.
+def set_num_threads(num_threads: int | None) -> None:
+    """Set the default number of threads, of calls without `num_threads=`, in the whole process.
 
     Parameters
     ----------
-    num_threads : int
-        At least 1. Results do not depend on it, only their speed does.
+    num_threads : int or None
+        1 to 4096. Results do not depend on it, only their speed does. None returns to the number that the environment
+        or the processors decide.
 
     Raises
     ------
     TypeError, ValueError
-        If it is not an integer, or less than 1.
+        If it is not an integer, or outside that range.
+
+    See Also
+    --------
+    num_threads : the same for a block of code.
 
     Examples
     --------
     >>> import batchnorm as bn
-    >>> before = bn.get_num_threads()
     >>> bn.set_num_threads(1)
     >>> bn.get_num_threads()
     1
-    >>> bn.set_num_threads(before)
+    >>> bn.set_num_threads(None)
     """
     global _asked
-    _asked = _checked(num_threads)
+    _asked = None if num_threads is None else _checked(num_threads)
+
+
+@contextlib.contextmanager
+def num_threads(count: int | None) -> Iterator[None]:
+    """Set the default number of threads for a `with` block, or for a decorated function.
+
+    It is `set_num_threads` with a way back: the number holds for all threads of the process, not for the one that
+    enters the block. For one thread alone, use `num_threads=` of a call, or `threadpoolctl.threadpool_limits`.
+
+    Parameters
+    ----------
+    count : int or None
+        As in `set_num_threads`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `set_num_threads`.
+
+    Examples
+    --------
+    >>> import batchnorm as bn
+    >>> with bn.num_threads(1):
+    ...     bn.get_num_threads()
+    1
+    """
+    before = _asked
+    set_num_threads(count)
+    try:
+        yield
+    finally:
+        set_num_threads(before)
 
 
 def get_num_threads() -> int:

@@ -396,6 +396,8 @@ class BatchNorm:
 
         Raises
         ------
+        ValueError
+            If there is something at the path that is not a regular file.
         OSError
             If the file cannot be written.
 
@@ -469,6 +471,6 @@ class BatchNorm:
         counter = np.asarray(value)
         if counter.dtype.kind not in "iu":
             raise TypeError(f"num_batches_tracked must be an integer, got dtype {counter.dtype}")
-        if math.prod(counter.shape) != 1 or counter.ndim > 1 or int(counter.item()) < 0:
-            raise ValueError(f"num_batches_tracked must be one number, at least 0, got {counter}")
+        if math.prod(counter.shape) != 1 or counter.ndim > 1 or not 0 <= int(counter.item()) <= 2**62:
+            raise ValueError(f"num_batches_tracked must be one number, 0 to 2**62, got {counter}")
         return int(counter.item())

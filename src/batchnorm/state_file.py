@@ -2,51 +2,96 @@
 
 Decisions:
 
-- Nothing in a file is executed: no pickle, and numpy's header parser gets no more than the short header of such an
-  array.
-- Everything is checked before data is read: the size of the file and of all that it says it holds, the names, the
-  dtypes, the shapes against the sizes. Products are Python integers, so none overflows.
+- Nothing in a file is executed or evaluated: no pickle, and the header of an array is matched against what NumPy writes
+  for such an array.
+- Everything is checked before data is read: that it is a regular file, the sizes of the file, of its directory and of
+  all that it says it holds, the names, the dtypes, the shapes against the sizes. Products are Python integers, so none
+  overflows.
 - A file is written beside its place and put there in one step, after its bytes have reached the disk. Interrupted
-  anywhere, the old file is as it was; of a process that was killed, a file that ends in `.part` remains.
+  anywhere, the old file is as it was; of a process that was killed, a file that ends in `.part` remains, which nobody
+  may read who may not read the file itself. Only a regular file is replaced: no device, pipe or folder.
 - What the numbers mean is the layer's to check.
 """
 
 import contextlib
+import io
 import math
 import os
-import shutil
+import re
 import stat
+import struct
 import zipfile
+import zlib
 from collections.abc import Collection, Mapping
+from functools import partial
 from typing import IO, Any
 
 import numpy as np
-from numpy.lib import format as npy
 from numpy.typing import NDArray
 
-_DTYPES = ("<f4", "<f8", "<i8")
+_HEADER = re.compile(rb"\{'descr': '(<f4|<f8|<i8)', 'fortran_order': False, 'shape': \((?:(0|[1-9]\d*),)?\), \} *\n")
 _LONGEST_HEADER = 256
 _BESIDE_DATA = 4096
 """Bytes of an entry that are not data: headers and names, more than enough."""
+_LONGEST_COMMENT = 65_557
+"""Bytes at the end of a zip file that are searched for the record that says where its directory is."""
+
+_DAMAGED = (ValueError, zipfile.BadZipFile, zlib.error, struct.error, EOFError, RuntimeError, OverflowError)
+"""What zipfile raises of damaged bytes. No more: a signal handler's exception is not the file's fault."""
 
 
 def write(path: str | os.PathLike[str], arrays: Mapping[str, NDArray[Any]]) -> None:
-    """Put arrays into a file, or leave the file as it was."""
+    """Put arrays into a file, or leave the file as it was.
+
+    Raises
+    ------
+    ValueError
+        If the path names something else than a regular file.
+    OSError
+        If the file cannot be written.
+    """
+    path = os.fsdecode(path)
+    mode = _mode(path)
+    content = memoryview(_archive(arrays))
     target = os.path.realpath(path)
-    partial = f"{target}.{os.urandom(8).hex()}.part"
+    beside = os.path.join(os.path.dirname(target), f"batchnorm-{os.urandom(8).hex()}.part")
     try:
-        with open(partial, "xb") as file:
-            np.savez(file, **arrays)  # type: ignore[arg-type]
-            file.flush()
+        # Unbuffered: a child forked meanwhile has nothing to write at its end.
+        with open(beside, "xb", 0, opener=partial(os.open, mode=0o666 if mode is None else 0o600)) as file:
+            while content:
+                content = content[file.write(content) :]
+            if mode is not None:
+                os.fchmod(file.fileno(), mode)
             os.fsync(file.fileno())
-        if os.path.exists(target):
-            shutil.copymode(target, partial)
-        os.replace(partial, target)
-    except BaseException:
+        os.replace(beside, target)
+    except BaseException as error:
         with contextlib.suppress(OSError):
-            os.unlink(partial)
+            os.unlink(beside)
+        if isinstance(error, OSError) and error.filename == beside:
+            raise OSError(error.errno, error.strerror, path) from None
         raise
     _settle(os.path.dirname(target))
+
+
+def _mode(path: str) -> int | None:
+    """Permissions of the file to be replaced, None where there is none yet."""
+    try:
+        status = os.stat(path)
+    except FileNotFoundError:
+        return None
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError(f"{path!r} must be a regular file")
+    return stat.S_IMODE(status.st_mode)
+
+
+def _archive(arrays: Mapping[str, NDArray[Any]]) -> bytes:
+    file = io.BytesIO()
+    try:
+        np.savez(file, **arrays)  # type: ignore[arg-type]
+    except ValueError as error:
+        # Interrupted between two steps of an entry, zipfile refuses to close the archive and hides the interrupt.
+        raise error.__context__ or error from None
+    return file.getvalue()
 
 
 def _settle(folder: str) -> None:
@@ -59,6 +104,30 @@ def _settle(folder: str) -> None:
             os.close(descriptor)
 
 
+class _Rationed(io.BufferedReader):
+    """A file that gives out so many bytes and no more, where `left` is a number.
+
+    ZipFile reads a whole directory and makes an object of every entry before it can be asked how many there are.
+    """
+
+    left: int | None = None
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
+        if offset < 0 and whence == os.SEEK_SET:  # damage, not an error of the system
+            raise ValueError("an entry begins before the file does")
+        return super().seek(offset, whence)
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if self.left is None:
+            return super().read(size)
+        size = self.left + 1 if size is None or size < 0 else size
+        data = super().read(min(size, self.left + 1))
+        self.left -= len(data)
+        if self.left < 0:
+            raise ValueError("its directory is longer than that of a layer")
+        return data
+
+
 def read(path: str | os.PathLike[str], names: Collection[str], max_bytes: int) -> dict[str, NDArray[Any]]:
     """The arrays in a file, which may have these names and at most one dimension.
 
@@ -69,22 +138,28 @@ def read(path: str | os.PathLike[str], names: Collection[str], max_bytes: int) -
     OSError
         If it cannot be read.
     """
-    with open(path, "rb") as file:
+    path = os.fsdecode(path)
+    with _Rationed(io.FileIO(path, opener=_open_without_waiting)) as file:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
-            raise ValueError(f"{os.fspath(path)!r} must be a regular file")
+            raise ValueError(f"{path!r} must be a regular file")
         try:
             _check_size(status.st_size, max_bytes + _BESIDE_DATA * len(names))
+            file.left = _LONGEST_COMMENT + _BESIDE_DATA * len(names)
             with zipfile.ZipFile(file) as archive:
+                file.left = None
                 entries = {entry: _checked_name(entry, names) for entry in archive.infolist()}
                 if len(set(entries.values())) < len(entries):
                     raise ValueError("a name is there twice")
                 _check_size(sum(entry.file_size for entry in entries), max_bytes)
                 return {name: _read_entry(archive, entry, name) for entry, name in entries.items()}
-        except MemoryError:
-            raise
-        except Exception as error:  # of damaged bytes, zip and header parsers raise a dozen kinds
-            raise ValueError(f"{os.fspath(path)!r} must be a file that BatchNorm.save wrote: {error}") from None
+        except _DAMAGED as error:
+            raise ValueError(f"{path!r} must be a file that BatchNorm.save wrote: {error}") from None
+
+
+def _open_without_waiting(path: str, flags: int) -> int:
+    """A descriptor at once, also of a pipe that nobody writes to, and never a terminal to be controlled by."""
+    return os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY)
 
 
 def _check_size(size: int, max_bytes: int) -> None:
@@ -93,9 +168,10 @@ def _check_size(size: int, max_bytes: int) -> None:
 
 
 def _checked_name(entry: zipfile.ZipInfo, names: Collection[str]) -> str:
-    name = entry.filename.removesuffix(".npy")
-    if name not in names or name == entry.filename:
-        raise ValueError(f"it holds {entry.filename!r}, which is none of {', '.join(sorted(names))}")
+    # What the file says; `filename` ends at a zero byte.
+    name = entry.orig_filename.removesuffix(".npy")
+    if name not in names or entry.filename != f"{name}.npy":
+        raise ValueError(f"it holds {entry.orig_filename!r}, which is none of {', '.join(sorted(names))}")
     if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise ValueError(f"{name} is compressed by method {entry.compress_type}, not as NumPy does")
     return name
@@ -115,12 +191,17 @@ def _read_entry(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, name: str) -> 
 
 
 def _read_header(file: IO[bytes], name: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
-    version = npy.read_magic(file)
-    if version != (1, 0):
-        raise ValueError(f"{name} has version {version} of the npy format, other than (1, 0)")
-    shape, _, dtype = npy.read_array_header_1_0(file, max_header_size=_LONGEST_HEADER)
-    if dtype.str not in _DTYPES:
-        raise ValueError(f"{name} has dtype {dtype}, which is none of float32, float64, int64")
-    if len(shape) > 1 or any(type(length) is not int or length < 0 for length in shape):
-        raise ValueError(f"{name} has shape {shape}, other than one number a channel or one in all")
-    return shape, dtype
+    magic = file.read(8)
+    if magic != b"\x93NUMPY\x01\x00":
+        raise ValueError(f"{name} begins with {magic!r}, other than version 1.0 of the npy format")
+    length = int.from_bytes(file.read(2), "little")
+    if length > _LONGEST_HEADER:
+        raise ValueError(f"{name} has a header of {length} bytes, more than {_LONGEST_HEADER}")
+    header = file.read(length)
+    match = _HEADER.fullmatch(header)
+    if match is None:
+        raise ValueError(
+            f"{name} has the header {header.decode('latin1').rstrip()!r}, other than NumPy writes "
+            "for one number per channel or one in all, of float32, float64 or int64"
+        )
+    return () if match[2] is None else (int(match[2]),), np.dtype(match[1].decode())
