@@ -51,6 +51,57 @@ def without_batch(p):
     return lambda values: values.sum(axis=p.axes[1:], keepdims=True)
 
 
+def staged(dy, p):
+    """Backpropagation through every node of x − μ, (x − μ)², σ², √(σ² + eps), 1/√, ·, as in lecture notes."""
+    two, half = p.x.dtype.type(2), p.x.dtype.type(0.5)
+    root = np.sqrt(p.var + p.eps)
+    dxhat = dy * p.gamma
+    dinverse = p.s(dxhat * p.xmu)
+    dxmu = dxhat / root
+    droot = -dinverse / root**2
+    dvar = half * droot / root
+    dsquare = np.ones_like(p.x) * dvar / p.n
+    dxmu = dxmu + two * p.xmu * dsquare
+    return dxmu + np.ones_like(p.x) * -p.s(dxmu) / p.n
+
+
+def paper(dy, p):
+    """Section 3 of the paper, with the second term of dmean."""
+    dxhat = dy * p.gamma
+    dvar = p.s(dxhat * p.xmu) * -p.x.dtype.type(0.5) * (p.var + p.eps) ** p.x.dtype.type(-1.5)
+    dmean = p.s(dxhat * -1 / np.sqrt(p.var + p.eps)) + dvar * p.s(-2 * p.xmu) / p.n
+    return dxhat / np.sqrt(p.var + p.eps) + dvar * 2 * p.xmu / p.n + dmean / p.n
+
+
+def means(dy, p):
+    """Means in place of sums."""
+    mean = dy.mean(axis=p.axes, keepdims=True)
+    return p.gamma * p.rstd * (dy - mean - p.xhat * (dy * p.xhat).mean(axis=p.axes, keepdims=True))
+
+
+def projections(dy, p):
+    """Frameworks' way: Σdy·(x − μ) is projected off, and the mean."""
+    project = p.s(dy * p.xmu) * p.rstd**2 / p.n
+    return (dy - p.xmu * project - p.s(dy) / p.n) * p.rstd * p.gamma
+
+
+def sums_of_x(dy, p):
+    """Σdy·(x − μ) as Σdy·x − μ·Σdy."""
+    dgamma = (p.s(dy * p.x) - p.mean * p.s(dy)) * p.rstd
+    return p.gamma * p.rstd * (dy - p.s(dy) / p.n - p.xhat * dgamma / p.n)
+
+
+def line(dy, p):
+    """a·dy + b·x + c."""
+    a = p.gamma * p.rstd
+    b = -a * p.rstd * p.s(dy * p.xhat) / p.n
+    return a * dy + b * p.x + (-b * p.mean - a * p.s(dy) / p.n)
+
+
+RIGHT = [graph, compact, staged, paper, means, projections, sums_of_x, line]
+"""The right gradient in the ways in which it is published."""
+
+
 def right(dy, p):
     return graph(dy, p)
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import batchnorm as bn
-from batchnorm import slips
+from batchnorm.gradient import slips
 
 DTYPES = ["float32", "float64"]
 SHAPES = {"(N, C)": ((24, 5), 1), "NCHW": ((6, 4, 5, 3), 1), "NHWC": ((6, 5, 3, 4), -1), "channels first": ((4, 17), 0)}

@@ -8,8 +8,8 @@ any number of threads and any processor.
 from ._config import show_config
 from ._threads import get_num_threads, set_num_threads
 from ._version import __version__
-from .diagnosis import Diagnosis, diagnose
-from .explain import Pathways, centering_matrix, jacobian, moment_gradients, pathways
+from .gradient.diagnosis import Diagnosis, diagnose
+from .gradient.pathways import Pathways, centering_matrix, jacobian, moment_gradients, pathways
 from .functional import (
     Gradients,
     InferenceGradients,

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 COMMANDS = {
-    "explain": ("worked_example", "follow a gradient through four values, by its three pathways"),
+    "explain": ("gradient.worked_example", "follow a gradient through four values, by its three pathways"),
     "profile": ("profile", "time forward, backward and inference on the layer shapes of real networks"),
 }
 

@@ -16,9 +16,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
-from . import _arrays, functional, reference
-from .functional import Saved
-from .reference import Array, MomentGradients
+from .. import _arrays, functional, reference
+from ..functional import Saved
+from ..reference import Array, MomentGradients
 
 MAX_BYTES = 1 << 30
 
@@ -41,12 +41,10 @@ def textbook(saved: Saved, dtype: DTypeLike = np.float64) -> reference.Cache:
             "one value is its own mean, so y is beta and dx is 0"
         )
     axes = tuple(i for i in range(saved.x.ndim) if i != saved.axis)
-    mean, mean_low, rstd, rstd_low, gamma = (
-        np.expand_dims(row.astype(dtype), axes)
-        for row in (saved.mean, saved.mean_low, saved.rstd, saved.rstd_low, saved.gamma)
+    mean, mean_low, rstd, gamma = (
+        np.expand_dims(row.astype(dtype), axes) for row in (saved.mean, saved.mean_low, saved.rstd, saved.gamma)
     )
     xmu = _by_channel(saved.x, saved, dtype) - mean - mean_low
-    rstd += rstd_low
     return reference.Cache(xmu, xmu * rstd, rstd, gamma, axes)
 
 

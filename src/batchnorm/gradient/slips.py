@@ -10,17 +10,18 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from . import explain, reference
-from .functional import Saved
-from .reference import Array
+from .. import reference
+from ..functional import Saved
+from ..reference import Array
+from . import pathways
 
 
 class Right:
     """The right gradient of one batch in float64, and what wrong ones are made of."""
 
     def __init__(self, dy: ArrayLike, saved: Saved) -> None:
-        self.cache = explain.textbook(saved)
-        self.dy = explain.upstream(dy, saved)
+        self.cache = pathways.textbook(saved)
+        self.dy = pathways.upstream(dy, saved)
         self.x, self.eps, self.n = saved.x, saved.eps, saved.count
         self.correction = self.n / (self.n - 1)
         self.var = np.expand_dims(saved.var, self.cache.axes)

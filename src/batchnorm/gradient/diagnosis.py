@@ -17,9 +17,9 @@ from itertools import permutations
 import numpy as np
 from numpy.typing import ArrayLike
 
-from . import _arrays
-from .functional import Saved
-from .reference import Array
+from .. import _arrays
+from ..functional import Saved
+from ..reference import Array
 from .slips import PARAMETER_SLIPS, SLIPS, Right, Slip
 
 CORRECT = "correct"
