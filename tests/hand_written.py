@@ -106,12 +106,25 @@ def right(dy, p):
     return graph(dy, p)
 
 
+def over_channels(p):
+    (axis,) = set(range(p.x.ndim)) - set(p.axes)
+    return lambda values: values.sum(axis=axis, keepdims=True)
+
+
+def batch(p):
+    return p.x.dtype.type(p.x.shape[p.axes[0]])
+
+
+def dvar_term(dy, p):
+    """dvar·2/n"""
+    return p.s(dy * p.gamma * p.xmu) * -(p.rstd**3) / p.n
+
+
 def unbiased(p):
     return 1 / np.sqrt(p.var * p.n / (p.n - 1) + p.eps)
 
 
 SLIPS = {
-    "second term of dmean left out": [right],
     "mean pathway missing": [
         lambda dy, p: dy * p.gamma * p.rstd - p.gamma * p.rstd * p.xhat * p.s(dy * p.xhat) / p.n,
         lambda dy, p: graph(dy, p, s_mean=lambda values: 0 * p.s(values)),
@@ -124,6 +137,10 @@ SLIPS = {
     "direct pathway missing": [lambda dy, p: graph(dy, p) - dy * p.gamma * p.rstd],
     "gamma forgotten": [lambda dy, p: graph(dy, p, dxhat=dy), lambda dy, p: compact(dy, p, gamma=1)],
     "gamma applied twice": [lambda dy, p: p.gamma * graph(dy, p)],
+    "gamma forgotten in a pathway": [
+        lambda dy, p: graph(dy, p, s_var=lambda values: p.s(values / p.gamma)),
+        lambda dy, p: graph(dy, p, s_mean=lambda values: p.s(values / p.gamma), s_var=lambda v: p.s(v / p.gamma)),
+    ],
     "1/n forgotten": [
         lambda dy, p: graph(dy, p, n_mean=1, n_var=1),
         lambda dy, p: compact(dy, p, n=1),
@@ -134,6 +151,11 @@ SLIPS = {
         lambda dy, p: graph(dy, p, n_mean=p.n - 1, n_var=p.n - 1),
         lambda dy, p: graph(dy, p, n_var=p.n - 1),
         lambda dy, p: compact(dy, p, n=p.n - 1),
+    ],
+    "batch size in place of n": [
+        lambda dy, p: graph(dy, p, n_mean=batch(p), n_var=batch(p)),
+        lambda dy, p: graph(dy, p, n_mean=batch(p)),
+        lambda dy, p: compact(dy, p, n=batch(p)),
     ],
     "n - 1 in the variance": [
         lambda dy, p: graph(dy, p, rstd=unbiased(p)),
@@ -163,13 +185,30 @@ SLIPS = {
         lambda dy, p: compact(dy, p, s_mean=no_axis, s_var=no_axis),
         lambda dy, p: compact(dy, p, s_mean=no_axis),
     ],
+    "only the diagonal of the Jacobian": [
+        lambda dy, p: p.gamma * p.rstd * dy * (1 - 1 / p.n - p.xhat**2 / p.n),
+        lambda dy, p: graph(dy, p, s_var=lambda values: values),
+        lambda dy, p: p.gamma * p.rstd * (dy * (1 - 1 / p.n) - p.xhat * p.s(dy * p.xhat) / p.n),
+    ],
     "sum without the batch axis": [
         lambda dy, p: graph(dy, p, s_mean=without_batch(p)),
         lambda dy, p: compact(dy, p, s_mean=without_batch(p), s_var=without_batch(p)),
         lambda dy, p: compact(dy, p, s_var=without_batch(p)),
     ],
+    "sum over the channel axis": [
+        lambda dy, p: compact(dy, p, s_mean=over_channels(p), s_var=over_channels(p)),
+        lambda dy, p: graph(dy, p, s_mean=over_channels(p)),
+    ],
+    "x in place of x - μ": [
+        lambda dy, p: graph(dy, p, s_var=lambda values: p.s(values / p.xmu * p.x)),
+        lambda dy, p: graph(dy, p, s_var=lambda values: 0 * p.s(values)) + dvar_term(dy, p) * p.x,
+    ],
     "rstd not cubed": [lambda dy, p: graph(dy, p, power=1), lambda dy, p: graph(dy, p, power=2)],
     "factor 2 in the variance pathway": [lambda dy, p: graph(dy, p, half=1), lambda dy, p: graph(dy, p, half=0.25)],
+    "pathway counted twice": [
+        lambda dy, p: graph(dy, p) + dy * p.gamma * p.rstd,
+        lambda dy, p: graph(dy, p, n_mean=p.n / 2),
+    ],
     "wrong sign": [lambda dy, p: -graph(dy, p)],
     "wrong sign of the mean pathway": [lambda dy, p: graph(dy, p, n_mean=-p.n)],
     "wrong sign of the variance pathway": [lambda dy, p: graph(dy, p, half=-0.5)],
@@ -178,6 +217,14 @@ SLIPS = {
         lambda dy, p: (
             graph(dy, p) + p.s(dy * p.gamma * p.xmu * -0.5 * p.rstd**3).astype(dy.dtype) * -2 * p.xmu / p.n / p.n
         )
+    ],
+    "number of channels in place of n": [
+        lambda dy, p: graph(dy, p, n_mean=p.gamma.size, n_var=p.gamma.size),
+        lambda dy, p: graph(dy, p, n_var=p.gamma.size),
+    ],
+    "number of all values in place of n": [
+        lambda dy, p: graph(dy, p, n_mean=p.x.size, n_var=p.x.size),
+        lambda dy, p: compact(dy, p, n=p.x.size),
     ],
 }
 
@@ -188,8 +235,13 @@ PARAMETER_SLIPS = {
         (dy * p.xhat).mean(axis=p.axes, keepdims=True),
         dy.mean(axis=p.axes, keepdims=True),
     ),
+    "mean over the batch in place of the sum": lambda dy, p: (p.s(dy * p.xhat) / batch(p), p.s(dy) / batch(p)),
     "sum over the channels too": lambda dy, p: (0 * p.mean + (dy * p.xhat).sum(), 0 * p.mean + dy.sum()),
     "dxhat in place of dy": lambda dy, p: (p.s(dy * p.gamma * p.xhat), p.s(dy * p.gamma)),
     "x - μ in place of xhat": lambda dy, p: (p.s(dy * p.xmu), None),
     "x in place of xhat": lambda dy, p: (p.s(dy * p.x), None),
+    "n - 1 in the variance": lambda dy, p: (p.s(dy * p.xmu * unbiased(p)), None),
+    "eps outside the root": lambda dy, p: (p.s(dy * p.xmu / (np.sqrt(p.var) + p.eps)), None),
+    "eps forgotten": lambda dy, p: (p.s(dy * p.xmu / np.sqrt(p.var)), None),
+    "variance taken for the standard deviation": lambda dy, p: (p.s(dy * p.xmu / (p.var + p.eps)), None),
 }

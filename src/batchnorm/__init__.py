@@ -8,8 +8,6 @@ any number of threads and any processor.
 from ._config import show_config
 from ._threads import get_num_threads, set_num_threads
 from ._version import __version__
-from .gradient.diagnosis import Diagnosis, diagnose
-from .gradient.pathways import Pathways, centering_matrix, jacobian, moment_gradients, pathways
 from .functional import (
     Gradients,
     InferenceGradients,
@@ -21,6 +19,8 @@ from .functional import (
     inference_backward,
     update_running,
 )
+from .gradient.diagnosis import Diagnosis, diagnose
+from .gradient.pathways import Pathways, centering_matrix, jacobian, moment_gradients, pathways
 from .layer import BatchNorm
 from .moments import GradientSums, Moments, population
 from .reference import MomentGradients

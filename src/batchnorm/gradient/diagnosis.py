@@ -2,10 +2,9 @@
 
 Decisions:
 
-- Of the right formula and those of the catalogue, the one nearest to what came is named, the first of those that are
-  alike. If none is near, the sum of pathways that fits best is told.
-- Differences are fractions of the largest term of their channel, so that small channels count. What differs from the
-  right dx by no more than rounding is correct, whatever else would explain it better.
+- `search` finds the formula that dx is, the right one or one of the catalogue. If none is near, the sum of pathways
+  that fits best is told.
+- What is no gradient at all is named too: a wrong shape, NaN, 0 everywhere.
 - Some upstream gradients hide mistakes. A dy that is constant per channel or proportional to xhat makes the right dx
   vanish, and where gamma is 1 nobody sees that gamma is missing. The answer says what it could not have seen.
 """
@@ -20,18 +19,13 @@ from numpy.typing import ArrayLike
 from .. import _arrays
 from ..functional import Saved
 from ..reference import Array
-from .slips import PARAMETER_SLIPS, SLIPS, Right, Slip
+from .parameters import explain_parameter
+from .right import Right
+from .search import CORRECT, NEARLY, NOT_FINITE, UNKNOWN, ZERO, Search
+from .slips import SLIPS
 
-CORRECT = "correct"
 CANNOT_TELL = "this dy cannot tell"
 TRANSPOSED = "transposed layout"
-UNKNOWN = "unknown"
-
-ROUNDING = 4
-"""Differences of this many eps of the dtype (root mean square) are nobody's mistake."""
-
-NEARLY = 1e-3
-"""What may be left of a difference that a slip explains, and of a dy that is a constant plus a multiple of xhat."""
 
 
 @dataclass(frozen=True)
@@ -41,13 +35,13 @@ class Diagnosis:
     Attributes
     ----------
     slip : str
-        The mistake in dx by its name; or "correct", "this dy cannot tell", "unknown".
+        The mistake in dx by its name, two of them as "one + other"; or "correct", "this dy cannot tell", "unknown".
     error : float
         The largest difference between dx and the right one, over the largest term of its channel; infinite where dx has
-        another shape.
+        another shape or is not finite.
     pathways : tuple of three floats
         How often dx has the direct pathway and those through the mean and the variance in it, by least squares; 1, 1, 1
-        if it is right.
+        if it is right, NaN where `error` is infinite.
     unseen : tuple of str
         Slips that would have given a correct dx with these data.
     dgamma, dbeta : str or None
@@ -94,8 +88,8 @@ def diagnose(
         channel or proportional to xhat, as ones or y are, the right dx is 0 up to eps and hides mistakes.
     saved : Saved
         From `forward` of the same x, gamma, axis and eps.
-    dgamma, dbeta : array_like, shape (C,), optional
-        Gradients of the parameters, looked at too.
+    dgamma, dbeta : array_like of float32 or float64, optional
+        Gradients of the parameters, looked at too. A shape that is not (C,) is one of the slips.
 
     Returns
     -------
@@ -107,11 +101,14 @@ def diagnose(
     TypeError
         If `saved` is not from `forward`, or a dtype does not fit.
     ValueError
-        If a shape does not fit, a value is not finite, or a channel has fewer than two values.
+        If dx has axes that x has not, x or dy is not finite, or a channel has fewer than two values.
 
     Notes
     -----
-    Every formula is worked out in float64 over the whole array: a second for a million values.
+    A dx is right if rounding in its dtype explains its error. A plain formula knows the mean of a channel only to
+    eps·|x|, so float32 data far from 0 hide small slips; the answer says which.
+
+    Every formula is worked out in float64 over the whole array: some seconds for a million values.
 
     Examples
     --------
@@ -127,69 +124,89 @@ def diagnose(
     >>> bn.diagnose(bn.backward(dy, saved).dx, dy, saved).correct
     True
     """
-    right = Right(dy, saved)
+    right = Right.of(dy, saved)
     if not right.x.size:
         raise ValueError(f"x must have channels, got shape {right.x.shape} with axis={saved.axis}")
     dx = _arrays.as_float(dx, "dx")
     if sorted(dx.shape) != sorted(right.dx.shape):
         raise ValueError(f"dx must have the shape of x, {right.dx.shape}, or its axes in another order, got {dx.shape}")
-    given = {
-        name: None if value is None else _arrays.as_channels(value, name, saved.mean.size)
-        for name, value in (("dgamma", dgamma), ("dbeta", dbeta))
-    }
-    for name, values in {"x": right.x, "dy": right.dy, "dx": dx, **given}.items():
-        if values is not None and not np.isfinite(values).all():
-            where = tuple(int(i) for i in np.argwhere(~np.isfinite(values))[0])
-            raise ValueError(f"{name} must be finite, got {values[where]} at {where}")
-    return _diagnose(dx, given, right)
+    for name, values in {"x": right.x, "dy": right.dy}.items():
+        if not np.isfinite(values).all():
+            raise ValueError(f"{name} must be finite, got {_first_not_finite(values)}")
+    slip, remedy, error, pathways, unseen = _of_dx(dx, right)
+    words = [f"{slip}: {remedy}."]
+    found: dict[str, str | None] = {"dgamma": None, "dbeta": None}
+    for name, value in (("dgamma", dgamma), ("dbeta", dbeta)):
+        if value is not None:
+            found[name], remedy = explain_parameter(name, _arrays.as_float(value, name), right)
+            words.append(f"{name}: {found[name]}{remedy and ': '}{remedy}.")
+    return Diagnosis(slip, error, pathways, unseen, found["dgamma"], found["dbeta"], " ".join(words))
 
 
-def _diagnose(dx: Array, given: dict[str, Array | None], right: Right) -> Diagnosis:
+def _first_not_finite(values: Array) -> str:
+    where = tuple(int(i) for i in np.argwhere(~np.isfinite(values))[0])
+    return f"{values[where]} at {where}"
+
+
+Found = tuple[str, str, float, tuple[float, float, float], tuple[str, ...]]
+
+
+def _of_dx(dx: Array, right: Right) -> Found:
+    """What is wrong with dx, the rest of the sentence, and the numbers of the answer."""
     eps = float(max(np.finfo(array.dtype).eps for array in (right.x, dx)))
-    error, pathways = math.inf, (math.nan, math.nan, math.nan)
+    nothing = math.inf, (math.nan, math.nan, math.nan), ()
+    if not np.isfinite(dx).all():
+        few = f", one of {np.count_nonzero(~np.isfinite(dx)):,} such values" if dx.size > 1 else ""
+        return NOT_FINITE, f"dx is {_first_not_finite(dx)}{few}", *nothing
+    search = Search(dx, right, eps) if dx.shape == right.dx.shape else None
+    if search is None:
+        return *(_transposed(dx, right, eps) or (UNKNOWN, "no order of x's axes makes dx right")), *nothing
+    error = float((abs(dx - right.dx) / right.largest).max())
+    slip, words = _explain(search, error)
     unseen: tuple[str, ...] = ()
-    if dx.shape != right.dx.shape:
-        slip, words = _transposed(dx, right, eps) or (UNKNOWN, "no order of x's axes makes dx right")
-    else:
-        error = float((abs(dx - right.dx) / right.largest).max())
-        pathways = _fit(dx, right)
-        slip, words = _of_dx(dx, right, eps, error, pathways)
-        if slip in (CORRECT, CANNOT_TELL):
-            unseen = tuple(other.name for other in SLIPS if _unseen(other, right, eps))
-    if slip == CORRECT:
-        words += _about_unseen(unseen)
-    found = {
-        name: None if values is None else _of_parameter(name, values, right, eps) for name, values in given.items()
-    }
-    words = " ".join([f"{slip}: {words}.", *(f"{name}: {what}." for name, what in found.items() if what)])
-    return Diagnosis(slip, error, pathways, unseen, found["dgamma"], found["dbeta"], words)
+    if slip in (CORRECT, CANNOT_TELL):
+        unseen = tuple(other.name for other in SLIPS if any(map(search.unseen, other.forms(right))))
+    if slip == CORRECT and unseen:
+        words += f"; these data would not have shown: {', '.join(unseen)}"
+    return slip, words, error, _fit(dx, right, right.largest)[0], unseen
 
 
-def _of_dx(dx: Array, right: Right, eps: float, error: float, pathways: tuple[float, float, float]) -> tuple[str, str]:
+def _explain(search: Search, error: float) -> tuple[str, str]:
     """The name of what is wrong with dx, and the rest of the sentence."""
-    off = f"dx is off by {error:.2g} of its largest term"
+    dx, right = search.dx, search.right
+    off = f"dx is off by {error:.2g} × its largest term"
     if _hides_mistakes(right):
         few = " (with two values in a channel every dy does)" if right.n == 2 else ""
-        wrong = f"; {off} all the same" if error > math.sqrt(eps) else ""
+        wrong = "" if search.correct() else f"; {off} all the same"
         return CANNOT_TELL, (
             f"in every channel it is a constant plus a multiple of xhat{few}, for which the right dx is 0 up to eps "
             f"and many a wrong one too; take a random one{wrong}"
         )
-    name, distance = _closest(dx, right, eps)
-    if name == CORRECT:
-        return name, f"dx agrees with the exact gradient to {error:.1g} of its largest term"
-    if name == UNKNOWN:
-        direct, mean, variance = pathways
-        return _transposed(dx, right, eps) or (
-            UNKNOWN,
-            (
-                f"{off} and no slip of the catalogue explains it; nearest is {direct:.3g}·direct + {mean:.3g}·mean + "
-                f"{variance:.3g}·variance (1, 1, 1 would be right), which leaves "
-                f"{_distance(right, dx, right.paths(*pathways)):.1g}"
-            ),
+    if search.correct():
+        return CORRECT, f"dx agrees with the exact gradient to {error:.1g} × its largest term"
+    if not dx.any():
+        return ZERO, (
+            "∂(x − μ)/∂x is not 1 − 1 = 0 but the matrix I − 11ᵀ/n: each x moves its own deviation by 1 − 1/n and the "
+            "others by −1/n"
         )
-    remedy = next(slip.remedy for slip in SLIPS if slip.name == name)
-    return name, f"{remedy}; {off}, of which this leaves {distance:.1g} unexplained"
+    found = search.explain()
+    if found:
+        return found.name, f"{found.remedy}; {off}, and mending this leaves {found.left:.1g}"
+    return _transposed(dx, right, search.eps) or (
+        UNKNOWN,
+        f"{off} and no slip of the catalogue explains it; {_nearest_sum(search)}",
+    )
+
+
+def _nearest_sum(search: Search) -> str:
+    """The sum of pathways that fits best, with gamma or without."""
+    largest, bare = search.right.largest, search.right.without_gamma()
+    fits = {"": _fit(search.dx, search.right, largest), "without gamma, ": _fit(search.dx, bare, largest)}
+    which, ((direct, mean, variance), left) = min(fits.items(), key=lambda fit: fit[1][1])
+    return (
+        f"{which}nearest is {direct:.3g}·direct + {mean:.3g}·mean + {variance:.3g}·variance (1, 1, 1 would be right), "
+        f"which leaves {left:.1g}"
+    )
 
 
 def _hides_mistakes(right: Right) -> bool:
@@ -201,32 +218,14 @@ def _hides_mistakes(right: Right) -> bool:
     return bool((abs(rest).max(axes) <= NEARLY * abs(right.dy).max(axes)).all())
 
 
-def _distance(right: Right, dx: Array, other: Array) -> float:
-    """Root mean square of the difference, over the largest terms or over `other` where that is larger."""
-    size = np.sqrt(np.mean((other / right.largest) ** 2))
-    distance = np.sqrt(np.mean(((dx - other) / right.largest) ** 2)) / max(1.0, size)
-    return float(distance) if np.isfinite(distance) else math.inf
-
-
-def _closest(dx: Array, right: Right, eps: float) -> tuple[str, float]:
-    """The formula that dx is nearest to, and how near it is."""
-    distances = {CORRECT: _distance(right, dx, right.dx)}
-    if distances[CORRECT] > ROUNDING * eps:
-        for slip in SLIPS:
-            distances[slip.name] = min(_distance(right, dx, form) for form in slip.forms(right))
-    nearest = min(distances.values())
-    name = next(name for name, distance in distances.items() if distance <= 2 * nearest + eps / 2)
-    believed = max(math.sqrt(eps), 0 if name == CORRECT else NEARLY * distances[CORRECT])
-    return (name if distances[name] <= believed else UNKNOWN), distances[name]
-
-
 def _transposed(dx: Array, right: Right, eps: float) -> tuple[str, str] | None:
     """Whether dx is the right one with its axes in another order, or read in that order with x's shape."""
+    noise = max(lost.max() for lost in right.rounding(eps))
     for order in permutations(range(dx.ndim)):
         turned = right.dx.transpose(order)
         if order != tuple(range(dx.ndim)) and dx.shape in (turned.shape, right.dx.shape):
             rest = dx - turned.reshape(dx.shape)
-            if np.linalg.norm(rest) <= math.sqrt(eps) * np.linalg.norm(right.dx):
+            if np.linalg.norm(rest) <= noise * np.linalg.norm(np.broadcast_to(right.largest, right.dx.shape)):
                 return (
                     TRANSPOSED,
                     f"the values are right, but lie in the order {order} of x's axes; transpose them back",
@@ -234,38 +233,10 @@ def _transposed(dx: Array, right: Right, eps: float) -> tuple[str, str] | None:
     return None
 
 
-def _fit(dx: Array, right: Right) -> tuple[float, float, float]:
-    """How often each pathway is in dx, by least squares."""
+def _fit(dx: Array, right: Right, largest: Array) -> tuple[tuple[float, float, float], float]:
+    """How often each pathway is in dx, by least squares, and what that leaves (root mean square)."""
     terms = np.broadcast_arrays(right.terms.direct, right.terms.mean, right.terms.variance)
-    columns = np.stack([(term / right.largest).ravel() for term in terms], axis=1)
-    direct, mean, variance = np.linalg.lstsq(columns, (dx / right.largest).ravel(), rcond=None)[0].tolist()
-    return direct, mean, variance
-
-
-def _unseen(slip: Slip, right: Right, eps: float) -> bool:
-    """Whether a slip changes no more with these data than rounding may, its own and that of the right dx."""
-    return any(_distance(right, form, right.dx) <= 2 * ROUNDING * eps for form in slip.forms(right))
-
-
-def _about_unseen(unseen: tuple[str, ...]) -> str:
-    harmless = [f"; {slip.name}: {slip.remedy}" for slip in SLIPS if slip.harmless]
-    others = [name for name in unseen if not any(slip.harmless and slip.name == name for slip in SLIPS)]
-    return "".join(harmless) + (f"; these data would not have shown: {', '.join(others)}" if others else "")
-
-
-def _of_parameter(name: str, values: Array, right: Right, eps: float) -> str:
-    """The name of what is wrong with dgamma or dbeta."""
-    which = ("dgamma", "dbeta").index(name)
-    terms = right.sums(abs(right.dy), abs(right.cache.xhat))[which]
-    largest = np.where(terms > 0, terms, 1)
-
-    def distance(other: Array) -> float:
-        other = other / largest
-        return float(abs(values / largest - other).max() / max(1.0, abs(other).max()))
-
-    exact = distance((right.terms.dgamma, right.terms.dbeta)[which])
-    if exact <= math.sqrt(eps):
-        return CORRECT
-    distances = {slip.name: distance(slip.gradients(right)[which]) for slip in PARAMETER_SLIPS}
-    nearest = min(distances, key=distances.__getitem__)
-    return nearest if distances[nearest] <= max(math.sqrt(eps), NEARLY * exact) else UNKNOWN
+    columns, values = np.stack([(term / largest).ravel() for term in terms], axis=1), (dx / largest).ravel()
+    fitted = np.linalg.lstsq(columns, values, rcond=None)[0]
+    direct, mean, variance = fitted.tolist()
+    return (direct, mean, variance), float(np.sqrt(np.mean((values - columns @ fitted) ** 2)))

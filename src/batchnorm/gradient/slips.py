@@ -1,4 +1,4 @@
-"""The right gradient, and the mistakes that people make with it: a slip is a formula.
+"""The mistakes that people make with dx: a slip is a formula.
 
 The catalogue holds each slip once: its name, the remedy, and the wrong dx made of right parts, in the ways in which
 people write it. Of slips that are alike with some data, the first is the likeliest.
@@ -8,74 +8,9 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike
 
-from .. import reference
-from ..functional import Saved
 from ..reference import Array
-from . import pathways
-
-
-class Right:
-    """The right gradient of one batch in float64, and what wrong ones are made of."""
-
-    def __init__(self, dy: ArrayLike, saved: Saved) -> None:
-        self.cache = pathways.textbook(saved)
-        self.dy = pathways.upstream(dy, saved)
-        self.x, self.eps, self.n = saved.x, saved.eps, saved.count
-        self.correction = self.n / (self.n - 1)
-        self.var = np.expand_dims(saved.var, self.cache.axes)
-        self.terms = reference.backward_terms(self.dy, self.cache)
-        self.dx = self.paths(1, 1, 1)
-        parts = (self.terms.direct, self.terms.mean, self.terms.variance)
-        largest = np.maximum.reduce([abs(part).max(self.cache.axes, initial=0, keepdims=True) for part in parts])
-        self.largest = np.where(largest > 0, largest, largest.max(initial=0) or 1)
-
-    def paths(self, direct: float, mean: float, variance: float) -> Array:
-        """The three pathways, each so many times."""
-        dx: Array = direct * self.terms.direct + mean * self.terms.mean + variance * self.terms.variance
-        return dx
-
-    def with_gamma(self, gamma: Array) -> Array:
-        """Another number in place of gamma."""
-        return reference.backward(self.dy, self.cache._replace(gamma=gamma))[0]
-
-    def with_rstd(self, rstd: Array, of_variance: float = 1) -> Iterator[Array]:
-        """Another number in place of rstd: everywhere, in the factor before the bracket, in dvar."""
-        terms = reference.backward_terms(self.dy, self.cache._replace(rstd=rstd, xhat=self.cache.xmu * rstd))
-        yield terms.direct + terms.mean + of_variance * terms.variance
-        ratio = rstd / self.cache.rstd
-        yield ratio * self.dx
-        yield self.terms.direct + self.terms.mean + ratio**3 * self.terms.variance
-
-    def with_rstds(self, *rstds: Array) -> Iterator[Array]:
-        """Any of these in place of rstd."""
-        for rstd in rstds:
-            yield from self.with_rstd(rstd)
-
-    def with_unbiased_variance(self) -> Iterator[Array]:
-        """n − 1 in the variance, and in its derivative or not."""
-        rstd = 1 / np.sqrt(self.correction * self.var + self.eps)
-        yield from self.with_rstd(rstd)
-        yield from self.with_rstd(rstd, of_variance=self.correction)
-
-    def with_sum(self, wrong: Callable[[Array], Array]) -> Iterator[Array]:
-        """Another sum in both pathways or in one, in the formulas of the graph and in the compact one."""
-        xmu, xhat, rstd, gamma, axes = self.cache
-        dy, n = self.dy, self.n
-
-        def right(values: Array) -> Array:
-            summed: Array = values.sum(axis=axes, keepdims=True)
-            return summed
-
-        for of_mean, of_variance in ((wrong, wrong), (wrong, right), (right, wrong)):
-            mean, variance = of_mean(dy * gamma * rstd), xmu * of_variance(dy * gamma * xmu * rstd**3)
-            yield dy * gamma * rstd - mean / n - variance / n
-            yield gamma * rstd * (dy - of_mean(dy) / n - xhat * of_variance(dy * xhat) / n)
-
-    def sums(self, dy: Array, xhat: Array) -> tuple[Array, Array]:
-        """dgamma and dbeta, of something in place of dy or xhat."""
-        return (dy * xhat).sum(axis=self.cache.axes), dy.sum(axis=self.cache.axes)
+from .right import Right
 
 
 class Slip(NamedTuple):
@@ -84,16 +19,21 @@ class Slip(NamedTuple):
     name: str
     remedy: str
     forms: Callable[[Right], Iterable[Array]]
-    harmless: bool = False
 
+
+def _channel_axis(right: Right) -> int:
+    (axis,) = set(range(right.dy.ndim)) - set(right.cache.axes)
+    return axis
+
+
+def _without_batch(right: Right) -> Iterator[Array]:
+    if len(right.cache.axes) > 1:  # else nothing is left to sum over, which is the diagonal
+        yield from right.with_sum(lambda values: values.sum(axis=right.cache.axes[1:], keepdims=True))
+
+
+GAMMA_FORGOTTEN = "gamma forgotten"
 
 SLIPS = (
-    Slip(
-        "second term of dmean left out",
-        "harmless, because dvar·(−2/n)·Σ(x − μ) is 0",
-        lambda right: [right.dx],
-        harmless=True,
-    ),
     Slip(
         "mean pathway missing",
         "x reaches y through μ too: add dmean/n with dmean = −rstd·Σdxhat",
@@ -113,7 +53,7 @@ SLIPS = (
         "direct pathway missing", "add dxhat·rstd to the paths through μ and σ²", lambda right: [right.paths(0, 1, 1)]
     ),
     Slip(
-        "gamma forgotten",
+        GAMMA_FORGOTTEN,
         "y is gamma·xhat + beta, so dxhat = dy·gamma",
         lambda right: [right.with_gamma(np.ones_like(right.cache.gamma))],
     ),
@@ -121,6 +61,11 @@ SLIPS = (
         "gamma applied twice",
         "dxhat = dy·gamma has gamma already",
         lambda right: [right.with_gamma(right.cache.gamma**2)],
+    ),
+    Slip(
+        "gamma forgotten in a pathway",
+        "every pathway begins with dxhat = dy·gamma",
+        Right.with_gamma_in_some,
     ),
     Slip(
         "1/n forgotten",
@@ -136,12 +81,12 @@ SLIPS = (
     Slip(
         "n - 1 in place of n",
         "μ and σ² are divided by n, so both pathways are too",
-        lambda right: [
-            right.paths(1, right.correction, right.correction),
-            right.paths(1, 1, right.correction),
-            right.paths(1, right.correction, 1),
-            right.paths(right.correction, right.correction, right.correction),
-        ],
+        lambda right: right.with_count(right.n - 1),
+    ),
+    Slip(
+        "batch size in place of n",
+        "n counts the values of a channel: the batch size times the positions",
+        lambda right: right.with_count(right.dy.shape[right.cache.axes[0]]) if len(right.cache.axes) > 1 else (),
     ),
     Slip(
         "n - 1 in the variance",
@@ -151,7 +96,7 @@ SLIPS = (
     Slip(
         "eps outside the root",
         "rstd = 1/√(σ² + eps), not 1/(√σ² + eps)",
-        lambda right: right.with_rstd(1 / (np.sqrt(right.var) + right.eps)),
+        lambda right: right.with_rstd(right.eps_outside()),
     ),
     Slip("eps forgotten", "rstd = 1/√(σ² + eps), not 1/√σ²", lambda right: right.with_rstd(1 / np.sqrt(right.var))),
     Slip(
@@ -175,9 +120,24 @@ SLIPS = (
         lambda right: right.with_sum(np.sum),
     ),
     Slip(
+        "only the diagonal of the Jacobian",
+        "every y of the channel depends on x_i through μ and σ², so both pathways are sums over the channel",
+        lambda right: right.with_sum(np.asarray),
+    ),
+    Slip(
         "sum without the batch axis",
         "sum over all axes but the channel axis, the batch axis among them",
-        lambda right: right.with_sum(lambda values: values.sum(axis=right.cache.axes[1:], keepdims=True)),
+        _without_batch,
+    ),
+    Slip(
+        "sum over the channel axis",
+        "sum over all axes but the channel axis",
+        lambda right: right.with_sum(lambda values: values.sum(axis=_channel_axis(right), keepdims=True)),
+    ),
+    Slip(
+        "x in place of x - μ",
+        "dvar = Σdxhat·(x − μ)·(−½)·rstd³ and ∂σ²/∂x = 2(x − μ)/n",
+        Right.with_x,
     ),
     Slip(
         "rstd not cubed",
@@ -191,6 +151,11 @@ SLIPS = (
         "dvar has the factor −½, ∂σ²/∂x the factor 2",
         lambda right: [right.paths(1, 1, 2), right.paths(1, 1, 0.5)],
     ),
+    Slip(
+        "pathway counted twice",
+        "dx is the sum of the three pathways, each once",
+        lambda right: [right.paths(2, 1, 1), right.paths(1, 2, 1)],
+    ),
     Slip("wrong sign", "turn the sign of dx", lambda right: [right.paths(-1, -1, -1)]),
     Slip("wrong sign of the mean pathway", "dmean = −rstd·Σdxhat", lambda right: [right.paths(1, -1, 1)]),
     Slip(
@@ -201,33 +166,17 @@ SLIPS = (
     ),
     Slip(
         "second term of dmean not summed",
-        "it is dvar·(−2/n)·Σ(x − μ), one number a channel, and 0",
+        "it is dvar·(−2/n)·Σ(x − μ), one number per channel, and 0",
         lambda right: [right.paths(1, 1, 1 - 1 / right.n)],
     ),
-)
-
-
-class ParameterSlip(NamedTuple):
-    """One mistake in dgamma and dbeta: its name and the wrong pair."""
-
-    name: str
-    gradients: Callable[[Right], tuple[Array, Array]]
-
-
-PARAMETER_SLIPS = (
-    ParameterSlip("wrong sign", lambda right: (-right.terms.dgamma, -right.terms.dbeta)),
-    ParameterSlip("dgamma and dbeta exchanged", lambda right: (right.terms.dbeta, right.terms.dgamma)),
-    ParameterSlip(
-        "mean in place of the sum", lambda right: (right.terms.dgamma / right.n, right.terms.dbeta / right.n)
+    Slip(
+        "number of channels in place of n",
+        "n counts the values of a channel, not the channels",
+        lambda right: right.with_count(right.cache.gamma.size),
     ),
-    ParameterSlip(
-        "sum over the channels too",
-        lambda right: (
-            np.full_like(right.terms.dgamma, right.terms.dgamma.sum()),
-            np.full_like(right.terms.dbeta, right.terms.dbeta.sum()),
-        ),
+    Slip(
+        "number of all values in place of n",
+        "n counts the values of one channel",
+        lambda right: right.with_count(right.dy.size),
     ),
-    ParameterSlip("dxhat in place of dy", lambda right: right.sums(right.dy * right.cache.gamma, right.cache.xhat)),
-    ParameterSlip("x - μ in place of xhat", lambda right: right.sums(right.dy, right.cache.xmu)),
-    ParameterSlip("x in place of xhat", lambda right: right.sums(right.dy, right.x)),
 )
