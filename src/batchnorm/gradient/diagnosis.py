@@ -7,6 +7,7 @@ Decisions:
 - What is no gradient at all is named too: a wrong shape, NaN, 0 everywhere.
 - Some upstream gradients hide mistakes. A dy that is constant per channel or proportional to xhat makes the right dx
   vanish, and where gamma is 1 nobody sees that gamma is missing. The answer says what it could not have seen.
+- Nobody is accused of what is no mistake: neither of rounding (see `right`) nor of leaving out a term that is 0.
 """
 
 import math
@@ -25,6 +26,7 @@ from .search import CORRECT, NEARLY, NOT_FINITE, UNKNOWN, ZERO, Search
 from .slips import SLIPS
 
 CANNOT_TELL = "this dy cannot tell"
+X_CANNOT_TELL = "this x cannot tell"
 TRANSPOSED = "transposed layout"
 
 
@@ -35,7 +37,8 @@ class Diagnosis:
     Attributes
     ----------
     slip : str
-        The mistake in dx by its name, two of them as "one + other"; or "correct", "this dy cannot tell", "unknown".
+        The mistake in dx by its name, two of them as "one + other"; or "correct", "unknown", "this dy cannot tell",
+        "this x cannot tell".
     error : float
         The largest difference between dx and the right one, over the largest term of its channel; infinite where dx has
         another shape or is not finite.
@@ -108,7 +111,7 @@ def diagnose(
     A dx is right if rounding in its dtype explains its error. A plain formula knows the mean of a channel only to
     eps·|x|, so float32 data far from 0 hide small slips; the answer says which.
 
-    Every formula is worked out in float64 over the whole array: some seconds for a million values.
+    Every formula is worked out in float64 over the whole array: up to ten seconds for a million values.
 
     Examples
     --------
@@ -156,8 +159,8 @@ def _of_dx(dx: Array, right: Right) -> Found:
     eps = float(max(np.finfo(array.dtype).eps for array in (right.x, dx)))
     nothing = math.inf, (math.nan, math.nan, math.nan), ()
     if not np.isfinite(dx).all():
-        few = f", one of {np.count_nonzero(~np.isfinite(dx)):,} such values" if dx.size > 1 else ""
-        return NOT_FINITE, f"dx is {_first_not_finite(dx)}{few}", *nothing
+        many = np.count_nonzero(~np.isfinite(dx))
+        return NOT_FINITE, f"dx is {_first_not_finite(dx)}, one of {many:,} such values", *nothing
     search = Search(dx, right, eps) if dx.shape == right.dx.shape else None
     if search is None:
         return *(_transposed(dx, right, eps) or (UNKNOWN, "no order of x's axes makes dx right")), *nothing
@@ -182,12 +185,17 @@ def _explain(search: Search, error: float) -> tuple[str, str]:
             f"in every channel it is a constant plus a multiple of xhat{few}, for which the right dx is 0 up to eps "
             f"and many a wrong one too; take a random one{wrong}"
         )
-    if search.correct():
+    if search.correct() and (error <= NEARLY or not search.explains_anything()):
         return CORRECT, f"dx agrees with the exact gradient to {error:.1g} × its largest term"
     if not dx.any():
         return ZERO, (
             "∂(x − μ)/∂x is not 1 − 1 = 0 but the matrix I − 11ᵀ/n: each x moves its own deviation by 1 − 1/n and the "
             "others by −1/n"
+        )
+    if search.correct():
+        return X_CANNOT_TELL, (
+            f"it lies up to {right.offset.max():.2g} σ from 0, where {right.x.dtype} arithmetic may lose all of dx; "
+            f"{off}; take x nearer to 0, or float64"
         )
     found = search.explain()
     if found:

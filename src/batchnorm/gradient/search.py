@@ -10,6 +10,7 @@ Decisions:
   be explained.
 """
 
+import math
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from typing import NamedTuple
@@ -27,6 +28,12 @@ ZERO = "zero everywhere"
 
 NEARLY = 1e-3
 """What a slip may leave of the difference that it explains."""
+
+FAR = 10
+"""So many σ from 0 it is likelier that E[x²] − μ² lost digits than that eps is another one."""
+
+ALIKE = 1 - 1e-12
+"""cos² of two arrays that are multiples of each other."""
 
 ANOTHER_EPS = "another eps"
 FACTOR = "constant factor"
@@ -57,17 +64,19 @@ class Search:
     def __init__(self, dx: Array, right: Right, eps: float) -> None:
         self.dx, self.right, self.eps = dx, right, eps
         self.rounding = right.rounding(eps)
-        self.off = self.left(dx, right.dx)
+        self.norm = (right.cache.xhat**2).sum(right.cache.axes, keepdims=True)
+        self.off = self.left(dx, right.dx, math.inf)
 
-    def left(self, dx: Array, form: Array, times: Array | float = 1) -> Array:
+    def left(self, dx: Array, form: Array, limit: Array | float, times: Array | float = 1) -> Array:
         """Root mean square of a difference over the largest term, per channel, without what a shift of x̂ explains."""
         xhat, axes = self.right.cache.xhat, self.right.cache.axes
-        bound, rest = times * self.rounding.shift, (dx - form) / self.right.largest
-        for direction in (np.ones_like(xhat), xhat):
-            norm = (direction * direction).sum(axes, keepdims=True)
-            part = (rest * direction).sum(axes, keepdims=True) / np.where(norm > 0, norm, 1)
-            rest = rest - direction * np.clip(part, -bound, bound)
-        return self._size(rest)
+        rest, bound = (dx - form) / self.right.largest, times * self.rounding.shift
+        size = self._size(rest)
+        if (size > limit + 2 * bound).any():
+            return size  # no shift could explain it
+        constant = np.clip(rest.mean(axes, keepdims=True), -bound, bound)
+        slope = (rest * xhat).sum(axes, keepdims=True) / np.where(self.norm > 0, self.norm, 1)
+        return self._size(rest - constant - xhat * np.clip(slope, -bound, bound))
 
     def _size(self, values: Array) -> Array:
         size = np.sqrt(np.mean(values**2, axis=self.right.cache.axes, keepdims=True))
@@ -77,16 +86,25 @@ class Search:
         """Whether rounding explains dx."""
         return bool((self.off <= self.rounding.rest).all())
 
+    def explains_anything(self) -> bool:
+        """Whether rounding would explain dx = 0 too."""
+        nothing = self.left(np.zeros_like(self.right.dx), self.right.dx, self.rounding.rest)
+        return bool((nothing <= self.rounding.rest).all())
+
     def unseen(self, form: Array) -> bool:
         """Whether a slip changes no more than the rounding of two results may."""
-        return bool((self.left(self.right.dx, form, 2) <= 2 * self.rounding.rest).all())
+        limit = 2 * self.rounding.rest
+        return bool((self.left(self.right.dx, form, limit, 2) <= limit).all())
 
     def explain(self) -> Explanation | None:
         """What is wrong with dx; None if no formula is near."""
-        found = self.nearest(candidates(self.right)) or self.nearest(self.without_gamma()) or self.by_known_factor()
-        if self.right.var.size == 1:  # where one eps explains any rstd
-            return found or self.lost_variance() or self.another_eps() or self.by_any_factor()
-        return found or self.another_eps() or self.lost_variance() or self.by_any_factor()
+        one = self.right.var.size == 1 and self.right.offset.item() > FAR  # one eps explains any rstd
+        found = (self.lost_variance() if one else None) or self.nearest(candidates(self.right))
+        found = found or self.nearest(self.without_gamma())
+        if found:
+            return found
+        known, scaled = self.times_a_factor()
+        return known or self.another_eps() or self.lost_variance() or scaled
 
     def without_gamma(self) -> Iterator[Candidate]:
         """gamma forgotten, and a slip beside."""
@@ -95,54 +113,46 @@ class Search:
             if "gamma" not in name:
                 yield Candidate(f"{GAMMA_FORGOTTEN} + {name}", f"dxhat = dy·gamma; {remedy}", form)
 
-    def unscaled(self) -> Iterator[Candidate]:
-        """All that a factor may stand before: not what is a multiple of the right dx already."""
-        yield Candidate("", "", self.right.dx)
-        for candidate in chain(candidates(self.right), self.without_gamma()):
-            multiple = self._factor(candidate.dx, self.right.dx)
-            if (self._size((candidate.dx * multiple - self.right.dx) / self.right.largest) > self.rounding.rest).any():
-                yield candidate
-
     def nearest(self, found: Iterable[Candidate], factor: float = 1.0) -> Explanation | None:
         """The nearest of these formulas, times a factor, if it is near enough."""
         dx = self.dx / factor
-        off = self.left(dx, self.right.dx)
+        off = self.left(dx, self.right.dx, math.inf)
         believed = []
         for name, remedy, form in found:
             size = self._size(form / self.right.largest)
             larger = np.maximum(1, size)
-            left, noise = self.left(dx, form, larger), larger * self.rounding.rest
-            if (left <= np.maximum(noise, NEARLY * np.minimum(off, size))).all():
+            noise = larger * self.rounding.rest
+            limit = np.maximum(noise, NEARLY * np.minimum(off, size))
+            left = self.left(dx, form, limit, larger)
+            if (left <= limit).all():
                 believed.append((float((left / noise).max()), Explanation(name, remedy, float(left.max()))))
         if not believed:
             return None
         best = min(distance for distance, _ in believed)
         return next(explanation for distance, explanation in believed if distance <= 2 * best + 1 / 16)
 
-    def by_known_factor(self) -> Explanation | None:
-        """A formula times a number that is often forgotten or added."""
-        known = _factors(self.right)
-        for candidate in self.unscaled():
-            factor = self._factor(candidate.dx, self.dx)
+    def times_a_factor(self) -> tuple[Explanation | None, Explanation | None]:
+        """A formula times a number that is often forgotten or added; the right dx times the number that fits best."""
+        known, best = _factors(self.right), None
+        for candidate in chain([Candidate("", "", self.right.dx)], candidates(self.right), self.without_gamma()):
+            factor, alike = self._factor(candidate.dx, self.dx)
+            if not alike or (candidate.name and self._factor(candidate.dx, self.right.dx)[1] > ALIKE):
+                continue  # no multiple of it, or of what is a multiple of the right dx itself
             for name, value in known.items():
                 found = self.nearest([candidate], value) if abs(factor / value - 1) < NEARLY else None
                 if found:
-                    return _with_factor(found, f"{FACTOR} {name}", f"divide dx by {name}")
-        return None
+                    return _with_factor(found, f"{FACTOR} {name}", f"divide dx by {name}"), None
+            found = self.nearest([candidate], factor) if candidate.name in ("", GAMMA_FORGOTTEN) else None
+            if found and not best:
+                best = _with_factor(found, FACTOR, f"dx is {factor:.6g} times what it should be")
+        return None, best
 
-    def by_any_factor(self) -> Explanation | None:
-        """A formula times the number that fits best."""
-        for candidate in self.unscaled():
-            factor = self._factor(candidate.dx, self.dx)
-            found = self.nearest([candidate], factor) if np.isfinite(1 / factor) else None
-            if found:
-                return _with_factor(found, FACTOR, f"dx is {factor:.6g} times what it should be")
-        return None
-
-    def _factor(self, form: Array, dx: Array) -> float:
-        """How many times the form dx is, by least squares."""
-        form, dx = form / self.right.largest, dx / self.right.largest
-        return float((form * dx).sum() / (form * form).sum())
+    def _factor(self, form: Array, dx: Array) -> tuple[float, float]:
+        """How many times the form dx is, by least squares, and cos² between them, 0 where it is small."""
+        form, dx = (form / self.right.largest).ravel(), (dx / self.right.largest).ravel()
+        product, square = float(form @ dx), float(form @ form)
+        alike = product**2 / (square * float(dx @ dx) or math.inf)
+        return product / (square or math.inf), alike if alike > 0.9 else 0.0
 
     def another_eps(self) -> Explanation | None:
         """rstd = 1/√(σ² + another eps), with gamma or without."""
