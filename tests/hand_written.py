@@ -1,6 +1,7 @@
-"""Gradients of batch normalization as people write them, each with one mistake, in the dtype of x.
+"""Gradients of batch normalization as people write them, in the dtype of x: right ones, and each slip by itself.
 
-Two styles: the graph, node by node, and the compact formula. `dmean` and `dvar` are sums, `s` sums over a channel.
+The slips are made in two styles, the graph node by node and the compact formula: `s` sums over a channel, `s_mean` and
+`s_var` are the sums of the two pathways. `RIGHT` has more styles.
 """
 
 import numpy as np

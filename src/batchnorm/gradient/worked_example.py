@@ -1,9 +1,9 @@
 """`python -m batchnorm explain`: batch normalization of four values, every number of it, in the terminal.
 
-- The numbers are those of the library, `forward`, `moment_gradients`, `pathways` and `backward`; beside each gradient
-  stands a central difference of the loss Σ y·dy, so nothing has to be believed.
-- A pathway is a way in which x occurs in y: by itself, in the mean, in the variance. Its difference moves that
-  occurrence alone.
+- The numbers come from the library: `forward`, `moment_gradients`, `pathways` and `backward`. Beside each gradient
+  stands a central difference of the loss Σ y·dy, so that it can be checked at once.
+- x occurs in y in three ways: by itself, in the mean, in the variance. Each is a pathway, and the difference beside it
+  moves x in that place alone.
 - Values have one decimal and no two are equal, so that they can be followed with pencil and paper.
 """
 
