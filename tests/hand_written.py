@@ -1,6 +1,7 @@
-"""Gradients of batch normalization as people write them, each with one mistake, in the dtype of x.
+"""Gradients of batch normalization as people write them, in the dtype of x: right ones, and each slip by itself.
 
-Two styles: the graph, node by node, and the compact formula. `dmean` and `dvar` are sums, `s` sums over a channel.
+The slips are made in two styles, the graph node by node and the compact formula: `s` sums over a channel, `s_mean` and
+`s_var` are the sums of the two pathways. `RIGHT` has more styles.
 """
 
 import numpy as np
@@ -51,8 +52,73 @@ def without_batch(p):
     return lambda values: values.sum(axis=p.axes[1:], keepdims=True)
 
 
+def staged(dy, p):
+    """Backpropagation through every node of x − μ, (x − μ)², σ², √(σ² + eps), 1/√, ·, as in lecture notes."""
+    two, half = p.x.dtype.type(2), p.x.dtype.type(0.5)
+    root = np.sqrt(p.var + p.eps)
+    dxhat = dy * p.gamma
+    dinverse = p.s(dxhat * p.xmu)
+    dxmu = dxhat / root
+    droot = -dinverse / root**2
+    dvar = half * droot / root
+    dsquare = np.ones_like(p.x) * dvar / p.n
+    dxmu = dxmu + two * p.xmu * dsquare
+    return dxmu + np.ones_like(p.x) * -p.s(dxmu) / p.n
+
+
+def paper(dy, p):
+    """Section 3 of the paper, with the second term of dmean."""
+    dxhat = dy * p.gamma
+    dvar = p.s(dxhat * p.xmu) * -p.x.dtype.type(0.5) * (p.var + p.eps) ** p.x.dtype.type(-1.5)
+    dmean = p.s(dxhat * -1 / np.sqrt(p.var + p.eps)) + dvar * p.s(-2 * p.xmu) / p.n
+    return dxhat / np.sqrt(p.var + p.eps) + dvar * 2 * p.xmu / p.n + dmean / p.n
+
+
+def means(dy, p):
+    """Means in place of sums."""
+    mean = dy.mean(axis=p.axes, keepdims=True)
+    return p.gamma * p.rstd * (dy - mean - p.xhat * (dy * p.xhat).mean(axis=p.axes, keepdims=True))
+
+
+def projections(dy, p):
+    """Frameworks' way: Σdy·(x − μ) is projected off, and the mean."""
+    project = p.s(dy * p.xmu) * p.rstd**2 / p.n
+    return (dy - p.xmu * project - p.s(dy) / p.n) * p.rstd * p.gamma
+
+
+def sums_of_x(dy, p):
+    """Σdy·(x − μ) as Σdy·x − μ·Σdy."""
+    dgamma = (p.s(dy * p.x) - p.mean * p.s(dy)) * p.rstd
+    return p.gamma * p.rstd * (dy - p.s(dy) / p.n - p.xhat * dgamma / p.n)
+
+
+def line(dy, p):
+    """a·dy + b·x + c."""
+    a = p.gamma * p.rstd
+    b = -a * p.rstd * p.s(dy * p.xhat) / p.n
+    return a * dy + b * p.x + (-b * p.mean - a * p.s(dy) / p.n)
+
+
+RIGHT = [graph, compact, staged, paper, means, projections, sums_of_x, line]
+"""The right gradient in the ways in which it is published."""
+
+
 def right(dy, p):
     return graph(dy, p)
+
+
+def over_channels(p):
+    (axis,) = set(range(p.x.ndim)) - set(p.axes)
+    return lambda values: values.sum(axis=axis, keepdims=True)
+
+
+def batch(p):
+    return p.x.dtype.type(p.x.shape[p.axes[0]])
+
+
+def dvar_term(dy, p):
+    """dvar·2/n"""
+    return p.s(dy * p.gamma * p.xmu) * -(p.rstd**3) / p.n
 
 
 def unbiased(p):
@@ -60,7 +126,6 @@ def unbiased(p):
 
 
 SLIPS = {
-    "second term of dmean left out": [right],
     "mean pathway missing": [
         lambda dy, p: dy * p.gamma * p.rstd - p.gamma * p.rstd * p.xhat * p.s(dy * p.xhat) / p.n,
         lambda dy, p: graph(dy, p, s_mean=lambda values: 0 * p.s(values)),
@@ -73,6 +138,10 @@ SLIPS = {
     "direct pathway missing": [lambda dy, p: graph(dy, p) - dy * p.gamma * p.rstd],
     "gamma forgotten": [lambda dy, p: graph(dy, p, dxhat=dy), lambda dy, p: compact(dy, p, gamma=1)],
     "gamma applied twice": [lambda dy, p: p.gamma * graph(dy, p)],
+    "gamma forgotten in a pathway": [
+        lambda dy, p: graph(dy, p, s_var=lambda values: p.s(values / p.gamma)),
+        lambda dy, p: graph(dy, p, s_mean=lambda values: p.s(values / p.gamma), s_var=lambda v: p.s(v / p.gamma)),
+    ],
     "1/n forgotten": [
         lambda dy, p: graph(dy, p, n_mean=1, n_var=1),
         lambda dy, p: compact(dy, p, n=1),
@@ -83,6 +152,11 @@ SLIPS = {
         lambda dy, p: graph(dy, p, n_mean=p.n - 1, n_var=p.n - 1),
         lambda dy, p: graph(dy, p, n_var=p.n - 1),
         lambda dy, p: compact(dy, p, n=p.n - 1),
+    ],
+    "batch size in place of n": [
+        lambda dy, p: graph(dy, p, n_mean=batch(p), n_var=batch(p)),
+        lambda dy, p: graph(dy, p, n_mean=batch(p)),
+        lambda dy, p: compact(dy, p, n=batch(p)),
     ],
     "n - 1 in the variance": [
         lambda dy, p: graph(dy, p, rstd=unbiased(p)),
@@ -112,13 +186,30 @@ SLIPS = {
         lambda dy, p: compact(dy, p, s_mean=no_axis, s_var=no_axis),
         lambda dy, p: compact(dy, p, s_mean=no_axis),
     ],
+    "only the diagonal of the Jacobian": [
+        lambda dy, p: p.gamma * p.rstd * dy * (1 - 1 / p.n - p.xhat**2 / p.n),
+        lambda dy, p: graph(dy, p, s_var=lambda values: values),
+        lambda dy, p: p.gamma * p.rstd * (dy * (1 - 1 / p.n) - p.xhat * p.s(dy * p.xhat) / p.n),
+    ],
     "sum without the batch axis": [
         lambda dy, p: graph(dy, p, s_mean=without_batch(p)),
         lambda dy, p: compact(dy, p, s_mean=without_batch(p), s_var=without_batch(p)),
         lambda dy, p: compact(dy, p, s_var=without_batch(p)),
     ],
+    "sum over the channel axis": [
+        lambda dy, p: compact(dy, p, s_mean=over_channels(p), s_var=over_channels(p)),
+        lambda dy, p: graph(dy, p, s_mean=over_channels(p)),
+    ],
+    "x in place of x - μ": [
+        lambda dy, p: graph(dy, p, s_var=lambda values: p.s(values / p.xmu * p.x)),
+        lambda dy, p: graph(dy, p, s_var=lambda values: 0 * p.s(values)) + dvar_term(dy, p) * p.x,
+    ],
     "rstd not cubed": [lambda dy, p: graph(dy, p, power=1), lambda dy, p: graph(dy, p, power=2)],
     "factor 2 in the variance pathway": [lambda dy, p: graph(dy, p, half=1), lambda dy, p: graph(dy, p, half=0.25)],
+    "pathway counted twice": [
+        lambda dy, p: graph(dy, p) + dy * p.gamma * p.rstd,
+        lambda dy, p: graph(dy, p, n_mean=p.n / 2),
+    ],
     "wrong sign": [lambda dy, p: -graph(dy, p)],
     "wrong sign of the mean pathway": [lambda dy, p: graph(dy, p, n_mean=-p.n)],
     "wrong sign of the variance pathway": [lambda dy, p: graph(dy, p, half=-0.5)],
@@ -127,6 +218,14 @@ SLIPS = {
         lambda dy, p: (
             graph(dy, p) + p.s(dy * p.gamma * p.xmu * -0.5 * p.rstd**3).astype(dy.dtype) * -2 * p.xmu / p.n / p.n
         )
+    ],
+    "number of channels in place of n": [
+        lambda dy, p: graph(dy, p, n_mean=p.gamma.size, n_var=p.gamma.size),
+        lambda dy, p: graph(dy, p, n_var=p.gamma.size),
+    ],
+    "number of all values in place of n": [
+        lambda dy, p: graph(dy, p, n_mean=p.x.size, n_var=p.x.size),
+        lambda dy, p: compact(dy, p, n=p.x.size),
     ],
 }
 
@@ -137,8 +236,13 @@ PARAMETER_SLIPS = {
         (dy * p.xhat).mean(axis=p.axes, keepdims=True),
         dy.mean(axis=p.axes, keepdims=True),
     ),
+    "mean over the batch in place of the sum": lambda dy, p: (p.s(dy * p.xhat) / batch(p), p.s(dy) / batch(p)),
     "sum over the channels too": lambda dy, p: (0 * p.mean + (dy * p.xhat).sum(), 0 * p.mean + dy.sum()),
     "dxhat in place of dy": lambda dy, p: (p.s(dy * p.gamma * p.xhat), p.s(dy * p.gamma)),
     "x - μ in place of xhat": lambda dy, p: (p.s(dy * p.xmu), None),
     "x in place of xhat": lambda dy, p: (p.s(dy * p.x), None),
+    "n - 1 in the variance": lambda dy, p: (p.s(dy * p.xmu * unbiased(p)), None),
+    "eps outside the root": lambda dy, p: (p.s(dy * p.xmu / (np.sqrt(p.var) + p.eps)), None),
+    "eps forgotten": lambda dy, p: (p.s(dy * p.xmu / np.sqrt(p.var)), None),
+    "variance taken for the standard deviation": lambda dy, p: (p.s(dy * p.xmu / (p.var + p.eps)), None),
 }

@@ -1,6 +1,7 @@
 """Every slip of the catalogue is made by hand and must be named; right gradients must be called correct."""
 
 import hand_written
+import handed_in
 import numpy as np
 import pytest
 from hand_written import Pieces
@@ -8,11 +9,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import batchnorm as bn
-from batchnorm import slips
+from batchnorm.gradient import parameters, slips
+from batchnorm.gradient.right import Right
 
 DTYPES = ["float32", "float64"]
 SHAPES = {"(N, C)": ((24, 5), 1), "NCHW": ((6, 4, 5, 3), 1), "NHWC": ((6, 5, 3, 4), -1), "channels first": ((4, 17), 0)}
-SECOND_TERM = "second term of dmean left out"
+NAMELESS = {
+    ("sum without the batch axis", 2): "only the diagonal of the Jacobian",
+    ("batch size in place of n", 2): "correct",
+}
+"""What a slip is where there is no other axis than the batch's."""
 
 
 def problem(shape, axis, dtype, seed=5, eps=1e-5):
@@ -39,21 +45,28 @@ def test_every_slip_is_named(name, shape, axis, dtype):
         dx = wrong(dy, pieces)
         assert dx.dtype == dtype
         diagnosis = bn.diagnose(dx, dy, saved)
-        if name == SECOND_TERM:
-            assert diagnosis.correct
-            assert f"{SECOND_TERM}: harmless" in str(diagnosis)
-        else:
-            assert diagnosis.slip == name, diagnosis
-            assert str(diagnosis).startswith(f"{name}: ")
-            assert not diagnosis.correct
+        expected = NAMELESS.get((name, len(shape)), name)
+        if dtype == "float32" and name.startswith("eps ") and diagnosis.correct:
+            assert name in diagnosis.unseen  # an eps of 1e-5 is next to nothing
+            continue
+        assert diagnosis.slip == expected, diagnosis
+        assert str(diagnosis).startswith(f"{expected}: ")
+        assert diagnosis.correct == (expected == "correct")
+
+
+def is_a_form_of(name, dx, dy, saved):
+    """Whether the slip explains dx too, as 2 in place of n = 4 does what a factor of 2 does."""
+    right = Right.of(dy, saved)
+    (slip,) = (slip for slip in slips.SLIPS if slip.name == name)
+    return any((abs(form - dx) < 1e-4 * right.largest).all() for form in slip.forms(right))
 
 
 def test_the_tests_have_the_whole_catalogue():
     assert list(hand_written.SLIPS) == [slip.name for slip in slips.SLIPS]
-    assert list(hand_written.PARAMETER_SLIPS) == [slip.name for slip in slips.PARAMETER_SLIPS]
+    assert list(hand_written.PARAMETER_SLIPS) == [slip.name for slip in parameters.PARAMETER_SLIPS]
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(
     shape=st.tuples(st.integers(4, 40), st.integers(2, 6), st.integers(1, 5)),
     name=st.sampled_from(list(hand_written.SLIPS)),
@@ -64,13 +77,14 @@ def test_the_tests_have_the_whole_catalogue():
 def test_every_slip_is_named_on_any_data(shape, name, dtype, eps, seed):
     dy, saved, pieces = problem(shape, 1, dtype, seed, eps)
     for wrong in hand_written.SLIPS[name]:
-        expected = "correct" if name == SECOND_TERM else name
-        diagnosis = bn.diagnose(wrong(dy, pieces), dy, saved)
+        expected = NAMELESS.get((name, 2 if shape[2] == 1 else 3), name)
+        dx = wrong(dy, pieces)
+        diagnosis = bn.diagnose(dx, dy, saved)
         if diagnosis.slip != expected:  # then these data must be unable to tell them apart
-            assert expected in diagnosis.unseen, diagnosis
+            assert expected in diagnosis.unseen or is_a_form_of(expected, dx, dy, saved), diagnosis
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(
     shape=st.lists(st.integers(1, 6), min_size=2, max_size=4).map(tuple),
     axis=st.integers(0, 3),
@@ -109,13 +123,13 @@ def test_a_large_batch_of_float32_summed_by_numpy_is_correct(dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", hand_written.PARAMETER_SLIPS)
 def test_slips_in_the_gradients_of_the_parameters(name, dtype):
-    dy, saved, pieces = problem((24, 5), 1, dtype)
-    dx, dgamma, dbeta = bn.backward(dy, bn.forward(pieces.x, saved.gamma, saved.gamma)[1])
+    dy, saved, pieces = problem((6, 5, 4), 1, dtype, eps=1e-2)
+    dx, dgamma, dbeta = bn.backward(dy, bn.forward(pieces.x, saved.gamma, saved.gamma, eps=1e-2)[1])
     wrong_dgamma, wrong_dbeta = hand_written.PARAMETER_SLIPS[name](dy, pieces)
     diagnosis = bn.diagnose(dx, dy, saved, wrong_dgamma.ravel(), dbeta)
     assert (diagnosis.slip, diagnosis.dgamma, diagnosis.dbeta) == ("correct", name, "correct")
     assert not diagnosis.correct
-    assert f"dgamma: {name}." in str(diagnosis)
+    assert f"dgamma: {name}: " in str(diagnosis)
     if wrong_dbeta is not None:
         diagnosis = bn.diagnose(dx, dy, saved, dgamma, wrong_dbeta.ravel())
         assert (diagnosis.slip, diagnosis.dgamma, diagnosis.dbeta) == ("correct", "correct", name)
@@ -185,7 +199,13 @@ def test_what_these_data_could_not_have_shown():
     dy, _, pieces = problem((24, 5), 1, "float64")
     _, saved = bn.forward(pieces.x, eps=0.0)
     diagnosis = bn.diagnose(bn.backward(dy, saved).dx, dy, saved)
-    expected = {SECOND_TERM, "gamma forgotten", "gamma applied twice", "eps outside the root", "eps forgotten"}
+    expected = {
+        "gamma forgotten",
+        "gamma forgotten in a pathway",
+        "gamma applied twice",
+        "eps outside the root",
+        "eps forgotten",
+    }
     assert set(diagnosis.unseen) == expected
     assert "these data would not have shown: gamma forgotten" in str(diagnosis)
 
@@ -199,9 +219,159 @@ def test_what_no_slip_explains(rng):
     assert "1·direct + 0.3·mean + 4·variance" in str(diagnosis)
     noise = bn.diagnose(rng.standard_normal(dy.shape), dy, saved)
     assert noise.slip == "unknown"
-    nearly = bn.backward(dy, saved).dx * (1 + 1e-6)
-    assert bn.diagnose(nearly, dy, saved).slip == "unknown"
+    without_gamma = bn.pathways(dy, bn.forward(saved.x)[1])
+    diagnosis = bn.diagnose(without_gamma.direct + 0.3 * without_gamma.mean, dy, saved)
+    assert diagnosis.slip == "unknown"
+    assert "without gamma, nearest is 1·direct + 0.3·mean + " in str(diagnosis)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_factor_that_rounding_does_not_explain(dtype):
+    dy, saved, _ = problem((24, 5), 1, dtype)
+    dx = bn.backward(dy, saved).dx
+    for factor in (1 + 3e-4, 0.37, -1.5):
+        diagnosis = bn.diagnose(dx * dx.dtype.type(factor), dy, saved)
+        assert diagnosis.slip == "constant factor"
+        assert f"dx is {factor:.4g}" in str(diagnosis)
+    assert bn.diagnose(dx * (1 + np.finfo(dtype).eps), dy, saved).correct
+
+
+def test_the_dtype_of_dx_counts():
+    dy, saved, _ = problem((24, 5), 1, "float64")
+    nearly = bn.backward(dy, saved).dx * (1 + 1e-7)
+    assert bn.diagnose(nearly, dy, saved).slip == "constant factor"
     assert bn.diagnose(nearly.astype("f"), dy, saved).slip == "correct"
+
+
+STYLES = {style.__name__: style for style in hand_written.RIGHT}
+
+
+@pytest.mark.parametrize("offset", [0, 10, 300, 1e3, 1e4, 1e5])
+@pytest.mark.parametrize("style", STYLES.values(), ids=STYLES)
+def test_float32_far_from_zero_is_not_accused(style, offset):
+    """Rounding moves the mean by some eps·|x|, with one channel in one direction alone, as many a slip does."""
+    for seed, shape in enumerate([(24, 1), (301, 1), (24, 8), (6, 3, 5, 4), (2000, 2)]):
+        rng = np.random.default_rng(seed)
+        x = (rng.standard_normal(shape) + offset).astype("f")
+        dy, gamma = rng.standard_normal(shape).astype("f"), (rng.random(shape[1]) + 0.5).astype("f")
+        diagnosis = bn.diagnose(style(dy, Pieces(x, gamma, 1e-5, 1)), dy, bn.forward(x, gamma)[1])
+        assert diagnosis.correct or (diagnosis.slip == "this x cannot tell" and offset == 1e5), (shape, diagnosis)
+
+
+def test_float32_that_has_nothing_left_to_tell():
+    rng = np.random.default_rng(0)
+    x, dy = (rng.standard_normal((500, 2)) + 1e6).astype("f"), rng.standard_normal((500, 2)).astype("f")
+    _, saved = bn.forward(x)
+    dx = bn.backward(dy, saved).dx
+    assert bn.diagnose(dx, dy, saved).correct
+    diagnosis = bn.diagnose(dx * 1.1, dy, saved)
+    assert diagnosis.slip == "this x cannot tell"
+    assert "where float32 arithmetic may lose all of dx" in str(diagnosis)
+    assert not diagnosis.correct
+    assert bn.diagnose(0 * dx, dy, saved).slip == "zero everywhere"
+
+
+@pytest.mark.parametrize("channels", [1, 5])
+@pytest.mark.parametrize("offset", [0, 300])
+def test_float32_slips_are_seen_far_from_zero(offset, channels):
+    rng = np.random.default_rng(3)
+    x = (rng.standard_normal((50, channels)) + offset).astype("f")
+    dy, gamma = (rng.standard_normal(x.shape) + 0.5).astype("f"), (rng.random(channels) + 1.5).astype("f")
+    pieces, saved = Pieces(x, gamma, 1e-5, 1), bn.forward(x, gamma)[1]
+    for name in ("variance pathway missing", "mean pathway missing", "n - 1 in place of n", "rstd not cubed"):
+        for wrong in hand_written.SLIPS[name][:1]:
+            diagnosis = bn.diagnose(wrong(dy, pieces), dy, saved)
+            assert diagnosis.slip == name, diagnosis
+
+
+@pytest.mark.parametrize("channels", [1, 5])
+def test_a_variance_that_was_lost_to_cancellation(channels):
+    """E[x²] − μ² is right by the book, and loses the digits of σ² in float32."""
+    rng = np.random.default_rng(3)
+    x = (rng.standard_normal((60, channels)) + 100).astype("f")
+    dy, gamma = rng.standard_normal(x.shape).astype("f"), (rng.random(channels) + 1.5).astype("f")
+    pieces = Pieces(x, gamma, 1e-5, 1)
+    pieces.var = (x * x).mean(axis=0, keepdims=True) - pieces.mean**2
+    pieces.rstd = 1 / np.sqrt(pieces.var + pieces.eps)
+    pieces.xhat = pieces.xmu * pieces.rstd
+    diagnosis = bn.diagnose(hand_written.compact(dy, pieces), dy, bn.forward(x, gamma)[1])
+    assert diagnosis.slip == "variance lost to cancellation", diagnosis
+    assert diagnosis.error > 1e-4
+
+
+def handed_in_problem(dtype, shape):
+    rng = np.random.default_rng(0)
+    channel = np.arange(1, shape[1] + 1).reshape(-1, *[1] * (len(shape) - 2))
+    x = (rng.standard_normal(shape) * (0.1 + 0.1 * channel) + 0.3 * channel).astype(dtype)
+    dy, gamma = (rng.standard_normal(shape) + 0.5).astype(dtype), (rng.random(shape[1]) + 1.5).astype(dtype)
+    return x, dy, gamma, bn.forward(x, gamma)[1]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(24, 5), (6, 4, 5, 3)], ids=str)
+def test_gradients_as_they_are_handed_in(shape, dtype):
+    x, dy, gamma, saved = handed_in_problem(dtype, shape)
+    for wrong, name in (handed_in.HANDED_IN | (handed_in.FOR_IMAGES if len(shape) > 2 else {})).items():
+        diagnosis = bn.diagnose(wrong(dy, x, gamma, 1e-5).astype(dtype), dy, saved)
+        same = name == "another eps" and dtype == "float32" and diagnosis.slip == "eps forgotten"  # 1e-8 is 0 here
+        assert diagnosis.slip == name or same, (wrong.__name__, diagnosis)
+
+
+def test_another_eps_is_estimated():
+    x, dy, gamma, saved = handed_in_problem("float64", (24, 5))
+    for eps in (0.05, 1e-3, 1e-8):
+        dx = handed_in.another_eps(eps)(dy, x, gamma, None)
+        dgamma = (dy * handed_in.normalized(x, eps)).sum(axis=0)
+        words = str(bn.diagnose(dx, dy, saved, dgamma))
+        assert words.count(f"is made with eps = {eps:.3g}, but `forward` was given 1e-05") == 2, words
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(24, 5), (6, 4, 5, 3)], ids=str)
+def test_dgamma_as_it_is_handed_in(shape, dtype):
+    x, dy, _, saved = handed_in_problem(dtype, shape)
+    dx = bn.backward(dy, saved).dx
+    for case, (wrong, name) in handed_in.PARAMETERS.items():
+        if case == "no eps" and dtype == "float32":
+            continue
+        diagnosis = bn.diagnose(dx, dy, saved, np.asarray(wrong(dy, x), dtype))
+        assert diagnosis.dgamma == (name if isinstance(name, str) else name[len(shape) > 2]), (case, diagnosis)
+        assert diagnosis.slip == "correct"
+    for wrong in (dy.sum(axis=handed_in.over(x), keepdims=True), dy.sum(axis=1), dy, dy.sum()):
+        diagnosis = bn.diagnose(dx, dy, saved, dbeta=wrong)
+        assert diagnosis.dbeta in ("wrong shape", "sum over the wrong axes", "sum over the channels too"), diagnosis
+        assert f"dbeta must have shape ({shape[1]},), got {wrong.shape}" in str(diagnosis)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_values_that_are_not_finite_are_named(bad):
+    dy, saved, _ = problem((24, 5), 1, "float64")
+    dx = bn.backward(dy, saved).dx.copy()
+    dx[2, 3] = bad
+    diagnosis = bn.diagnose(dx, dy, saved)
+    assert diagnosis.slip == "not finite"
+    assert str(diagnosis).startswith(f"not finite: dx is {bad} at (2, 3), one of 1 such value")
+    assert diagnosis.error == np.inf
+    assert np.isnan(diagnosis.pathways).all()
+
+
+def test_the_gradient_that_is_one_minus_one():
+    dy, saved, _ = problem((24, 5), 1, "float64")
+    diagnosis = bn.diagnose(np.zeros_like(dy), dy, saved)
+    assert diagnosis.slip == "zero everywhere"
+    assert "not 1 − 1 = 0 but the matrix I − 11ᵀ/n" in str(diagnosis)
+    _, nothing = bn.forward(saved.x, np.zeros(5))
+    assert bn.diagnose(np.zeros_like(dy), dy, nothing).correct
+
+
+@pytest.mark.parametrize("style", [hand_written.graph, hand_written.paper], ids=["without", "with"])
+def test_the_second_term_of_dmean_is_nobodys_business(style):
+    """It is 0: the right answer is not told what it left out."""
+    dy, saved, pieces = problem((24, 5), 1, "float64")
+    words = str(bn.diagnose(style(dy, pieces), dy, saved))
+    assert words.startswith("correct: dx agrees with the exact gradient to ")
+    assert "left out" not in words
+    assert "term of dmean" not in words
 
 
 X = np.arange(24.0).reshape(2, 3, 4)
@@ -224,22 +394,16 @@ BAD = {
         TypeError,
         "dx must have dtype float32 or float64",
     ),
-    "NaN in dx": (lambda: bn.diagnose(NAN, X, SAVED), ValueError, r"dx must be finite, got nan at \(0, 1, 1\)"),
     "NaN in dy": (lambda: bn.diagnose(X, NAN, SAVED), ValueError, r"dy must be finite, got nan at \(0, 1, 1\)"),
     "NaN in x": (
         lambda: bn.diagnose(X, X, bn.forward(NAN)[1]),
         ValueError,
         r"x must be finite, got nan at \(0, 1, 1\)",
     ),
-    "dgamma too short": (
-        lambda: bn.diagnose(X, X, SAVED, np.ones(2)),
-        ValueError,
-        r"dgamma must have shape \(3,\), got \(2,\)",
-    ),
-    "dbeta a number": (
-        lambda: bn.diagnose(X, X, SAVED, None, 3.0),
-        ValueError,
-        r"dbeta must have shape \(3,\), got \(\)",
+    "dgamma of integers": (
+        lambda: bn.diagnose(X, X, SAVED, np.ones(3, int)),
+        TypeError,
+        "dgamma must have dtype float32 or float64, got int",
     ),
     "n = 1": (
         lambda: bn.diagnose(X[:1, :, :1], X[:1, :, :1], bn.forward(X[:1, :, :1])[1]),

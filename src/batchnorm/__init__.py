@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING
 from ._config import show_config
 from ._threads import get_num_threads, num_threads, set_num_threads
 from ._version import __version__
-from .diagnosis import Diagnosis, diagnose
-from .explain import Pathways, centering_matrix, jacobian, moment_gradients, pathways
 from .functional import (
     Gradients,
     InferenceGradients,
@@ -24,6 +22,8 @@ from .functional import (
     inference_backward,
     update_running,
 )
+from .gradient.diagnosis import Diagnosis, diagnose
+from .gradient.pathways import Pathways, centering_matrix, jacobian, moment_gradients, pathways
 from .layer import BatchNorm
 from .moments import GradientSums, Moments, population
 from .reference import MomentGradients

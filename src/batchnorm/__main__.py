@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from ._version import __version__
 
 COMMANDS = {
-    "explain": ("worked_example", "follow a gradient through four values, by its three pathways"),
+    "explain": ("gradient.worked_example", "follow a gradient through four values, by its three pathways"),
     "profile": ("profile.command", "time forward, backward and inference on the layer shapes of real networks"),
 }
 PROGRAM = "python -m batchnorm"

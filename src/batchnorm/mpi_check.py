@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import explain, functional
+from . import functional
 from ._arrays import Array
+from .gradient import pathways
 from .layer import BatchNorm
 from .mpi import SyncBatchNorm, world
 
@@ -56,7 +57,7 @@ def _ulps(got: Any, expected: Any, largest: Any, axis: int | None = None) -> flo
 def _terms(x: Array, dy: Array, gamma: Array, axis: int) -> dict[str, Array]:
     """The largest terms of each channel, of the sums the sum of absolute terms."""
     _, saved = functional.forward(x, gamma, axis=axis)
-    cache, paths = explain.textbook(saved), explain.pathways(dy, saved)
+    cache, paths = pathways.textbook(saved), pathways.pathways(dy, saved)
     return {
         "y": abs(cache.gamma * cache.xhat).max(axis=cache.axes),
         "dx": np.maximum.reduce([abs(path).max(axis=cache.axes) for path in paths]),

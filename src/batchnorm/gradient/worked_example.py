@@ -1,9 +1,9 @@
 """`python -m batchnorm explain`: batch normalization of four values, every number of it, in the terminal.
 
-- The numbers are those of the library, `forward`, `moment_gradients`, `pathways` and `backward`; beside each gradient
-  stands a central difference of the loss Σ y·dy, so nothing has to be believed.
-- A pathway is a way in which x occurs in y: by itself, in the mean, in the variance. Its difference moves that
-  occurrence alone.
+- The numbers come from the library: `forward`, `moment_gradients`, `pathways` and `backward`. Beside each gradient
+  stands a central difference of the loss Σ y·dy, so that it can be checked at once.
+- x occurs in y in three ways: by itself, in the mean, in the variance. Each is a pathway, and the difference beside it
+  moves x in that place alone.
 - Values have one decimal and no two are equal, so that they can be followed with pencil and paper.
 """
 
@@ -13,9 +13,10 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from . import explain, functional
-from ._extras import require
-from .reference import Array
+from .. import functional
+from .._extras import require
+from ..reference import Array
+from . import pathways
 
 GAMMA, BETA, EPS = 1.5, 0.5, 1e-5
 STEP = 1e-5
@@ -110,8 +111,8 @@ def _four_values(show: Callable[[Any], None], rng: np.random.Generator) -> None:
         )
     )
     show(_table([("x", "", x), ("x − μ", "", x - saved.mean), ("xhat", "", xhat), ("y", "bold", y[:, 0])]))
-    _, dvar, dmean = explain.moment_gradients(dy[:, None], saved)
-    paths = explain.pathways(dy[:, None], saved)
+    _, dvar, dmean = pathways.moment_gradients(dy[:, None], saved)
+    paths = pathways.pathways(dy[:, None], saved)
     dx = functional.backward(dy[:, None], saved).dx
     assert dx is not None
     show(BACKWARD.format(dvar=dvar[0], dmean=dmean[0], step=STEP))
@@ -124,7 +125,7 @@ def _four_values(show: Callable[[Any], None], rng: np.random.Generator) -> None:
     ):
         columns += [(name, style, values[:, 0]), ("diff", "dim", differences(dy, x, EPS, moves))]
     show(_table(columns))
-    row = explain.centering_matrix(x.size)[0]
+    row = pathways.centering_matrix(x.size)[0]
     show(CENTERING.format(diagonal=row[0], other=row[1], others=x.size - 1, total=abs(dx.sum())))
 
 

@@ -2,12 +2,12 @@
 
 Decisions:
 
-- On top of `saved`: statistics are those of the kernels, the rest is the textbook of `reference` in float64, whatever
-  the dtype of x. Results are for reading and checking, so they are float64 too; to be right to their last digits for
-  float64 data, pathways and moment gradients are worked out in long double.
-- Readable before fast: whole arrays are allocated. `backward` computes the same sum, or any part of it with `through=`,
-  in two passes without them.
-- Arrays are laid out channel by channel, because NumPy adds up pairwise along the memory, and one by one across it.
+- The statistics are those that `forward` saved. The rest is the textbook of `reference` in float64, whatever the dtype
+  of x. Results are float64 too, because they are read and checked. For float64 data, pathways and moment gradients are
+  worked out in long double, so that their last digits are right.
+- Readable before fast: whole arrays are allocated. `backward` computes the same sum in two passes without them, or a
+  part of it with `through=`.
+- Arrays are laid out channel by channel: NumPy sums pairwise along the memory, but one by one across it.
 - A channel needs two values. One value is its own mean: y is beta whatever x is, and there is nothing to take apart.
 """
 
@@ -16,9 +16,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
-from . import _arrays, functional, reference
-from .functional import Saved
-from .reference import Array, MomentGradients
+from .. import _arrays, functional, reference
+from ..functional import Saved
+from ..reference import Array, MomentGradients
 
 MAX_BYTES = 1 << 30
 
@@ -41,12 +41,10 @@ def textbook(saved: Saved, dtype: DTypeLike = np.float64) -> reference.Cache:
             "one value is its own mean, so y is beta and dx is 0"
         )
     axes = tuple(i for i in range(saved.x.ndim) if i != saved.axis)
-    mean, mean_low, rstd, rstd_low, gamma = (
-        np.expand_dims(row.astype(dtype), axes)
-        for row in (saved.mean, saved.mean_low, saved.rstd, saved.rstd_low, saved.gamma)
+    mean, mean_low, rstd, gamma = (
+        np.expand_dims(row.astype(dtype), axes) for row in (saved.mean, saved.mean_low, saved.rstd, saved.gamma)
     )
     xmu = _by_channel(saved.x, saved, dtype) - mean - mean_low
-    rstd += rstd_low
     return reference.Cache(xmu, xmu * rstd, rstd, gamma, axes)
 
 
@@ -207,7 +205,7 @@ def jacobian(
     eps: float = 1e-5,
     max_bytes: int = MAX_BYTES,
 ) -> Array:
-    """Every derivative of y by x: ∂y_j/∂x_i = gamma·rstd·(δ_ij − 1/n − xhat_j·xhat_i/n), one matrix a channel.
+    """Every derivative of y by x: ∂y_j/∂x_i = gamma·rstd·(δ_ij − 1/n − xhat_j·xhat_i/n), one matrix per channel.
 
     Contracted with dy it is dx, dx_i = Σ_j dy_j·∂y_j/∂x_i; `backward` never builds it. Each row and each column adds up
     to 0 (moving all values of a channel moves nothing), and for eps = 0 it maps xhat to 0 too (nor does stretching).

@@ -1,0 +1,169 @@
+"""What is wrong with dgamma and dbeta: sums over a channel, of one thing or another, over these axes or those."""
+
+from collections.abc import Callable, Iterator
+from itertools import combinations
+from typing import NamedTuple
+
+import numpy as np
+
+from ..reference import Array
+from .right import ROUNDING, Right
+from .search import ANOTHER_EPS, CORRECT, NEARLY, NOT_FINITE, UNKNOWN, ZERO, eps_of, of_another_eps
+
+
+class ParameterSlip(NamedTuple):
+    """One mistake in dgamma and dbeta: its name, what to do about it and the wrong pair."""
+
+    name: str
+    remedy: str
+    gradients: Callable[[Right], tuple[Array, Array]]
+
+
+def _with_rstd(right: Right, rstd: Array) -> tuple[Array, Array]:
+    return right.sums(right.dy, right.cache.xmu * rstd)
+
+
+PARAMETER_SLIPS = (
+    ParameterSlip("wrong sign", "turn the sign", lambda right: (-right.terms.dgamma, -right.terms.dbeta)),
+    ParameterSlip(
+        "dgamma and dbeta exchanged",
+        "dgamma = Σdy·xhat, dbeta = Σdy",
+        lambda right: (right.terms.dbeta, right.terms.dgamma),
+    ),
+    ParameterSlip(
+        "mean in place of the sum",
+        "gamma and beta serve every value of the channel, so their gradients are sums",
+        lambda right: (right.terms.dgamma / right.n, right.terms.dbeta / right.n),
+    ),
+    ParameterSlip(
+        "mean over the batch in place of the sum",
+        "gamma and beta serve every value of the channel, so their gradients are sums",
+        lambda right: (right.terms.dgamma / _batch(right), right.terms.dbeta / _batch(right)),
+    ),
+    ParameterSlip(
+        "sum over the channels too",
+        "sum over all axes but the channel axis; np.sum without axis= adds up everything",
+        lambda right: (
+            np.full_like(right.terms.dgamma, right.terms.dgamma.sum()),
+            np.full_like(right.terms.dbeta, right.terms.dbeta.sum()),
+        ),
+    ),
+    ParameterSlip(
+        "dxhat in place of dy",
+        "gamma does not occur in its own gradient: dgamma = Σdy·xhat",
+        lambda right: right.sums(right.dy * right.cache.gamma, right.cache.xhat),
+    ),
+    ParameterSlip("x - μ in place of xhat", "dgamma = Σdy·xhat", lambda right: right.sums(right.dy, right.cache.xmu)),
+    ParameterSlip("x in place of xhat", "dgamma = Σdy·xhat", lambda right: right.sums(right.dy, right.x)),
+    ParameterSlip(
+        "n - 1 in the variance",
+        "the batch is normalized with the biased variance Σ(x − μ)²/n",
+        lambda right: _with_rstd(right, right.unbiased_rstd()),
+    ),
+    ParameterSlip(
+        "eps outside the root",
+        "rstd = 1/√(σ² + eps), not 1/(√σ² + eps)",
+        lambda right: _with_rstd(right, right.eps_outside()),
+    ),
+    ParameterSlip(
+        "eps forgotten", "rstd = 1/√(σ² + eps), not 1/√σ²", lambda right: _with_rstd(right, 1 / np.sqrt(right.var))
+    ),
+    ParameterSlip(
+        "variance taken for the standard deviation",
+        "divide by √(σ² + eps), not by σ² + eps",
+        lambda right: _with_rstd(right, 1 / (right.var + right.eps)),
+    ),
+)
+
+WRONG_SHAPE = "wrong shape"
+WRONG_AXES = "sum over the wrong axes"
+
+
+class _Parameter:
+    """dgamma or dbeta, held against formulas."""
+
+    def __init__(self, name: str, values: Array, right: Right) -> None:
+        self.name, self.values, self.right = name, values, right
+        self.which = ("dgamma", "dbeta").index(name)
+        self.summed = (right.dy * right.cache.xhat, right.dy)[self.which]
+        self.exact: Array = (right.terms.dgamma, right.terms.dbeta)[self.which]
+        eps = float(max(np.finfo(array.dtype).eps for array in (right.x, values)))
+        self.rounding = right.rounding(eps)
+        shifted = self.rounding.shift * abs(right.dy) if name == "dgamma" else 0
+        self.lost = (shifted + eps * (ROUNDING + right.n**0.5) * abs(self.summed)).sum(right.cache.axes)
+        self.terms = abs(self.summed).sum(right.cache.axes)
+
+    def distance(self, other: Array) -> float:
+        """The largest difference, in units of what rounding may do to `other`."""
+        unit = self.lost * np.maximum(1, abs(other) / np.where(self.terms > 0, self.terms, np.inf))
+        return float((abs(self.values - other) / np.where(unit > 0, unit, np.finfo(float).tiny)).max())
+
+    def of_values(self) -> tuple[str, str]:
+        """What is wrong with numbers that have the right shape."""
+        exact = self.distance(self.exact)
+        if exact <= 1:
+            return CORRECT, ""
+        if not self.values.any():
+            return ZERO, f"{self.name} is a sum over the channel, and not 0 here"
+        found = {slip: self.distance(slip.gradients(self.right)[self.which]) for slip in PARAMETER_SLIPS}
+        nearest = min(found, key=found.__getitem__)
+        if found[nearest] <= max(1, NEARLY * exact):
+            return nearest.name, nearest.remedy
+        return self.of_axes() or self.of_eps() or (UNKNOWN, "no slip of the catalogue explains it")
+
+    def of_eps(self) -> tuple[str, str] | None:
+        """Whether dgamma is made with another eps."""
+        ratio = np.expand_dims(self.values / self.exact, self.right.cache.axes)
+        eps = eps_of(ratio, self.right, self.rounding.rest) if self.name == "dgamma" else None
+        if eps is None or self.distance(_with_rstd(self.right, 1 / np.sqrt(self.right.var + eps))[0]) > 1:
+            return None
+        return ANOTHER_EPS, of_another_eps(eps, self.right)
+
+    def of_axes(self) -> tuple[str, str] | None:
+        """Whether the sum is over other axes, or left out."""
+        right = self.right
+        for axes in self._subsets():
+            wrong = self.summed.sum(axes, keepdims=True)
+            if self.values.shape in (wrong.shape, self.summed.sum(axes).shape):
+                rest = abs(self.values.reshape(wrong.shape) - wrong)
+                if (rest <= self.rounding.shift.max() * (1 + abs(self.summed).sum(axes, keepdims=True))).all():
+                    return WRONG_AXES, f"sum over the axes {right.cache.axes}, not over {axes or 'none'}"
+        return None
+
+    def _subsets(self) -> Iterator[tuple[int, ...]]:
+        for count in range(self.summed.ndim):
+            for axes in combinations(range(self.summed.ndim), count):
+                if axes != self.right.cache.axes:
+                    yield axes
+
+    def explain(self) -> tuple[str, str]:
+        """What is wrong, and what to do about it."""
+        values, channels = self.values, self.exact.size
+        if not np.isfinite(values).all():
+            return NOT_FINITE, f"{np.count_nonzero(~np.isfinite(values)):,} of {values.size:,} values"
+        if values.shape == (channels,):
+            return self.of_values()
+        shape = f"{self.name} must have shape ({channels},), got {values.shape}"
+        if values.size == channels and tuple(n for n in values.shape if n > 1) in ((channels,), ()):
+            self.values = values.reshape(channels)
+            name, remedy = self.of_values()
+            if name == CORRECT:
+                return WRONG_SHAPE, f"{shape}: the values are right; drop keepdims=True, or reshape"
+            return f"{WRONG_SHAPE} + {name}", f"{shape}; {remedy}"
+        if values.size == 1:
+            self.values = np.full(channels, values.item())
+            name, _ = self.of_values()
+            axes = f"one number for all channels; sum over the axes {self.right.cache.axes}"
+            return WRONG_SHAPE if name == UNKNOWN else name, f"{shape}: {axes}"
+        name, remedy = self.of_axes() or (WRONG_SHAPE, f"sum over the axes {self.right.cache.axes}")
+        return name, f"{shape}; {remedy}"
+
+
+def _batch(right: Right) -> int:
+    return int(right.dy.shape[right.cache.axes[0]])
+
+
+@np.errstate(all="ignore")
+def explain_parameter(name: str, values: Array, right: Right) -> tuple[str, str]:
+    """The name of what is wrong with dgamma or dbeta, and what to do about it."""
+    return _Parameter(name, values, right).explain()
