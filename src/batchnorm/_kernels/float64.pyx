@@ -1,0 +1,7 @@
+"""The kernels for float64, compiled once for each level of instructions."""
+cdef extern from *:
+    "#define BATCHNORM_SINGLE 0"
+
+ctypedef double real
+
+include "kernels.pxi"

@@ -1,0 +1,123 @@
+# ---- Formula: each line of the mathematics, once ----------------------------------------------------------------------
+# The names are those of docs/derivation.md. A `number` is a vector of the data's type or, where that would lose digits,
+# of float64; numbers per channel are float64. Nothing here knows a layout.
+
+ctypedef fused number:
+    vec
+    wide
+
+
+cdef inline number load(const real *p, Py_ssize_t count, number like) noexcept nogil:
+    """`count` values, and zeros after them where they do not fill a vector."""
+    cdef vec v = load_vec(p) if count == VEC else load_first(p, count)
+    if number is vec:
+        return v
+    else:
+        return widened(v)
+
+
+cdef inline number only(number v, Py_ssize_t count) noexcept nogil:
+    """v with zeros after the first `count` values."""
+    if count == VEC:
+        return v
+    elif number is vec:
+        return first_vec(v, count)
+    else:
+        return first_wide(v, count)
+
+
+cdef inline number same(double value, number like) noexcept nogil:
+    """The value in every lane."""
+    if number is vec:
+        return same_vec(value)
+    else:
+        return same_wide(value)
+
+
+cdef inline number tree(number *row, Py_ssize_t rows) noexcept nogil:
+    """Sum of 8, 4, 2 or 1 vectors by halving: few roundings after each other, and equal values add up without any."""
+    cdef Py_ssize_t r
+    if rows == 8:
+        for r in range(4):
+            row[r] += row[r + 4]
+    if rows >= 4:
+        for r in range(2):
+            row[r] += row[r + 2]
+    return row[0] + row[1] if rows >= 2 else row[0]
+
+
+cdef inline void summands(const real *x, const real *dy, Py_ssize_t count, number pivot, number *a,
+                          number *a_d) noexcept nogil:
+    """What is summed: a and a·d with d = x − pivot. a is d for the moments, dy for the gradient, where dy is given."""
+    cdef number d = only(load(x, count, pivot) - pivot, count)
+    a[0] = d if dy == NULL else load(dy, count, pivot)
+    a_d[0] = a[0] * d
+
+
+cdef inline number normalized(number x, number centre, number scale, number shift) noexcept nogil:
+    """y = (x − centre)·scale + shift, with scale = gamma·rstd and shift = beta − (mean − centre)·scale."""
+    return (x - centre) * scale + shift
+
+
+cdef inline number gradient(number dy, number x, number centre, number scale, number slope,
+                            number shift) noexcept nogil:
+    """dx = dy·scale + (x − centre)·slope + shift, with slope = 2·dvar/n and shift = dmean/n − (mean − centre)·slope."""
+    return dy * scale + ((x - centre) * slope + shift)
+
+
+cdef inline double two_sum(double a, double b, double *low) noexcept nogil:
+    """a + b, and what rounding left over (Knuth, TAOCP 2, section 4.2.2)."""
+    cdef double total = a + b, back = total - a
+    low[0] = (a - (total - back)) + (b - back)
+    return total
+
+
+cdef inline double few_bits(double value, double coarse) noexcept nogil:
+    """The value to a multiple of 2⁻⁵² coarse: a number with so few bits that x minus it is exact for nearly all x."""
+    cdef double rounded = (value + coarse) - coarse
+    return rounded if rounded - rounded == 0 else value
+
+
+cdef inline double centre_of(double mean, double var) noexcept nogil:
+    """The mean to about 1/64 of a standard deviation, as a value of the data's type."""
+    return <real> few_bits(mean, 7e13 * sqrt(var))
+
+
+cdef inline void chan(double *pivot, double *delta, double *m2, double n, double other_pivot, double other_delta,
+                      double other_m2, double other_n) noexcept nogil:
+    """Chan's rule: mean (pivot + delta) and m2 of two sets from those of each."""
+    cdef double between = (other_pivot - pivot[0]) + (other_delta - delta[0])
+    cdef double share = other_n / (n + other_n)
+    delta[0] += between * share
+    m2[0] += other_m2 + between * between * (n * share)
+
+
+cdef inline double m2_of(double sum_d, double sum_d2, double n) noexcept nogil:
+    """Σ(x − mean)² = Σd² − (Σd)²/n, not below 0."""
+    cdef double m2 = sum_d2 - sum_d * (sum_d / n)
+    return 0 if m2 < 0 else m2
+
+
+cdef inline double rstd_of(double var_eps) noexcept nogil:
+    """1/√(var + eps); 0 where that is 0, so that a channel without spread maps to beta."""
+    return 1 / sqrt(var_eps) if var_eps != 0 else 0
+
+
+cdef inline double dgamma_of(double sum_dy_xmu, double rstd) noexcept nogil:
+    """dgamma = Σdy·xhat"""
+    return sum_dy_xmu * rstd
+
+
+cdef inline double dmean_of(double scale, double sum_dy) noexcept nogil:
+    """dmean = −Σdxhat·rstd; its second term, dvar·(−2/n)·Σ(x − mean), is 0"""
+    return -scale * sum_dy
+
+
+cdef inline double dvar_of(double scale, double rstd, double dgamma) noexcept nogil:
+    """dvar = Σdxhat·(x − mean)·(−½)·rstd³"""
+    return -0.5 * scale * (rstd * dgamma)
+
+
+cdef inline double followed(double running, double batch, double momentum) noexcept nogil:
+    """r ← (1 − momentum)·r + momentum·batch"""
+    return (1 - momentum) * running + momentum * batch

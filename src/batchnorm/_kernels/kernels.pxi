@@ -1,0 +1,398 @@
+"""The passes over an array, for one data type: each is a function here, with its parallel loop in sight.
+
+Words:
+
+- The *view*: any array is seen as (N, C, S), N the product of the dimensions before the channel axis, S of those after.
+- A *row* is what lies side by side in memory: the S values of one channel, or all C·S values of one of the N.
+- *Lanes* are LANES sums side by side along a row of one channel. *Columns* are sums down the rows, one a place: a column
+  is a channel when S = 1, one of S columns of a channel when rows are short, and one of `group` copies of the channels
+  when channels are few. The columns of a channel are added up at the end of the block.
+- A *tile* is some neighbouring channels, a *block* some rows of a tile, a *segment* a piece of a long row.
+- A *pivot* is a value near the mean: x − pivot is summed in place of x, or the sums would lose the digits of x − mean.
+  The *centre* is the mean in the same role when y and dx are written.
+
+Decisions, and why:
+
+a) One partition. `cut` makes tiles and blocks from the shape, the item size and the pass alone. Sums inside a block have
+   a fixed order, blocks are merged by a fixed tree. Threads only decide who computes a block, so the bits do not depend
+   on them. Nor on the processor: nothing is reassociated or contracted, and the number of lanes is fixed.
+b) Each type in itself. float32 is calculated in float32, in trees of at most 32 values whose sums are added up in
+   float64, and float64 in float64. Statistics are shifted by a pivot with few bits, so that the differences are exact,
+   and blocks are merged by Chan's rule (Chan, Golub, LeVeque 1983). Never E[x²] − E[x]².
+c) Sums that cannot be trusted, because they overflowed or because the pivot was far from the mean, are made again in
+   float64 about a better one. Coefficients that do not fit the type are applied in float64. Data decides that, channel
+   by channel, and nothing else.
+d) The steps are separate: reduce → finish → apply. A pass does them tile by tile when a tile stays in cache, and one
+   after the other over all blocks when there are too few tiles to share among threads. A step that sums nothing follows
+   the memory, row by row. A pass over more memory than a cache holds writes its result around it.
+"""
+from cpython.buffer cimport PyBUF_CONTIG, PyBUF_CONTIG_RO, PyBUF_STRIDED_RO, PyBuffer_Release, PyObject_GetBuffer
+from cython.parallel import prange
+from libc.math cimport INFINITY, fabs, sqrt
+from libc.stdlib cimport free, malloc
+from libc.string cimport memcpy, memset
+from batchnorm._kernels.runtime cimport (
+    BETA, DGAMMA, DMEAN, DVAR, GAMMA, GRADIENT_ROWS, M2, MEAN, MEAN_LOW, RSTD, STATISTICS_ROWS, SUM_DY, SUM_DY_XMU,
+    THROUGH_MEAN, THROUGH_VARIANCE, UPSTREAM, UPSTREAM_DMEAN, UPSTREAM_DVAR, VAR, team_size)
+
+cdef extern from "vector.h" nogil:
+    enum:
+        VEC, LANES, VECS, UNROLLED, TOTALS, WIDEST, LINE
+        CAN_STREAM
+        IS_DOUBLE
+    const double SMALLEST, LARGEST, FINEST, COARSEST
+    ctypedef float vec              # VEC values of the data's type; Cython only has to know that it can calculate
+    ctypedef double wide            # the same values as float64
+    ctypedef struct Row:
+        real *at
+    ctypedef struct WideRow:
+        double *at
+    vec load_vec(const real *) noexcept
+    vec load_first(const real *, Py_ssize_t) noexcept
+    void store_vec(real *, vec) noexcept
+    void store_first(real *, vec, Py_ssize_t) noexcept
+    void stream_first(real *, vec, Py_ssize_t) noexcept
+    void finish_streaming() noexcept
+    Py_ssize_t to_piece(const real *) noexcept
+    vec first_vec(vec, Py_ssize_t) noexcept
+    wide first_wide(wide, Py_ssize_t) noexcept
+    vec same_vec(double) noexcept
+    wide same_wide(double) noexcept
+    wide widened(vec) noexcept
+    vec narrowed(wide) noexcept
+    void add_vec(double *, vec) noexcept
+    void add_wide(double *, wide) noexcept
+    void add_lanes_vec(double *, const vec *) noexcept
+    void add_lanes_wide(double *, const wide *) noexcept
+    void prefetch(const void *) noexcept
+
+include "partition.pxi"
+include "formula.pxi"
+include "reduce.pxi"
+include "finish.pxi"
+include "apply.pxi"
+
+
+# ---- Doors ------------------------------------------------------------------------------------------------------------
+# The façade has checked what its user gave. What is checked here is what would write beyond an array.
+
+cdef double *borrow(str name, table, Py_ssize_t rows, Py_ssize_t channels, bint to_write) except NULL:
+    """Where a table of numbers per channel is, which its caller holds: 14 ns, and a typed memoryview is 150."""
+    cdef Py_buffer buffer
+    cdef double *numbers
+    PyObject_GetBuffer(table, &buffer, PyBUF_CONTIG if to_write else PyBUF_CONTIG_RO)
+    numbers = <double *> buffer.buf
+    fits = (buffer.ndim == 2 and buffer.itemsize == sizeof(double) and buffer.shape[0] == rows
+            and buffer.shape[1] == channels)
+    PyBuffer_Release(&buffer)
+    if not fits:
+        raise ValueError(f"{name} must be a table of {rows} × {channels} float64 numbers")
+    return numbers
+
+
+cdef int check_view(str name, const real[:, :, ::1] array, const Py_ssize_t *view) except -1:
+    if array.shape[0] != view[0] or array.shape[1] != view[1] or array.shape[2] != view[2]:
+        raise ValueError(f"{name} must have the view of x, {(view[0], view[1], view[2])}, "
+                         f"got {(array.shape[0], array.shape[1], array.shape[2])}")
+    return 0
+
+
+cdef int begin(Work *work, const Py_ssize_t *view, Py_ssize_t arrays, double *statistics,
+               double *gradients) except -1:
+    """Cut the work, and get scratch for a few numbers per block and channel, which `free(work.coefficient)` returns."""
+    cut(work, view[0], view[1], view[2], arrays)
+    work.statistics, work.gradients = statistics, gradients
+    work.coefficient = <double *> malloc((COEFFICIENT_ROWS + PARTIAL_ROWS * work.blocks) * work.C * sizeof(double))
+    if work.coefficient == NULL:
+        raise MemoryError(f"no memory for the sums of {work.blocks} blocks of {work.C} channels")
+    work.partial = work.coefficient + COEFFICIENT_ROWS * work.C
+    return 0
+
+
+# With one thread a loop is an ordinary one: OpenMP takes 200 ns for a team of one.
+
+cdef void reduce_all(const Work *work, const real *x, const real *dy, int threads) noexcept nogil:
+    cdef Py_ssize_t i
+    if threads == 1:
+        for i in range(work.tiles * work.blocks):
+            reduce_block(work, tile_at(work, i), block_at(work, i), x, dy)
+    else:
+        for i in prange(work.tiles * work.blocks, schedule="static", num_threads=threads):
+            reduce_block(work, tile_at(work, i), block_at(work, i), x, dy)
+
+
+cdef void moments_of_all(const Work *work, const real *x, int threads) noexcept nogil:
+    cdef Py_ssize_t tile
+    reduce_all(work, x, NULL, threads)
+    for tile in range(work.tiles):
+        finish_moments(work, tile)
+
+
+cdef void normalize_all(const Work *work, const real *x, real *y, int threads) noexcept nogil:
+    cdef Work ordered = in_memory_order(work)
+    cdef bint fit = True
+    cdef Py_ssize_t i, tile
+    for tile in range(work.tiles):
+        finish_normalize(work, tile)
+        fit &= tile_fits(work, tile, False)
+    if threads == 1:
+        for i in range(ordered.tiles * ordered.blocks):
+            normalize_block(&ordered, tile_at(&ordered, i), block_at(&ordered, i), x, y, fit)
+    else:
+        for i in prange(ordered.tiles * ordered.blocks, schedule="static", num_threads=threads):
+            normalize_block(&ordered, tile_at(&ordered, i), block_at(&ordered, i), x, y, fit)
+
+
+cdef void forward_tile(const Work *work, Py_ssize_t tile, const real *x, real *y) noexcept nogil:
+    cdef Py_ssize_t b
+    cdef bint fit
+    for b in range(work.blocks):
+        reduce_block(work, tile, b, x, NULL)
+    finish_moments(work, tile)
+    finish_normalize(work, tile)
+    fit = tile_fits(work, tile, False)
+    for b in range(work.blocks - 1, -1, -1):        # the last block is the one still in cache
+        normalize_block(work, tile, b, x, y, fit)
+
+
+cdef void grad_sums_of_all(const Work *work, const real *x, const real *dy, int threads) noexcept nogil:
+    cdef Py_ssize_t tile
+    for tile in range(work.tiles):
+        start_grad_sums(work, tile)
+    reduce_all(work, x, dy, threads)
+    for tile in range(work.tiles):
+        finish_grad_sums(work, tile)
+
+
+cdef void grad_apply_all(const Work *work, const real *x, const real *dy, real *dx, int threads) noexcept nogil:
+    cdef Work ordered = in_memory_order(work)
+    cdef bint fit = True
+    cdef Py_ssize_t i, tile
+    for tile in range(work.tiles):
+        finish_grad_apply(work, tile)
+        fit &= tile_fits(work, tile, is_sloped(work.through))
+    if threads == 1:
+        for i in range(ordered.tiles * ordered.blocks):
+            gradient_block(&ordered, tile_at(&ordered, i), block_at(&ordered, i), x, dy, dx, fit)
+    else:
+        for i in prange(ordered.tiles * ordered.blocks, schedule="static", num_threads=threads):
+            gradient_block(&ordered, tile_at(&ordered, i), block_at(&ordered, i), x, dy, dx, fit)
+
+
+cdef void backward_tile(const Work *work, Py_ssize_t tile, const real *x, const real *dy, real *dx) noexcept nogil:
+    cdef Py_ssize_t b
+    cdef bint fit
+    start_grad_sums(work, tile)
+    for b in range(work.blocks):
+        reduce_block(work, tile, b, x, dy)
+    finish_grad_sums(work, tile)
+    finish_grad_apply(work, tile)
+    fit = tile_fits(work, tile, is_sloped(work.through))
+    for b in range(work.blocks - 1, -1, -1):        # the last block is the one still in cache
+        gradient_block(work, tile, b, x, dy, dx, fit)
+
+
+def moments(const real[:, :, ::1] x, statistics, double eps, int num_threads):
+    """mean, m2, var and rstd of each channel into `statistics`."""
+    cdef Work work
+    cdef int threads = team_size(num_threads)
+    begin(&work, x.shape, 1, borrow("statistics", statistics, STATISTICS_ROWS, x.shape[1], True), NULL)
+    work.eps = eps
+    with nogil:
+        moments_of_all(&work, &x[0, 0, 0], threads)
+    free(work.coefficient)
+
+
+def forward(const real[:, :, ::1] x, real[:, :, ::1] y, statistics, gamma, beta, double eps,
+            int num_threads):
+    """`moments`, then y = gamma·(x − mean)·rstd + beta."""
+    cdef Work work
+    cdef int threads = team_size(num_threads)
+    cdef const real *x0 = &x[0, 0, 0]
+    cdef real *y0 = &y[0, 0, 0]
+    cdef Py_ssize_t tile
+    check_view("y", y, x.shape)
+    begin(&work, x.shape, 2, borrow("statistics", statistics, STATISTICS_ROWS, x.shape[1], True), NULL)
+    work.eps = eps
+    fill_row(work.statistics + GAMMA * work.C, gamma, work.C, 1)
+    fill_row(work.statistics + BETA * work.C, beta, work.C, 0)
+    with nogil:
+        if work.by_tile:
+            if threads == 1:
+                for tile in range(work.tiles):
+                    forward_tile(&work, tile, x0, y0)
+            else:
+                for tile in prange(work.tiles, schedule="static", num_threads=threads):
+                    forward_tile(&work, tile, x0, y0)
+        else:
+            moments_of_all(&work, x0, threads)
+            normalize_all(&work, x0, y0, threads)
+    free(work.coefficient)
+
+
+def normalize(const real[:, :, ::1] x, real[:, :, ::1] y, statistics, int num_threads):
+    """y = gamma·(x − mean)·rstd + beta with the mean and rstd in `statistics`."""
+    cdef Work work
+    cdef int threads = team_size(num_threads)
+    check_view("y", y, x.shape)
+    begin(&work, x.shape, 1, borrow("statistics", statistics, STATISTICS_ROWS, x.shape[1], False), NULL)      # quicker around the cache only where one array fills it
+    with nogil:
+        normalize_all(&work, &x[0, 0, 0], &y[0, 0, 0], threads)
+    free(work.coefficient)
+
+
+def grad_sums(const real[:, :, ::1] dy, const real[:, :, ::1] x, statistics,
+              gradients, int num_threads):
+    """Σdy, Σdy·(x − mean) and dgamma of each channel into `gradients`."""
+    cdef Work work
+    cdef int threads = team_size(num_threads)
+    check_view("dy", dy, x.shape)
+    begin(&work, x.shape, 2, borrow("statistics", statistics, STATISTICS_ROWS, x.shape[1], False),
+          borrow("gradients", gradients, GRADIENT_ROWS, x.shape[1], True))
+    with nogil:
+        grad_sums_of_all(&work, &x[0, 0, 0], &dy[0, 0, 0], threads)
+    free(work.coefficient)
+
+
+def grad_apply(const real[:, :, ::1] dy, const real[:, :, ::1] x, real[:, :, ::1] dx, statistics,
+               gradients, int through, double count, int num_threads):
+    """dx = dy·gamma·rstd + dmean/n + dvar·2(x − mean)/n from the sums in `gradients`, as far as `through` says.
+
+    n is `count`, the values of a channel that the statistics were made of. With both paths it is
+    gamma·rstd·(dy − dbeta/n − xhat·dgamma/n); with neither the statistics do not depend on x.
+    """
+    cdef Work work
+    cdef int threads = team_size(num_threads)
+    check_view("dy", dy, x.shape)
+    check_view("dx", dx, x.shape)
+    begin(&work, x.shape, 3, borrow("statistics", statistics, STATISTICS_ROWS, x.shape[1], False),
+          borrow("gradients", gradients, GRADIENT_ROWS, x.shape[1], False))
+    work.through, work.count = through, count
+    with nogil:
+        grad_apply_all(&work, &x[0, 0, 0], &dy[0, 0, 0], &dx[0, 0, 0], threads)
+    free(work.coefficient)
+
+
+def backward(const real[:, :, ::1] dy, const real[:, :, ::1] x, real[:, :, ::1] dx, statistics,
+             gradients, int through, double count, int num_threads):
+    """`grad_sums`, then `grad_apply`."""
+    cdef Work work
+    cdef int threads = team_size(num_threads)
+    cdef const real *x0 = &x[0, 0, 0]
+    cdef const real *dy0 = &dy[0, 0, 0]
+    cdef real *dx0 = &dx[0, 0, 0]
+    cdef Py_ssize_t tile
+    check_view("dy", dy, x.shape)
+    check_view("dx", dx, x.shape)
+    begin(&work, x.shape, 3, borrow("statistics", statistics, STATISTICS_ROWS, x.shape[1], False),
+          borrow("gradients", gradients, GRADIENT_ROWS, x.shape[1], True))
+    work.through, work.count = through, count
+    with nogil:
+        if work.by_tile:
+            if threads == 1:
+                for tile in range(work.tiles):
+                    backward_tile(&work, tile, x0, dy0, dx0)
+            else:
+                for tile in prange(work.tiles, schedule="static", num_threads=threads):
+                    backward_tile(&work, tile, x0, dy0, dx0)
+        else:
+            grad_sums_of_all(&work, x0, dy0, threads)
+            grad_apply_all(&work, x0, dy0, dx0, threads)
+    free(work.coefficient)
+
+
+# ---- Numbers per channel ----------------------------------------------------------------------------------------------
+
+cdef int fill_row(double *row, values, Py_ssize_t channels, double otherwise) except -1:
+    """A row of a table from one number per channel, of either dtype and any stride, or None."""
+    cdef Py_buffer buffer
+    cdef Py_ssize_t c
+    cdef const char *at
+    cdef float single
+    if values is None:
+        for c in range(channels):
+            row[c] = otherwise
+        return 0
+    PyObject_GetBuffer(values, &buffer, PyBUF_STRIDED_RO)
+    try:
+        if buffer.ndim != 1 or buffer.shape[0] != channels or buffer.itemsize not in (4, 8):
+            raise ValueError(f"there must be {channels} floating-point numbers, one per channel")
+        at = <const char *> buffer.buf
+        for c in range(channels):
+            if buffer.itemsize == sizeof(double):
+                memcpy(row + c, at + c * buffer.strides[0], sizeof(double))
+            else:
+                memcpy(&single, at + c * buffer.strides[0], sizeof(float))
+                row[c] = single
+    finally:
+        PyBuffer_Release(&buffer)
+    return 0
+
+
+def fix_statistics(statistics, Py_ssize_t channels, mean, m2, gamma, beta, double eps, mean_low=None, double count=1):
+    """Fill the table with statistics that are given, var as m2/count; the first channel with a negative one, or -1."""
+    cdef Py_ssize_t c, C = channels
+    cdef double *s = borrow("statistics", statistics, STATISTICS_ROWS, C, True)
+    fill_row(s + MEAN * C, mean, C, 0)
+    fill_row(s + MEAN_LOW * C, mean_low, C, 0)
+    fill_row(s + M2 * C, m2, C, 0)
+    fill_row(s + GAMMA * C, gamma, C, 1)
+    fill_row(s + BETA * C, beta, C, 0)
+    for c in range(C):
+        if s[M2 * C + c] < 0:
+            return c
+    set_rstd(s + M2 * C, s + VAR * C, s + RSTD * C, C, count, eps)
+    return -1
+
+
+def channel_gradients(const double[:, ::1] statistics, double[:, ::1] gradients):
+    """dgamma, dmean and dvar from the sums in `gradients`."""
+    cdef Py_ssize_t c
+    cdef double scale
+    borrow("statistics", statistics, STATISTICS_ROWS, gradients.shape[1], False)
+    borrow("gradients", gradients, GRADIENT_ROWS, gradients.shape[1], True)
+    for c in range(gradients.shape[1]):
+        scale = statistics[GAMMA, c] * statistics[RSTD, c]
+        gradients[DGAMMA, c] = dgamma_of(gradients[SUM_DY_XMU, c], statistics[RSTD, c])
+        gradients[DMEAN, c] = dmean_of(scale, gradients[SUM_DY, c])
+        gradients[DVAR, c] = dvar_of(scale, statistics[RSTD, c], gradients[DGAMMA, c])
+
+
+def merge(double[:, ::1] moments, double count, const double[:, ::1] other, double other_count):
+    """Merge other moments, of at least one value, into `moments`: rows mean, mean_low and m2, the mean their sum."""
+    cdef Py_ssize_t c
+    borrow("moments", moments, PARTIAL_ROWS, moments.shape[1], True)
+    borrow("other", other, PARTIAL_ROWS, moments.shape[1], False)
+    for c in range(moments.shape[1]):
+        chan(&moments[PIVOT, c], &moments[DELTA, c], &moments[SQUARES, c], count, other[PIVOT, c], other[DELTA, c],
+             other[SQUARES, c], other_count)
+        moments[PIVOT, c] = two_sum(moments[PIVOT, c], moments[DELTA, c], &moments[DELTA, c])
+
+
+def update_running(real[:] running_mean, real[:] running_var, statistics, double momentum, double correction):
+    """r ← (1 − momentum)·r + momentum·batch; the batch variance is multiplied by `correction`."""
+    cdef Py_ssize_t c, C = running_mean.shape[0]
+    cdef const double *s = borrow("statistics", statistics, STATISTICS_ROWS, C, False)
+    if running_var.shape[0] != C:
+        raise ValueError(f"running_var must have {C} channels, got {running_var.shape[0]}")
+    for c in range(C):
+        running_mean[c] = <real> followed(running_mean[c], s[MEAN * C + c], momentum)
+        running_var[c] = <real> followed(running_var[c], correction * s[VAR * C + c], momentum)
+
+
+def partition(Py_ssize_t N, Py_ssize_t C, Py_ssize_t S, Py_ssize_t arrays, bint ordered):
+    """What each block of a pass over so many arrays holds: channel, channels, offset, rows, stride and run.
+
+    `ordered` is the partition of a step that sums nothing.
+    """
+    cdef Work work
+    cdef Block block
+    cdef Py_ssize_t i
+    cut(&work, N, C, S, arrays)
+    if ordered:
+        work = in_memory_order(&work)
+    blocks = []
+    for i in range(work.tiles * work.blocks):
+        block = block_of(&work, tile_at(&work, i), block_at(&work, i))
+        blocks.append((block.channel, block.channels, block.first, block.rows, block.stride, block.run))
+    return blocks

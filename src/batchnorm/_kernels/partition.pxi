@@ -1,0 +1,134 @@
+# ---- Partition: how the work is cut -----------------------------------------------------------------------------------
+# Only the shape, the item size and the pass may be asked here, so that threads and processors change no bits.
+
+cdef enum:
+    WIDTH = 512             # the most columns of a tile whose columns are channels: accumulators stay in L1
+    GROUPED = 256           # columns that few channels are made into
+    FEW = 16                # fewer values of a channel are summed in float64: their rounding does not average out
+    BLOCK = 8192            # values of a block of lanes
+    COLUMN_ROWS = 128       # rows of a block of columns
+    SHORT_ROW = 64          # shorter rows are taken as columns
+    SHORTEST_RUN = 16       # a row of one channel that fills lanes, where few others follow or nothing is summed
+    RUN = 8192              # values of neighbouring short rows of lanes, so that memory is visited in longer runs
+    TOGETHER = 32           # the most channels of a tile of lanes
+    VISIT = 512             # values of one channel of a tile before those of its neighbour
+    FEW_TILES = 16          # fewer tiles of lanes than this are cut into blocks to be shared
+    STREAM = 33554432       # bytes read and written by a pass whose result goes around the cache
+    NEAR = 40960            # bytes that stay in a core's nearest cache
+    CACHE = 524288          # bytes of a tile that stay in a core's cache between two passes
+
+cdef struct Work:
+    Py_ssize_t N, C, S              # the view
+    bint columns                    # which loop sums
+    bint by_tile                    # both steps tile by tile, because a tile stays in cache
+    bint stream                     # the result goes around the cache
+    Py_ssize_t tiles, tile_channels
+    Py_ssize_t blocks, block_rows   # of a tile
+    Py_ssize_t segments, segment    # pieces of a long row
+    Py_ssize_t group                # rows of columns laid side by side
+    double *statistics              # [STATISTICS_ROWS][C]
+    double *gradients               # [GRADIENT_ROWS][C]
+    double *partial                 # [blocks][PARTIAL_ROWS][C], what a block leaves
+    double *coefficient             # [COEFFICIENT_ROWS][C], what `apply` needs
+    double eps
+    double count                    # values of a channel that its statistics were made of
+    int through                     # the paths of the gradient
+
+cdef struct Block:
+    Py_ssize_t channel, channels
+    Py_ssize_t first                # offset of its first value
+    Py_ssize_t rows, stride
+    Py_ssize_t run                  # values of one channel in a row
+    bint more                       # rows of the tile follow after it
+    Py_ssize_t visit                # rows of one channel before those of its neighbour
+
+
+cdef inline Py_ssize_t ceil_div(Py_ssize_t a, Py_ssize_t b) noexcept nogil:
+    return (a + b - 1) // b
+
+
+cdef void cut(Work *work, Py_ssize_t N, Py_ssize_t C, Py_ssize_t S, Py_ssize_t arrays) noexcept nogil:
+    """Cut the view into tiles of channels, and tiles into blocks of rows, for a pass over so many arrays."""
+    cdef Py_ssize_t size = sizeof(real)
+    work.N, work.C, work.S = N, C, S
+    work.stream = CAN_STREAM and arrays * N * C * S * size >= STREAM
+    work.columns = S < SHORTEST_RUN or (S < SHORT_ROW and N >= UNROLLED)
+    work.segments, work.segment, work.group = 1, S, 1
+    if work.columns:
+        cut_columns(work, size)
+    else:
+        cut_lanes(work, size, arrays)
+    work.blocks = ceil_div(N, work.block_rows) * work.segments
+
+
+cdef void cut_columns(Work *work, Py_ssize_t size) noexcept nogil:
+    cdef Py_ssize_t N = work.N, C = work.C, S = work.S, row_blocks, whole
+    work.tiles = ceil_div(C, max(1, (WIDTH if S == 1 else WIDEST) // S))
+    work.tile_channels = ceil_div(C, work.tiles)
+    if C * S < GROUPED // 2:
+        work.group = max(1, min(GROUPED // (C * S), N // UNROLLED))
+    row_blocks = ceil_div(N, COLUMN_ROWS * work.group)
+    if row_blocks > 2:
+        row_blocks = 4 * ceil_div(row_blocks, 4)        # 2 and 4 threads share them evenly
+    whole = UNROLLED * work.group
+    work.block_rows = whole * ceil_div(ceil_div(N, row_blocks), whole)
+    row_blocks = ceil_div(N, work.block_rows)
+    work.by_tile = (work.tiles >= 4 and N * work.tile_channels * S * size <= CACHE) or row_blocks * work.tiles == 1
+
+
+cdef void cut_lanes(Work *work, Py_ssize_t size, Py_ssize_t arrays) noexcept nogil:
+    cdef Py_ssize_t N = work.N, C = work.C, S = work.S
+    work.tile_channels = min(min(TOGETHER, RUN // S), min(C // FEW_TILES, 2 * CACHE // (5 * N * S * size)))
+    if arrays == 3 and 2 * N * S * size <= NEAR and N * S >= RUN // 4:
+        work.tile_channels = 1          # x and dy are still in the nearest cache when dx is written
+    work.tile_channels = max(1, work.tile_channels)
+    work.tiles = ceil_div(C, work.tile_channels)
+    if S >= BLOCK:
+        work.segment = LANES * ceil_div(ceil_div(S, ceil_div(S, BLOCK)), LANES)
+        work.segments = ceil_div(S, work.segment)
+    work.block_rows = max(1, BLOCK // (2 * S) * 2)
+    work.by_tile = C >= FEW_TILES or N * S <= BLOCK
+
+
+cdef Work in_memory_order(const Work *work) noexcept nogil:
+    """The same work for a step that sums nothing: pieces of one row after the other."""
+    cdef Work ordered = work[0]
+    if work.S >= SHORTEST_RUN:
+        ordered.columns = False
+        ordered.tile_channels = max(1, BLOCK // work.S)
+        ordered.tiles = ceil_div(work.C, ordered.tile_channels)
+        ordered.block_rows = max(1, BLOCK // (work.C * work.S))
+        ordered.blocks = ceil_div(work.N, ordered.block_rows) * work.segments
+    return ordered
+
+
+cdef Block block_of(const Work *work, Py_ssize_t tile, Py_ssize_t b) noexcept nogil:
+    cdef Block block
+    cdef Py_ssize_t row = b // work.segments * work.block_rows
+    cdef Py_ssize_t start = b % work.segments * work.segment
+    block.channel = tile * work.tile_channels
+    block.channels = min(work.tile_channels, work.C - block.channel)
+    block.rows = min(work.block_rows, work.N - row)
+    block.stride = work.C * work.S
+    block.more = row + block.rows < work.N
+    block.first = row * block.stride + block.channel * work.S + start
+    block.run = min(work.segment, work.S - start)
+    block.visit = block.rows if block.channels == 1 else max(2, VISIT // block.run)
+    return block
+
+
+cdef Py_ssize_t values_before(const Work *work, Py_ssize_t b) noexcept nogil:
+    """Values of one channel in the blocks before block `b`."""
+    cdef Py_ssize_t row = min(b // work.segments * work.block_rows, work.N)
+    cdef Py_ssize_t rows = min(work.block_rows, work.N - row)
+    return row * work.S + rows * min(b % work.segments * work.segment, work.S)
+
+
+# The blocks of all tiles are counted in the order of memory.
+
+cdef inline Py_ssize_t tile_at(const Work *work, Py_ssize_t i) noexcept nogil:
+    return i // work.segments % work.tiles
+
+
+cdef inline Py_ssize_t block_at(const Work *work, Py_ssize_t i) noexcept nogil:
+    return i // (work.tiles * work.segments) * work.segments + i % work.segments

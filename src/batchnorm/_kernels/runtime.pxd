@@ -1,0 +1,31 @@
+"""What every kernel module shares: the rows of the tables, and how many threads a call may start."""
+
+# Statistics of a channel, one column a channel. The mean is a pair, `mean + mean_low`; m2 is Σ(x − μ)².
+cpdef enum:
+    MEAN
+    MEAN_LOW
+    M2
+    VAR
+    RSTD
+    GAMMA
+    BETA
+    STATISTICS_ROWS
+
+# Gradients of a channel. The upstream ones are the caller's, of the mean and the variance that `forward` returned.
+cpdef enum:
+    SUM_DY
+    SUM_DY_XMU
+    DGAMMA
+    DMEAN
+    DVAR
+    UPSTREAM_DMEAN
+    UPSTREAM_DVAR
+    GRADIENT_ROWS
+
+# What dx is made of besides the direct path, as bits.
+cpdef enum:
+    THROUGH_MEAN = 1
+    THROUGH_VARIANCE = 2
+    UPSTREAM = 4
+
+cdef int team_size(int num_threads) noexcept nogil
