@@ -5,7 +5,7 @@ import pytest
 from hypothesis import settings
 
 import batchnorm as bn
-from batchnorm import _dispatch, _threads
+from batchnorm import _kernels, _threads
 
 settings.register_profile("house", deadline=None, print_blob=True)
 settings.load_profile("house")
@@ -16,13 +16,13 @@ def pytest_report_header():
     return [f"batchnorm {config['versions']}", f"kernels {config['kernels']}", f"threads {config['threads']}"]
 
 
-@pytest.fixture(params=_dispatch.available(), autouse=True, scope="session")
+@pytest.fixture(params=_kernels.available(), autouse=True, scope="session")
 def level(request):
     """Make the package use this level; the façade asks for the kernels on every call."""
-    before = _dispatch.kernels
-    _dispatch.kernels = _dispatch.Kernels(request.param)
+    before = _kernels.level
+    _kernels.use(request.param)
     yield request.param
-    _dispatch.kernels = before
+    _kernels.use(before)
 
 
 @pytest.fixture

@@ -44,7 +44,7 @@ thread() {
     }
     ARCHER_OPTIONS=verbose=1 under -c 'import batchnorm' 2>&1 | grep 'Archer detected'
     local level status
-    for level in $(under -c 'from batchnorm import _dispatch; print(*_dispatch.available())'); do
+    for level in $(under -c 'from batchnorm import _kernels; print(*_kernels.available())'); do
         BATCHNORM_ISA=$level under tests/race.py
         status=0
         BATCHNORM_ISA=$level under tests/race.py --race > "$work/race.log" 2>&1 || status=$?

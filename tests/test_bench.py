@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import batchnorm as bn
-from batchnorm import _cpu
+from batchnorm._kernels import runtime
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.skipif(not (ROOT / "bench").is_dir(), reason="the benchmarks are in a clone only")
@@ -48,7 +48,7 @@ def builds(tmp_path_factory):
     """Two installed builds that differ in their version and in the time of forward."""
     folders = {name: tmp_path_factory.mktemp(name) for name in ("old", "new")}
     for name, folder in folders.items():
-        for place in {Path(bn.__file__).parent, Path(_cpu.__file__).parent}:
+        for place in {Path(bn.__file__).parent, Path(runtime.__file__).parent.parent}:
             ignored = shutil.ignore_patterns("__pycache__", "*.pyx")
             shutil.copytree(place, folder / "batchnorm", dirs_exist_ok=True, ignore=ignored)
         (folder / "batchnorm" / "_version.py").write_text(f'__version__ = "{name}"\n')

@@ -4,6 +4,7 @@
 see, so CHANGELOG has to name it.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -15,7 +16,8 @@ from processes import succeeds
 from shapes import VIEWS
 
 import batchnorm as bn
-from batchnorm import _dispatch, _threads
+from batchnorm import _kernels, _threads
+from batchnorm._kernels import runtime
 
 THREADS = [1, 2, 3, 5, 8, 64]
 DTYPES = ["float32", "float64"]
@@ -56,12 +58,20 @@ def test_any_number_of_threads(view, dtype, always_threaded):
     assert everything(view, dtype) == one
 
 
+@contextlib.contextmanager
+def other_level(name):
+    before = _kernels.level
+    _kernels.use(name)
+    yield
+    _kernels.use(before)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
-def test_any_level(view, dtype, level, monkeypatch):
+def test_any_level(view, dtype, level):
     here = everything(view, dtype)
-    monkeypatch.setattr(_dispatch, "kernels", _dispatch.Kernels(_dispatch.available()[-1]))
-    assert everything(view, dtype) == here, f"{_dispatch.kernels.level} against {level}"
+    with other_level(_kernels.available()[-1]):
+        assert everything(view, dtype) == here, f"{_kernels.level} against {level}"
 
 
 def digests():
@@ -109,25 +119,25 @@ def test_the_smallest_stacks(level):
 @pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
 def test_steps_are_the_fused_call(view, dtype, rng):
     """moments then normalize is forward, grad_sums then grad_apply is backward: the seam for merging over machines."""
-    kernels = _dispatch.kernels
     x, dy = (rng.standard_normal(view) + 2).astype(dtype), rng.standard_normal(view).astype(dtype)
+    kernels = _kernels.of_size[x.itemsize]
     y, dx = np.empty_like(x), np.empty_like(x)
-    statistics = np.zeros((_dispatch.STATISTICS_ROWS, view[1]))
-    statistics[4:6] = rng.standard_normal((2, view[1]))
-    gamma, beta = statistics[4:6].copy()
-    gradients, n = np.zeros((_dispatch.GRADIENT_ROWS, view[1])), view[0] * view[2]
-    kernels.moments(x, view, statistics, 1e-5, 2)
-    kernels.normalize(x, y, view, statistics, 2)
-    kernels.grad_sums(dy, x, view, statistics, gradients, 2)
-    kernels.grad_apply(dy, x, dx, view, statistics, gradients, 3, n, 2)
+    statistics = np.zeros((runtime.STATISTICS_ROWS, view[1]))
+    gradients, n = np.zeros((runtime.GRADIENT_ROWS, view[1])), view[0] * view[2]
+    gamma, beta = rng.standard_normal((2, view[1]))
+    statistics[runtime.GAMMA], statistics[runtime.BETA] = gamma, beta
+    kernels.moments(x, statistics, 1e-5, 2)
+    kernels.normalize(x, y, statistics, 2)
+    kernels.grad_sums(dy, x, statistics, gradients, 2)
+    kernels.grad_apply(dy, x, dx, statistics, gradients, 3, n, 2)
     fused_y, saved = bn.forward(x, gamma, beta)
     fused = bn.backward(dy, saved)
     assert y.tobytes() == fused_y.tobytes()
-    assert statistics[3].tobytes() == saved.rstd.tobytes()
+    assert statistics[runtime.RSTD].tobytes() == saved.rstd.tobytes()
     assert dx.tobytes() == fused.dx.tobytes()
-    assert gradients[_dispatch.DGAMMA].tobytes() == fused.dgamma.tobytes()
+    assert gradients[runtime.DGAMMA].tobytes() == fused.dgamma.tobytes()
     for bits, through in enumerate(THROUGH):
-        kernels.grad_apply(dy, x, dx, view, statistics, gradients, bits, n, 2)
+        kernels.grad_apply(dy, x, dx, statistics, gradients, bits, n, 2)
         assert dx.tobytes() == bn.backward(dy, saved, through=through).dx.tobytes()
 
 

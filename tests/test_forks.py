@@ -6,11 +6,11 @@ import sys
 import pytest
 from processes import WORKLOAD, succeeds
 
-from batchnorm import _dispatch
+from batchnorm._kernels import runtime
 
 pytestmark = [
     pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here"),
-    pytest.mark.skipif(_dispatch.kernels.openmp() == 0, reason="a serial build has no threads to lose"),
+    pytest.mark.skipif(runtime.openmp() == 0, reason="a serial build has no threads to lose"),
 ]
 
 SECONDS = 20
@@ -119,13 +119,13 @@ assert right
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_forked(variant, level):
-    if variant.endswith("returning") and not _dispatch.kernels.safe_forks():
+    if variant.endswith("returning") and not runtime.safe_forks():
         pytest.skip("OpenMP older than 5.0 cannot send a team home")
     program = CHILD + VARIANTS[variant] + "\nassert results() == expected"
     succeeds(program, *FORKING, timeout=SECONDS, BATCHNORM_ISA=level)
 
 
-@pytest.mark.skipif(not _dispatch.kernels.safe_forks(), reason="before OpenMP 5.0 every child is serial")
+@pytest.mark.skipif(not runtime.safe_forks(), reason="before OpenMP 5.0 every child is serial")
 def test_a_fork_before_threads_are_used_may_use_them(level):
     """As the workers of a fork server; their own children are serial again."""
     program = """
@@ -179,7 +179,7 @@ if __name__ == "__main__":
         PYTHONPATH=str(tmp_path),
     )
     assert printed
-    assert "forked child" not in printed or (method == "forkserver" and not _dispatch.kernels.safe_forks())
+    assert "forked child" not in printed or (method == "forkserver" and not runtime.safe_forks())
 
 
 @pytest.mark.skipif(sys.version_info < (3, 12), reason="Python warns of threads since 3.12")

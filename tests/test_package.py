@@ -13,7 +13,8 @@ import pytest
 from processes import python, succeeds
 
 import batchnorm as bn
-from batchnorm import _cpu, _dispatch
+from batchnorm import _kernels
+from batchnorm._kernels import runtime
 
 DOCUMENTED = [
     "functional",
@@ -56,7 +57,7 @@ def test_the_environment_chooses_the_level(level):
 
 def test_by_default_the_best_level_is_used():
     program = "import batchnorm as bn; print(bn.show_config(mode='dicts')['kernels']['level'])"
-    assert succeeds(program, BATCHNORM_ISA=None) == _dispatch.available()[0]
+    assert succeeds(program, BATCHNORM_ISA=None) == _kernels.available()[0]
 
 
 @pytest.mark.parametrize("named", ["v5", "avx2", "", "V4"])
@@ -69,25 +70,25 @@ def test_an_unknown_level_is_an_error(named):
 
 
 def test_a_level_this_processor_cannot_run_is_an_error(monkeypatch):
-    monkeypatch.setattr(_cpu, "supported", lambda: ("v2", "baseline"))
-    refused = next((name for name in _cpu.built() if name not in ("v2", "baseline")), None)
+    monkeypatch.setattr(runtime, "supported", lambda: ("v2", "baseline"))
+    refused = next((name for name in runtime.built() if name not in ("v2", "baseline")), None)
     if refused is None:
         pytest.skip("there is one level here")
     with pytest.raises(ImportError, match=f"this processor cannot run the kernel level '{refused}', only v2"):
-        _dispatch.Kernels(refused)
+        _kernels.use(refused)
 
 
 def test_a_processor_below_all_levels_is_an_error(monkeypatch):
-    monkeypatch.setattr(_cpu, "supported", lambda: ())
+    monkeypatch.setattr(runtime, "supported", lambda: ())
     monkeypatch.delenv("BATCHNORM_ISA", raising=False)
     with pytest.raises(ImportError, match="this processor runs none of the kernel levels built here"):
-        _dispatch.chosen_level()
+        _kernels.chosen_level()
 
 
 def test_without_avx_the_lowest_level_is_used(monkeypatch):
-    monkeypatch.setattr(_cpu, "supported", lambda: ("v2", "baseline"))
+    monkeypatch.setattr(runtime, "supported", lambda: ("v2", "baseline"))
     monkeypatch.delenv("BATCHNORM_ISA", raising=False)
-    assert _dispatch.chosen_level() == ("v2" if "v2" in _cpu.built() else "baseline")
+    assert _kernels.chosen_level() == ("v2" if "v2" in runtime.built() else "baseline")
 
 
 def test_a_source_checkout_says_what_to_do(tmp_path):
@@ -138,15 +139,15 @@ def test_modules_for_some_are_attributes_that_are_imported_when_asked_for():
 
 
 def test_every_module_imports():
-    for module in pkgutil.iter_modules(bn.__path__):
-        if not module.name.startswith(("_kernels", "__main__")):
-            importlib.import_module(f"batchnorm.{module.name}")
+    for module in pkgutil.walk_packages(bn.__path__, "batchnorm."):
+        if not module.name.endswith("__main__") and "._kernels.float" not in module.name:
+            importlib.import_module(module.name)
 
 
 @pytest.mark.skipif(shutil.which("readelf") is None, reason="needs readelf")
 def test_modules_bind_when_they_are_loaded(level):
     """So nothing that a program can write to later says where a call goes."""
-    for module in (_cpu, importlib.import_module(f"batchnorm._kernels_{level}")):
+    for module in (runtime, *_kernels.of_size.values()):
         shown = subprocess.run(["readelf", "-dlW", module.__file__], capture_output=True, text=True, check=True).stdout
         assert "GNU_RELRO" in shown, module
         assert "BIND_NOW" in shown, module
@@ -155,12 +156,12 @@ def test_modules_bind_when_they_are_loaded(level):
 @pytest.mark.skipif(shutil.which("objdump") is None, reason="needs objdump")
 def test_no_instruction_that_rounds_otherwise(level):
     """Contracted multiplications and additions, or estimates of roots and quotients, differ between processors."""
-    code = subprocess.run(
-        ["objdump", "-d", "--no-show-raw-insn", importlib.import_module(f"batchnorm._kernels_{level}").__file__],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
+    code = "".join(
+        subprocess.run(
+            ["objdump", "-d", "--no-show-raw-insn", module.__file__], capture_output=True, text=True, check=True
+        ).stdout
+        for module in _kernels.of_size.values()
+    )
     assert re.search(r"\bv?mulpd\b", code) or platform.machine() != "x86_64"
     found = set(re.findall(r"\s(v?f[n]?m(?:add|sub)\w*|v?rsqrt\w*|v?rcp\w*)\s", code))
     assert not found

@@ -10,10 +10,11 @@ from processes import WORKLOAD, succeeds
 from threadpoolctl import threadpool_limits
 
 import batchnorm as bn
-from batchnorm import _dispatch, _threads
+from batchnorm import _threads
+from batchnorm._kernels import runtime
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc, or is about processors")
-pytestmark = pytest.mark.skipif(_dispatch.kernels.openmp() == 0, reason="a serial build has no threads to choose")
+pytestmark = pytest.mark.skipif(runtime.openmp() == 0, reason="a serial build has no threads to choose")
 
 
 @pytest.fixture
@@ -23,8 +24,8 @@ def undecided(monkeypatch):
     monkeypatch.setattr(_threads, "_named_at_import", None)
     monkeypatch.setattr(_threads, "_omp_named_at_import", False)
     monkeypatch.setattr(_threads, "_quota_at_import", None)
-    monkeypatch.setattr(_dispatch.kernels, "processors", lambda: 6)
-    monkeypatch.setattr(_threads, "_openmp_at_import", _dispatch.kernels.max_threads())
+    monkeypatch.setattr(runtime, "processors", lambda: 6)
+    monkeypatch.setattr(_threads, "_openmp_at_import", runtime.max_threads())
 
 
 def test_who_decides(undecided, monkeypatch):
@@ -32,7 +33,7 @@ def test_who_decides(undecided, monkeypatch):
     monkeypatch.setattr(_threads, "_quota_at_import", 4)
     assert _threads.decide() == (4, "cgroup quota")
     monkeypatch.setattr(_threads, "_omp_named_at_import", True)
-    assert _threads.decide() == (_dispatch.kernels.max_threads(), "OMP_NUM_THREADS")
+    assert _threads.decide() == (runtime.max_threads(), "OMP_NUM_THREADS")
     monkeypatch.setattr(_threads, "_named_at_import", 3)
     assert _threads.decide() == (3, "BATCHNORM_NUM_THREADS")
     bn.set_num_threads(5)

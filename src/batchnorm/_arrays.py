@@ -50,8 +50,12 @@ class Layout(NamedTuple):
         return copy
 
     def bring(self, array: Array) -> Array:
-        """An array of this shape as a kernel can read it, a copy where it does not fit."""
+        """An array of this shape that fits, a copy where this one does not."""
         return array if self.fits(array) else self.copy(array)
+
+    def seen(self, array: Array) -> Array:
+        """An array that fits, as the kernels see it: (N, C, S)."""
+        return (array if self.order is None else array.transpose(self.order)).reshape(self.view)
 
     def empty(self, dtype: np.dtype[Any]) -> Array:
         """A new array of this shape and order in memory."""

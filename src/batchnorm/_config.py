@@ -5,7 +5,8 @@ from typing import Any, Literal, overload
 
 import numpy as np
 
-from . import _cpu, _dispatch, _threads
+from . import _kernels, _threads
+from ._kernels import runtime
 from ._version import __version__
 
 _UNSAFE_FORKS = "a child of a thread that is not the main one has to end with os._exit (OpenMP runtime before 5.0)"
@@ -37,22 +38,22 @@ def show_config(mode: str = "stdout") -> dict[str, Any] | None:
     if mode not in ("stdout", "dicts"):
         raise ValueError(f"mode must be 'stdout' or 'dicts', got {mode!r}")
     threads, reason = _threads.decide()
-    openmp = _dispatch.kernels.openmp()
+    openmp = runtime.openmp()
     config: dict[str, Any] = {
         "versions": {"batchnorm": __version__, "numpy": np.__version__, "python": sys.version.split()[0]},
         "kernels": {
-            "level": _dispatch.kernels.level,
-            "usable": list(_dispatch.available()),
-            "built": list(_cpu.built()),
+            "level": _kernels.level,
+            "usable": list(_kernels.available()),
+            "built": list(runtime.built()),
         },
         "threads": {
             "default": threads,
             "decided by": reason,
             **{name: "–" if count is None else count for name, count in _threads.considered().items()},
             "OpenMP": f"specification of {openmp // 100}-{openmp % 100:02}" if openmp else "serial build",
-            "OpenMP runtime": _dispatch.kernels.openmp_runtime() or "–",
-            "OpenMP limit": _dispatch.kernels.max_threads(),
-            "forks": "safe" if _dispatch.kernels.safe_forks() else _UNSAFE_FORKS,
+            "OpenMP runtime": runtime.openmp_runtime() or "–",
+            "OpenMP limit": runtime.max_threads(),
+            "forks": "safe" if runtime.safe_forks() else _UNSAFE_FORKS,
             "serial below": f"{_threads.SERIAL_VALUES} values",
         },
     }

@@ -18,7 +18,8 @@ import threading
 import weakref
 from collections.abc import Iterator
 
-from . import _arrays, _dispatch
+from . import _arrays
+from ._kernels import runtime
 
 SERIAL_VALUES = 65_536
 """Arrays with fewer values are worked on by the calling thread (measured: bench/README.md)."""
@@ -108,17 +109,17 @@ def _folder_quota(folder: str) -> float | None:
 _asked: int | None = None
 _named_at_import = _environment("BATCHNORM_NUM_THREADS")
 _omp_named_at_import = _environment("OMP_NUM_THREADS") is not None
-_openmp_at_import = _dispatch.kernels.max_threads()
+_openmp_at_import = runtime.max_threads()
 _small_stacks_at_import = _small_stacks()
 _quota_at_import = _quota() if sys.platform == "linux" else None
 
 
 def decide() -> tuple[int, str]:
     """Threads of a call that does not name them, and what decided."""
-    openmp = _dispatch.kernels.max_threads()
-    if _dispatch.kernels.openmp() == 0:
+    openmp = runtime.max_threads()
+    if runtime.openmp() == 0:
         return 1, "serial build"
-    if _dispatch.kernels.forked():
+    if runtime.forked():
         return 1, "forked child"
     if _small_stacks_at_import:
         return 1, "OMP_STACKSIZE"
@@ -129,7 +130,7 @@ def decide() -> tuple[int, str]:
     elif _omp_named_at_import:
         count, reason = min(openmp, _MOST), "OMP_NUM_THREADS"
     else:
-        count, reason = min(_dispatch.kernels.processors(), _MOST), "processors of this process"
+        count, reason = min(runtime.processors(), _MOST), "processors of this process"
         if _quota_at_import is not None and _quota_at_import < count:
             count, reason = _quota_at_import, "cgroup quota"
     if openmp != _openmp_at_import and openmp < count:
@@ -144,7 +145,7 @@ def considered() -> dict[str, int | None]:
         "BATCHNORM_NUM_THREADS": _named_at_import,
         "OMP_NUM_THREADS": min(_openmp_at_import, _MOST) if _omp_named_at_import else None,
         "cgroup quota": _quota_at_import,
-        "processors of this process": _dispatch.kernels.processors(),
+        "processors of this process": runtime.processors(),
     }
 
 
@@ -152,7 +153,7 @@ def threads_for(values: int, num_threads: int | None) -> int:
     """Threads of a call on an array with so many values."""
     if num_threads is not None:
         num_threads = _checked(num_threads)
-    if values < SERIAL_VALUES or _small_stacks_at_import or _dispatch.kernels.forked():
+    if values < SERIAL_VALUES or _small_stacks_at_import or runtime.forked():
         return 1
     return decide()[0] if num_threads is None else num_threads
 

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from . import _arrays, _dispatch, _threads
+from . import _arrays, _kernels, _threads
 from ._arrays import Array, Layout
-from ._dispatch import (
+from ._kernels.runtime import (
     DGAMMA,
     DMEAN,
     DVAR,
@@ -26,13 +26,9 @@ from ._dispatch import (
     MEAN,
     MEAN_LOW,
     RSTD,
-    RSTD_LOW,
     STATISTICS_ROWS,
     SUM_DY,
-    SUM_DY_LOW,
     SUM_DY_XMU,
-    SUM_DY_XMU_LOW,
-    THROUGH_BOTH,
     THROUGH_MEAN,
     THROUGH_VARIANCE,
     UPSTREAM,
@@ -92,9 +88,8 @@ class Saved:
         Batch mean μ, biased variance σ² and 1/√(σ² + eps). Read-only.
     gamma : ndarray of float64, shape (C,)
         The scale that `forward` was given; 1 where it was None. Read-only.
-    mean_low, rstd_low : ndarray of float64, shape (C,)
-        What μ has more digits than `mean`: x − mean − mean_low keeps those of float64 data far from 0; and what
-        1/√(σ² + eps) has more than `rstd`, 0 for float32. Read-only.
+    mean_low : ndarray of float64, shape (C,)
+        Low-order part of μ: x − mean − mean_low keeps the digits of float64 data far from 0. Read-only.
     """
 
     __slots__ = ("_count", "_dtypes", "_eps", "_layout", "_statistics", "_x")
@@ -163,10 +158,6 @@ class Saved:
     @property
     def gamma(self) -> NDArray[np.float64]:
         return self._row(GAMMA)
-
-    @property
-    def rstd_low(self) -> NDArray[np.float64]:
-        return self._row(RSTD_LOW)
 
     @property
     def mean_low(self) -> NDArray[np.float64]:
@@ -297,23 +288,15 @@ def forward(
         _arrays.check_overlap(out, {"x": given, "gamma": gamma, "beta": beta})
         y = layout.room(out, dtype)
     statistics = np.empty((STATISTICS_ROWS, channels))
+    kernels = _kernels.of_size[x.itemsize]
     if moments is not None:
-        _dispatch.kernels.fix_statistics(
-            statistics,
-            moments.mean,
-            moments.m2,
-            gamma,
-            beta,
-            eps,
-            x.itemsize == 8,
-            moments.mean_low,
-            moments.m2_low,
-            max(1, moments.count),
+        kernels.fix_statistics(
+            statistics, channels, moments.mean, moments.m2, gamma, beta, eps, moments.mean_low, max(1, moments.count)
         )
         if x.size:
-            _dispatch.kernels.normalize(x, y, layout.view, statistics, threads)
+            kernels.normalize(layout.seen(x), layout.seen(y), statistics, threads)
     elif x.size:
-        _dispatch.kernels.forward(x, y, layout.view, statistics, gamma, beta, eps, threads)
+        kernels.forward(layout.seen(x), layout.seen(y), statistics, gamma, beta, eps, threads)
     else:
         statistics[...] = 0
     if out is not None:
@@ -424,7 +407,7 @@ def backward(
         raise TypeError(f"saved must be what forward returned, got {type(saved).__name__}")
     channels = saved._layout.view[1]
     table = np.empty((GRADIENT_ROWS, channels))
-    paths = THROUGH_BOTH
+    paths = THROUGH_MEAN | THROUGH_VARIANCE
     if through is not _THROUGH:
         if type(through) is not tuple or len(through) != through.count("mean") + through.count("variance"):
             through = _names(through, "through", _THROUGH)
@@ -435,7 +418,7 @@ def backward(
         table[UPSTREAM_DVAR] = 0 if dvar is None else _arrays.as_channels(dvar, "dvar", channels)
     if sums is not None:
         _check_sums(sums, saved)
-        table[SUM_DY : SUM_DY_XMU_LOW + 1] = sums._table
+        table[SUM_DY : SUM_DY_XMU + 1] = sums._table
     if need is not _NEED:
         need = _names(need, "need", _NEED)
     return _backward(dy, saved, paths, need, table, out, num_threads, sums is not None)
@@ -485,17 +468,19 @@ def _backward(
     dx = None
     if "dx" in need:
         dx = layout.empty(dtype) if out is None else layout.room(out, dtype)
-    kernels = _dispatch.kernels
+    kernels = _kernels.of_size[x.itemsize]
     if summed:
         kernels.channel_gradients(statistics, table)
-        if dx is not None and x.size:
-            kernels.grad_apply(layout.bring(dy), x, dx, layout.view, statistics, table, paths, count, threads)
-    elif not x.size:
-        table[...] = 0
+    if not x.size:
+        if not summed:
+            table[...] = 0
     elif dx is None:
-        kernels.grad_sums(layout.bring(dy), x, layout.view, statistics, table, threads)
+        if not summed:
+            kernels.grad_sums(layout.seen(layout.bring(dy)), layout.seen(x), statistics, table, threads)
     else:
-        kernels.backward(layout.bring(dy), x, dx, layout.view, statistics, table, paths, count, threads)
+        step = kernels.grad_apply if summed else kernels.backward
+        views = layout.seen(layout.bring(dy)), layout.seen(x), layout.seen(dx)
+        step(*views, statistics, table, paths, count, threads)
     if dx is not None and out is not None:
         dx = _arrays.deliver(dx, out)
     _, gamma_dtype, beta_dtype = saved._dtypes
@@ -548,8 +533,17 @@ def grad_sums(dy: ArrayLike, saved: Saved, *, num_threads: int | None = None) ->
     table = np.zeros((GRADIENT_ROWS, layout.view[1]))
     if x.size:
         threads = _threads.threads_for(x.size, num_threads)
-        _dispatch.kernels.grad_sums(layout.bring(dy), x, layout.view, saved._statistics, table, threads)
-    return GradientSums(layout.values, table[SUM_DY], table[SUM_DY_XMU], table[SUM_DY_LOW], table[SUM_DY_XMU_LOW])
+        kernels = _kernels.of_size[x.itemsize]
+        kernels.grad_sums(layout.seen(layout.bring(dy)), layout.seen(x), saved._statistics, table, threads)
+    return GradientSums(layout.values, table[SUM_DY], table[SUM_DY_XMU])
+
+
+def own_parameters(sums: GradientSums, saved: Saved) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """dgamma and dbeta over the values that were summed, whatever part they are of those the statistics are of."""
+    table = np.empty((GRADIENT_ROWS, saved._layout.view[1]))
+    table[SUM_DY : SUM_DY_XMU + 1] = sums._table
+    _kernels.of_size[8].channel_gradients(saved._statistics, table)
+    return table[DGAMMA], table[SUM_DY]
 
 
 def update_running(
@@ -625,9 +619,8 @@ def update_running(
         )
     if n:
         correction = n / (n - 1) if unbiased else 1.0
-        _dispatch.kernels.update_running[running_mean.dtype.char](
-            running_mean, running_var, saved._statistics, momentum, correction
-        )
+        kernels = _kernels.of_size[running_mean.itemsize]
+        kernels.update_running(running_mean, running_var, saved._statistics, momentum, correction)
 
 
 def _fixed_statistics(
@@ -648,9 +641,8 @@ def _fixed_statistics(
     gamma = None if gamma is None else _arrays.as_channels(gamma, "gamma", channels, layout)
     beta = None if beta is None else _arrays.as_channels(beta, "beta", channels, layout)
     statistics = np.empty((STATISTICS_ROWS, channels))
-    negative = _dispatch.kernels.fix_statistics(
-        statistics, mean, var, gamma, beta, _arrays.as_eps(eps), x.itemsize == 8
-    )
+    kernels = _kernels.of_size[x.itemsize]
+    negative = kernels.fix_statistics(statistics, channels, mean, var, gamma, beta, _arrays.as_eps(eps))
     if negative >= 0:
         raise ValueError(f"var must not be negative, got {var[negative]} in channel {negative}")
     return x, layout, statistics, {"x": array, "mean": mean, "var": var, "gamma": gamma, "beta": beta}
@@ -717,7 +709,7 @@ def inference(
         _arrays.check_overlap(out, given, may_be_same="x")
     y = layout.empty(x.dtype) if out is None else layout.room(out, x.dtype)
     if x.size:
-        _dispatch.kernels.normalize(x, y, layout.view, statistics, threads)
+        _kernels.of_size[x.itemsize].normalize(layout.seen(x), layout.seen(y), statistics, threads)
     return y if out is None else _arrays.deliver(y, out)
 
 
@@ -783,7 +775,7 @@ def inference_backward(
         need = _names(need, "need", _INFERENCE_NEED)
     gradients = InferenceGradients(*_backward(dy, saved, 0, need, table, out, num_threads))
     if "dmean" in need or "dvar" in need:
-        _dispatch.kernels.channel_gradients(statistics, table)
+        _kernels.of_size[x.itemsize].channel_gradients(statistics, table)
     if "dmean" in need:
         gradients.dmean = table[DMEAN].astype(given["mean"].dtype)
     if "dvar" in need:

@@ -1,11 +1,10 @@
-"""Statistics that add up: count, mean and sum of squared deviations a channel, merged by Chan's rule.
+"""Statistics that add up: count, mean and sum of squared deviations per channel, merged by Chan's rule.
 
 Decisions:
 
 - The mean is a pair, `mean + mean_low`, as in the kernels: near a large mean one float64 would cost float64 data its
-  last digits, and that mean is subtracted from every value later. So is m2, or a hundred thousand merges would cost it
-  two digits.
-- Merging is float64 arithmetic on C numbers, written once, in NumPy. The numbers come from the kernels.
+  last digits, and that mean is subtracted from every value later.
+- There is no arithmetic here but addition: the kernels make the numbers and merge them.
 - Immutable: a merge is a new object, so the order of merging is the caller's and nothing else's.
 - `population` cuts its stream anew, into blocks that depend on the shape of a sample alone. The same samples in the
   same order give the same bits, however they came.
@@ -13,84 +12,34 @@ Decisions:
 
 import math
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from . import _arrays, _dispatch, _threads
+from . import _arrays, _kernels, _threads
 from ._arrays import Array
-from ._dispatch import MEAN, MEAN_LOW, STATISTICS_ROWS, SUM_XMU2, SUM_XMU2_LOW
 from ._extras import with_progress
+from ._kernels.runtime import M2, MEAN, MEAN_LOW, STATISTICS_ROWS
 
 Numbers = NDArray[np.float64]
 
 BLOCK_VALUES = 1 << 20
 
 
-class _Pair(NamedTuple):
-    """high + low, twice the digits of float64: the kernels' pairs, for arrays."""
-
-    high: Numbers
-    low: Numbers
-
-    def __add__(self, other: "_Pair") -> "_Pair":  # type: ignore[override]
-        total, left_over = _two_sum(self.high, other.high)
-        return _Pair(*_two_sum(total, left_over + (self.low + other.low)))
-
-    def __neg__(self) -> "_Pair":
-        return _Pair(-self.high, -self.low)
-
-    def __mul__(self, other: "_Pair") -> "_Pair":  # type: ignore[override]
-        product, left_over = _two_product(self.high, other.high)
-        return _Pair(*_two_sum(product, left_over + (self.high * other.low + self.low * other.high)))
-
-    def __truediv__(self, n: Numbers) -> "_Pair":
-        quotient = self.high / n
-        product, left_over = _two_product(quotient, n)
-        return _Pair(*_two_sum(quotient, ((self.high - product) - left_over + self.low) / n))
-
-
-def _two_sum(a: Numbers, b: Numbers) -> tuple[Numbers, Numbers]:
-    """a + b and what it rounded off (Knuth, TAOCP 2, section 4.2.2)."""
-    total = a + b
-    back = total - a
-    return total, (a - (total - back)) + (b - back)
-
-
-def _two_product(a: Numbers, b: Numbers) -> tuple[Numbers, Numbers]:
-    """a·b and what it rounded off (Dekker 1971), by halves whose products are exact."""
-    product = a * b
-    (a1, a2), (b1, b2) = ((leading, v - leading) for v, leading in ((v, _leading(v)) for v in (a, b)))
-    return product, ((a1 * b1 - product) + a1 * b2 + a2 * b1) + a2 * b2
-
-
-def _leading(value: Numbers) -> Numbers:
-    """The first 26 of 53 bits."""
-    return (np.ascontiguousarray(value).view(np.int64) & ~0x7FFFFFF).view(np.float64)
-
-
-@np.errstate(invalid="ignore", over="ignore", divide="ignore")
-def _join(n_a: Numbers, a: Numbers, n_b: Numbers, b: Numbers) -> Numbers:
-    """Chan's rule for pairs of tables (…, 4, C) with counts (…, 1, 1); an empty side leaves the other as it is."""
-    (mean_a, m2_a), (mean_b, m2_b) = (
-        (_Pair(t[..., 0, :], t[..., 2, :]), _Pair(t[..., 1, :], t[..., 3, :])) for t in (a, b)
-    )
-    apart = mean_b + -mean_a
-    weight_a, weight_b = (_Pair(n[..., 0] + 0 * apart.low, 0 * apart.low) for n in (n_a, n_b))
-    shift = apart * weight_b / (weight_a.high + weight_b.high)
-    mean, m2 = mean_a + shift, m2_a + m2_b + apart * shift * weight_a
-    return np.where(n_b == 0, a, np.where(n_a == 0, b, np.stack([mean.high, m2.high, mean.low, m2.low], axis=-2)))
+def _joined(n_a: int, a: Numbers, n_b: int, b: Numbers) -> Numbers:
+    """Chan's rule, by the kernels; an empty side leaves the other as it is."""
+    if not n_a or not n_b:
+        return a if n_a else b
+    merged = a.copy()
+    _kernels.of_size[8].merge(merged, n_a, b, n_b)
+    return merged
 
 
 def _as_data(value: ArrayLike, name: str) -> Array:
     """The argument as `np.mean` takes it: also of integers, which become float64, and of one channel alone."""
     array = _arrays.as_float(value, name, integers=True)
     return array if array.ndim > 1 else array.reshape(-1, 1)
-
-
-def _low_part(given: ArrayLike | None, name: str, channels: int) -> Array:
-    return np.zeros(channels) if given is None else _arrays.as_channels(given, name, channels)
 
 
 class _Mergeable:
@@ -149,13 +98,13 @@ class Moments(_Mergeable):
         n, at least 0; the same for all channels.
     mean, m2 : array_like, shape (C,)
         m2 is not negative.
-    mean_low, m2_low : array_like, shape (C,), optional
-        What the exact values have more digits than `mean` and `m2`; 0 where None.
+    mean_low : array_like, shape (C,), optional
+        Low-order part of μ: the mean is mean + mean_low. 0 where None.
 
     Attributes
     ----------
     count : int
-    mean, m2, mean_low, m2_low : ndarray of float64, shape (C,)
+    mean, m2, mean_low : ndarray of float64, shape (C,)
         Read-only.
 
     Raises
@@ -193,7 +142,6 @@ class Moments(_Mergeable):
         mean: ArrayLike,
         m2: ArrayLike,
         mean_low: ArrayLike | None = None,
-        m2_low: ArrayLike | None = None,
     ) -> None:
         count = _arrays.as_index(count, "count")
         if count < 0:
@@ -202,10 +150,10 @@ class Moments(_Mergeable):
         if mean.ndim != 1:
             raise ValueError(f"mean must have shape (C,), got {mean.shape}")
         m2 = _arrays.as_channels(m2, "m2", mean.size)
-        lows = _low_part(mean_low, "mean_low", mean.size), _low_part(m2_low, "m2_low", mean.size)
+        low = np.zeros(mean.size) if mean_low is None else _arrays.as_channels(mean_low, "mean_low", mean.size)
         if (m2 < 0).any():
             raise ValueError(f"m2 must not be negative, got {m2.min()}")
-        super().__init__(count, [mean, m2, *lows])
+        super().__init__(count, [mean, low, m2])
 
     @classmethod
     def of(cls, x: ArrayLike, axis: int = 1, *, num_threads: int | None = None) -> "Moments":
@@ -240,24 +188,20 @@ class Moments(_Mergeable):
         threads = _threads.threads_for(x.size, num_threads)
         table = np.zeros((STATISTICS_ROWS, layout.view[1]))
         if x.size:
-            _dispatch.kernels.moments(x, layout.view, table, 0.0, threads)
-        return cls(layout.values, table[MEAN], table[SUM_XMU2], table[MEAN_LOW], table[SUM_XMU2_LOW])
+            _kernels.of_size[x.itemsize].moments(layout.seen(x), table, 0.0, threads)
+        return cls(layout.values, table[MEAN], table[M2], table[MEAN_LOW])
 
     @property
     def mean(self) -> Numbers:
         return self._row(0)
 
     @property
-    def m2(self) -> Numbers:
+    def mean_low(self) -> Numbers:
         return self._row(1)
 
     @property
-    def mean_low(self) -> Numbers:
+    def m2(self) -> Numbers:
         return self._row(2)
-
-    @property
-    def m2_low(self) -> Numbers:
-        return self._row(3)
 
     def var(self, ddof: int = 0) -> Numbers:
         """m2/(n − ddof): the biased variance for 0, the unbiased one for 1; 0 for an empty count.
@@ -280,27 +224,26 @@ class Moments(_Mergeable):
         return type(self).merge_all([self._count, other._count], np.stack([self._table, other._table]))
 
     @classmethod
-    def merge_all(cls, counts: ArrayLike, tables: Numbers) -> Self:
+    def merge_all(cls, counts: Iterable[float], tables: Iterable[Numbers]) -> Self:
         """The moments of many parts: neighbours are merged, then pairs of neighbours, and so on.
 
         Parameters
         ----------
-        counts : array_like of int, shape (P,)
-        tables : ndarray of float64, shape (P, 4, C)
-            mean, m2, mean_low and m2_low of each part.
+        counts : iterable of int, P of them
+        tables : ndarray of float64, shape (P, 3, C)
+            mean, mean_low and m2 of each part.
 
         Returns
         -------
         Moments
         """
-        n = np.asarray(counts, np.float64)[:, None, None]
-        count = int(n.sum())
-        while len(n) > 1:
-            paired = len(n) // 2 * 2
-            joined = _join(n[0:paired:2], tables[0:paired:2], n[1:paired:2], tables[1:paired:2])
-            tables = np.concatenate([joined, tables[paired:]])
-            n = np.concatenate([n[0:paired:2] + n[1:paired:2], n[paired:]])
-        return cls(count, *tables[0])
+        parts = [(int(count), table) for count, table in zip(counts, tables, strict=True)]
+        while len(parts) > 1:
+            pairs = zip(parts[0::2], parts[1::2], strict=False)
+            joined = [(n_a + n_b, _joined(n_a, a, n_b, b)) for (n_a, a), (n_b, b) in pairs]
+            parts = joined + parts[2 * len(joined) :]
+        count, (mean, mean_low, m2) = parts[0]
+        return cls(count, mean, m2, mean_low)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Moments):
@@ -310,7 +253,7 @@ class Moments(_Mergeable):
     __hash__ = None  # type: ignore[assignment]
 
     def to_bytes(self) -> bytes:
-        """count, mean, m2, mean_low and m2_low as 4C + 1 little-endian float64 numbers one after the other."""
+        """count, mean, mean_low and m2 as 3C + 1 little-endian float64 numbers one after the other."""
         return np.concatenate([[self._count], self._table.ravel()]).astype("<f8").tobytes()
 
     @classmethod
@@ -320,14 +263,15 @@ class Moments(_Mergeable):
         Raises
         ------
         ValueError
-            If `data` does not hold 4C + 1 numbers, or they are no moments.
+            If `data` does not hold 3C + 1 numbers, or they are no moments.
         """
         numbers = np.frombuffer(data, "<f8")
-        if numbers.size % 4 != 1:
-            raise ValueError(f"data must hold a count and four numbers a channel, got {numbers.size} numbers")
+        if numbers.size % 3 != 1:
+            raise ValueError(f"data must hold a count and three numbers per channel, got {numbers.size} numbers")
         if not float(numbers[0]).is_integer():
             raise ValueError(f"data must begin with a whole number, the count, got {numbers[0]}")
-        return cls(int(numbers[0]), *numbers[1:].reshape(4, -1))
+        mean, mean_low, m2 = numbers[1:].reshape(3, -1)
+        return cls(int(numbers[0]), mean, m2, mean_low)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Moments.from_bytes, (self.to_bytes(),)
@@ -346,13 +290,11 @@ class GradientSums(_Mergeable):
     count : int
         Values of a channel that were summed.
     sum_dy, sum_dy_xmu : array_like, shape (C,)
-    sum_dy_low, sum_dy_xmu_low : array_like, shape (C,), optional
-        What the exact sums have more digits; 0 where None.
 
     Attributes
     ----------
     count : int
-    sum_dy, sum_dy_xmu, sum_dy_low, sum_dy_xmu_low : ndarray of float64, shape (C,)
+    sum_dy, sum_dy_xmu : ndarray of float64, shape (C,)
         Read-only.
 
     See Also
@@ -362,40 +304,18 @@ class GradientSums(_Mergeable):
 
     __slots__ = ()
 
-    def __init__(
-        self,
-        count: int,
-        sum_dy: ArrayLike,
-        sum_dy_xmu: ArrayLike,
-        sum_dy_low: ArrayLike | None = None,
-        sum_dy_xmu_low: ArrayLike | None = None,
-    ) -> None:
+    def __init__(self, count: int, sum_dy: ArrayLike, sum_dy_xmu: ArrayLike) -> None:
         first = _arrays.as_float(sum_dy, "sum_dy", integers=True)
         second = _arrays.as_channels(sum_dy_xmu, "sum_dy_xmu", first.size)
-        first_low = _low_part(sum_dy_low, "sum_dy_low", first.size)
-        second_low = _low_part(sum_dy_xmu_low, "sum_dy_xmu_low", first.size)
-        super().__init__(_arrays.as_index(count, "count"), [first, first_low, second, second_low])
+        super().__init__(_arrays.as_index(count, "count"), [first, second])
 
     @property
     def sum_dy(self) -> Numbers:
         return self._row(0)
 
     @property
-    def sum_dy_low(self) -> Numbers:
-        return self._row(1)
-
-    @property
     def sum_dy_xmu(self) -> Numbers:
-        return self._row(2)
-
-    @property
-    def sum_dy_xmu_low(self) -> Numbers:
-        return self._row(3)
-
-    def of_parameters(self, rstd: Numbers, rstd_low: Numbers) -> tuple[Numbers, Numbers]:
-        """dgamma = Σdy·xhat and dbeta = Σdy over these values, as the kernels have them."""
-        more = self.sum_dy_xmu * rstd_low + self.sum_dy_xmu_low * rstd
-        return self.sum_dy_xmu * rstd + np.where(np.isfinite(more), more, 0), self.sum_dy
+        return self._row(1)
 
     def merge(self, other: Self) -> Self:
         self._check(other)
@@ -410,17 +330,17 @@ class GradientSums(_Mergeable):
         ----------
         count : int
             Values of a channel in all of them.
-        tables : ndarray of float64, shape (P, 4, C)
-            sum_dy, sum_dy_low, sum_dy_xmu and sum_dy_xmu_low of each part.
+        tables : ndarray of float64, shape (P, 2, C)
+            sum_dy and sum_dy_xmu of each part.
 
         Returns
         -------
         GradientSums
         """
-        total, *others = (_Pair(table[0::2], table[1::2]) for table in tables)
+        total, *others = tables
         for other in others:
-            total += other
-        return cls(count, *total.high, *total.low)
+            total = total + other
+        return cls(count, *total)
 
     def __repr__(self) -> str:
         return f"GradientSums(count={self._count}, sum_dy={self.sum_dy}, sum_dy_xmu={self.sum_dy_xmu})"
@@ -468,7 +388,7 @@ def population(
 ) -> Moments:
     """The moments of a data set that comes in batches: μ = Σx/n and Σ(x − μ)², over all of it.
 
-    Other than an average of the batches' variances, this is the variance of the whole, whatever the batches: the same
+    Unlike an average of the batches' variances, this is the variance of the whole, whatever the batches: the same
     samples in the same order give the same bits, however they are cut. Memory is that of one batch and one block of a
     million values.
 

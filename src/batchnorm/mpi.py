@@ -8,8 +8,8 @@ Decisions:
   the same bits, on every run. A reduction would be free to choose its order.
 - A rank whose arguments are wrong takes part nevertheless and says so in its packet. It raises its own error, the
   others one that names it, and nobody waits.
-- Numbers travel as pairs, as they are in the kernels: with half of them float64 data at 1e6 would lose five digits of
-  the mean, and the rest would not be what one process has.
+- The mean travels as a pair, as it is in the kernels: without its low-order part float64 data at 1e6 would lose five
+  digits of it.
 - Evaluation needs no communication: running statistics are the same bits everywhere.
 """
 
@@ -48,7 +48,7 @@ def _packed(moments: Moments) -> Numbers:
 
 
 def _merged(packets: Numbers) -> Moments:
-    return Moments.merge_all(packets[:, 1], packets[:, 2:].reshape(len(packets), 4, -1))
+    return Moments.merge_all(packets[:, 1], packets[:, 2:].reshape(len(packets), 3, -1))
 
 
 class SyncBatchNorm(BatchNorm):
@@ -79,7 +79,7 @@ class SyncBatchNorm(BatchNorm):
 
     Notes
     -----
-    A packet has 4C + 2 numbers in the forward pass and 4C + 1 in the backward pass, of 8 bytes. An exception elsewhere
+    A packet has 3C + 2 numbers in the forward pass and 2C + 1 in the backward pass, of 8 bytes. An exception elsewhere
     in the program of one rank leaves the others waiting, as always with MPI: start programs with
     ``mpiexec -n 4 python -m mpi4py program.py``, which ends all of them then.
 
@@ -182,7 +182,7 @@ class SyncBatchNorm(BatchNorm):
                 _arrays.check_overlap(out, {"x": array, "gamma": self.gamma, "beta": self.beta})
             return _STATUS[array.dtype], _packed(Moments.of(array, self.axis, num_threads=num_threads)), array
 
-        packets, array = self._exchange(own, 1 + 4 * self.num_features)
+        packets, array = self._exchange(own, 1 + 3 * self.num_features)
         statuses = {int(packet[0]) for packet in packets}
         if len(statuses) > 1:
             names = [("float32", "float64")[int(packet[0])] for packet in packets]
@@ -198,7 +198,7 @@ class SyncBatchNorm(BatchNorm):
         def own() -> tuple[float, Numbers, None]:
             return 0.0, _packed(super(SyncBatchNorm, self)._population(batches, progress, num_threads)), None
 
-        packets, _ = self._exchange(own, 1 + 4 * self.num_features)
+        packets, _ = self._exchange(own, 1 + 3 * self.num_features)
         return _merged(packets)
 
     def _exchange(self, own: Callable[[], tuple[float, Numbers, Any]], size: int) -> tuple[Numbers, Any]:
@@ -232,12 +232,12 @@ class SyncBatchNorm(BatchNorm):
             sums = functional.grad_sums(dy, saved, num_threads=num_threads)
             return _STATUS[saved.x.dtype], sums._table.ravel(), sums
 
-        packets, local = self._exchange(own, 4 * self.num_features)
-        total = GradientSums.merge_all(saved.count, packets[:, 1:].reshape(len(packets), 4, -1))
+        packets, local = self._exchange(own, 2 * self.num_features)
+        total = GradientSums.merge_all(saved.count, packets[:, 1:].reshape(len(packets), 2, -1))
         gradients = functional.backward(dy, saved, sums=total, need=need, out=out, num_threads=num_threads)
         if self.reduce == "sum":
             return gradients
-        own_dgamma, own_dbeta = local.of_parameters(saved.rstd, saved.rstd_low)
+        own_dgamma, own_dbeta = functional.own_parameters(local, saved)
         return Gradients(
             gradients.dx,
             None if gradients.dgamma is None else own_dgamma.astype(gradients.dgamma.dtype),

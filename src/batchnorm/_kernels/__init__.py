@@ -1,0 +1,61 @@
+"""The compiled kernels: which level of instructions is used, with one module for each data type.
+
+    this module ── runtime        processor, OpenMP, forks, rows of the tables; compiled once
+                └─ float32_LEVEL  kernels.pxi → partition, formula → reduce, finish, apply → vector.h
+                └─ float64_LEVEL  the same sources for the other type
+
+The best level that this processor runs and this build has is taken, or the one named by `BATCHNORM_ISA`. A level that is
+named and cannot be had is an error: falling back would hide a broken build and spoil a measurement.
+"""
+
+import importlib
+import importlib.util
+import os
+from typing import TYPE_CHECKING
+
+if importlib.util.find_spec(f"{__name__}.runtime") is None:
+    raise ImportError(
+        f"{os.path.dirname(os.path.dirname(__file__))} has no kernels compiled for this Python; "
+        "in a source checkout install batchnorm first, with python -m pip install ."
+    )
+
+from . import runtime
+
+if TYPE_CHECKING:
+    from .kernels import Kernels
+
+level: str
+"""The level in use."""
+
+of_size: "dict[int, Kernels]"
+"""The kernels of the level, by the bytes of a value: 4 for float32, 8 for float64."""
+
+
+def available() -> tuple[str, ...]:
+    """Levels that can be used here, best first."""
+    return tuple(name for name in runtime.supported() if name in runtime.built())
+
+
+def chosen_level() -> str:
+    """The level to load, from the environment or the processor."""
+    named = os.environ.get("BATCHNORM_ISA")
+    if named is None and not available():
+        raise ImportError(
+            f"this processor runs none of the kernel levels built here ({', '.join(runtime.built())}); "
+            "on x86-64 batchnorm needs SSE4.2"
+        )
+    return available()[0] if named is None else named
+
+
+def use(name: str) -> None:
+    """Take the kernels of this level from now on."""
+    global level, of_size
+    if name not in runtime.built():
+        raise ImportError(f"the kernel level must be one of {', '.join(runtime.built())} (built here), got {name!r}")
+    if name not in runtime.supported():
+        raise ImportError(f"this processor cannot run the kernel level {name!r}, only {', '.join(available())}")
+    of_size = {size: importlib.import_module(f"{__name__}.float{8 * size}_{name}") for size in (4, 8)}  # type: ignore[misc]
+    level = name
+
+
+use(chosen_level())

@@ -31,9 +31,16 @@ cdef extern from *:
     #ifdef _OPENMP
     #include <omp.h>
     static int openmp_version(void) { return _OPENMP; }
+    static int usable_processors(void)
+    {
+        int place, processors = 0;
+        for (place = 0; place < omp_get_num_places(); place++) processors += omp_get_place_num_procs(place);
+        return processors ? processors : omp_get_num_procs();
+    }
     #else
     static int omp_get_max_threads(void) { return 1; }
     static int openmp_version(void) { return 0; }
+    static int usable_processors(void) { return 1; }
     #endif
 
     static volatile int is_forked = 0;
@@ -65,6 +72,7 @@ cdef extern from *:
     #endif
     """
     int omp_get_max_threads() noexcept nogil
+    int usable_processors() noexcept nogil
     int openmp_version() noexcept nogil
     bint is_forked
     void note_team() noexcept nogil
@@ -95,6 +103,11 @@ def built():
 def max_threads():
     """Threads that OpenMP would use from this Python thread now; 1 in a serial build."""
     return omp_get_max_threads()
+
+
+def processors():
+    """Processors that OpenMP's threads may run on; where it has pinned this thread to one, more than this thread may."""
+    return usable_processors()
 
 
 def forked():

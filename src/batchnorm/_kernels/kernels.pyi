@@ -1,0 +1,75 @@
+"""The functions of every compiled kernel module, for one dtype each: x, y, dy and dx are its (N, C, S) views.
+
+`statistics` and `gradients` are float64 tables with the rows that `runtime` names and one column per channel.
+"""
+
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+View = NDArray[np.floating[Any]]
+PerChannel = NDArray[np.floating[Any]]
+Table = NDArray[np.float64]
+
+class Kernels(Protocol):
+    def moments(self, x: View, statistics: Table, eps: float, num_threads: int) -> None: ...
+    def forward(
+        self,
+        x: View,
+        y: View,
+        statistics: Table,
+        gamma: PerChannel | None,
+        beta: PerChannel | None,
+        eps: float,
+        num_threads: int,
+    ) -> None: ...
+    def normalize(self, x: View, y: View, statistics: Table, num_threads: int) -> None: ...
+    def grad_sums(self, dy: View, x: View, statistics: Table, gradients: Table, num_threads: int) -> None: ...
+    def grad_apply(
+        self,
+        dy: View,
+        x: View,
+        dx: View,
+        statistics: Table,
+        gradients: Table,
+        through: int,
+        count: float,
+        num_threads: int,
+    ) -> None: ...
+    def backward(
+        self,
+        dy: View,
+        x: View,
+        dx: View,
+        statistics: Table,
+        gradients: Table,
+        through: int,
+        count: float,
+        num_threads: int,
+    ) -> None: ...
+    def fix_statistics(
+        self,
+        statistics: Table,
+        channels: int,
+        mean: PerChannel,
+        m2: PerChannel,
+        gamma: PerChannel | None,
+        beta: PerChannel | None,
+        eps: float,
+        mean_low: PerChannel | None = None,
+        count: float = 1,
+    ) -> int: ...
+    def channel_gradients(self, statistics: Table, gradients: Table) -> None: ...
+    def merge(self, moments: Table, count: float, other: Table, other_count: float) -> None: ...
+    def update_running(
+        self,
+        running_mean: PerChannel,
+        running_var: PerChannel,
+        statistics: Table,
+        momentum: float,
+        correction: float,
+    ) -> None: ...
+    def partition(
+        self, N: int, C: int, S: int, arrays: int, ordered: bool
+    ) -> list[tuple[int, int, int, int, int, int]]: ...
