@@ -337,6 +337,9 @@ def test_dgamma_as_it_is_handed_in(shape, dtype):
         diagnosis = bn.diagnose(dx, dy, saved, np.asarray(wrong(dy, x), dtype))
         assert diagnosis.dgamma == (name if isinstance(name, str) else name[len(shape) > 2]), (case, diagnosis)
         assert diagnosis.slip == "correct"
+    wrong = bn.diagnose(dx, dy, saved, np.ones((1, shape[1]), dtype))
+    assert wrong.dgamma == "wrong shape"
+    assert "the values are wrong too" in str(wrong)
     for wrong in (dy.sum(axis=handed_in.over(x), keepdims=True), dy.sum(axis=1), dy, dy.sum()):
         diagnosis = bn.diagnose(dx, dy, saved, dbeta=wrong)
         assert diagnosis.dbeta in ("wrong shape", "sum over the wrong axes", "sum over the channels too"), diagnosis

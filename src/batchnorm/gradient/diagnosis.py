@@ -228,7 +228,7 @@ def _hides_mistakes(right: Right) -> bool:
 
 def _transposed(dx: Array, right: Right, eps: float) -> tuple[str, str] | None:
     """Whether dx is the right one with its axes in another order, or read in that order with x's shape."""
-    noise = max(lost.max() for lost in right.rounding(eps))
+    noise = min(math.sqrt(eps), max(lost.max() for lost in right.rounding(eps)))
     for order in permutations(range(dx.ndim)):
         turned = right.dx.transpose(order)
         if order != tuple(range(dx.ndim)) and dx.shape in (turned.shape, right.dx.shape):

@@ -149,6 +149,8 @@ class _Parameter:
             name, remedy = self.of_values()
             if name == CORRECT:
                 return WRONG_SHAPE, f"{shape}: the values are right; drop keepdims=True, or reshape"
+            if name == UNKNOWN:
+                return WRONG_SHAPE, f"{shape}; the values are wrong too, and no slip of the catalogue explains them"
             return f"{WRONG_SHAPE} + {name}", f"{shape}; {remedy}"
         if values.size == 1:
             self.values = np.full(channels, values.item())
