@@ -9,6 +9,8 @@ import pytest
 import batchnorm as bn
 from batchnorm import _dispatch
 
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # NumPy gives up changing arrays in place
+
 SHAPE = (4, 6)
 ONES = np.ones(6)
 
@@ -171,7 +173,6 @@ def test_what_is_read_only_stays_so(rng):
             array.flags.writeable = True
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_other_strides_are_refused_or_read_as_they_were(rng):
     x = rng.standard_normal(SHAPE)
     dy = rng.standard_normal(SHAPE)
