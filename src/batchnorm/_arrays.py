@@ -51,7 +51,8 @@ class Layout(NamedTuple):
 
     def bring(self, array: Array) -> Array:
         """An array of this shape as a kernel can read it, a copy where it does not fit."""
-        return array if self.fits(array) else self.copy(array)
+        flags = array.flags if self.order is None else array.transpose(self.order).flags  # `fits` would be a call more
+        return array if flags.c_contiguous and flags.aligned else self.copy(array)
 
     def empty(self, dtype: np.dtype[Any]) -> Array:
         """A new array of this shape and order in memory."""

@@ -477,9 +477,9 @@ def _backward(
 ) -> Gradients:
     """The gradients that are needed; all those of the channels are left in the table, which may hold the sums."""
     x, layout, statistics, count = saved._unchanged_x(), saved._layout, saved._statistics, saved._count
-    dtype = x.dtype
-    dy = like_x(dy, saved)
-    threads = _threads.threads_for(x.size, num_threads)
+    dtype, gamma_dtype, beta_dtype = saved._dtypes
+    dy, size = like_x(dy, saved), x.size
+    threads = _threads.threads_for(size, num_threads)
     if out is not None:
         _check_out(out, need, x, dy)
     dx = None
@@ -488,9 +488,9 @@ def _backward(
     kernels = _dispatch.kernels
     if summed:
         kernels.channel_gradients(statistics, table)
-        if dx is not None and x.size:
+        if dx is not None and size:
             kernels.grad_apply(layout.bring(dy), x, dx, layout.view, statistics, table, paths, count, threads)
-    elif not x.size:
+    elif not size:
         table[...] = 0
     elif dx is None:
         kernels.grad_sums(layout.bring(dy), x, layout.view, statistics, table, threads)
@@ -498,12 +498,9 @@ def _backward(
         kernels.backward(layout.bring(dy), x, dx, layout.view, statistics, table, paths, count, threads)
     if dx is not None and out is not None:
         dx = _arrays.deliver(dx, out)
-    _, gamma_dtype, beta_dtype = saved._dtypes
-    return Gradients(
-        dx,
-        table[DGAMMA].astype(gamma_dtype) if "dgamma" in need and gamma_dtype is not None else None,
-        table[SUM_DY].astype(beta_dtype) if "dbeta" in need and beta_dtype is not None else None,
-    )
+    dgamma = table[DGAMMA].astype(gamma_dtype) if "dgamma" in need and gamma_dtype is not None else None
+    dbeta = table[SUM_DY].astype(beta_dtype) if "dbeta" in need and beta_dtype is not None else None
+    return tuple.__new__(Gradients, (dx, dgamma, dbeta))  # in half the time of Gradients(…)
 
 
 def grad_sums(dy: ArrayLike, saved: Saved, *, num_threads: int | None = None) -> GradientSums:
