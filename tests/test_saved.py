@@ -10,6 +10,8 @@ import batchnorm as bn
 from batchnorm import _kernels
 from batchnorm._kernels import runtime
 
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # NumPy gives up changing arrays in place
+
 SHAPE = (4, 6)
 ONES = np.ones(6)
 
@@ -173,7 +175,6 @@ def test_what_is_read_only_stays_so(rng):
             array.flags.writeable = True
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_other_strides_are_refused_or_read_as_they_were(rng):
     x = rng.standard_normal(SHAPE)
     dy = rng.standard_normal(SHAPE)

@@ -54,8 +54,9 @@ class Layout(NamedTuple):
         return array if self.fits(array) else self.copy(array)
 
     def seen(self, array: Array) -> Array:
-        """An array that fits, as the kernels see it: (N, C, S)."""
-        return (array if self.order is None else array.transpose(self.order)).reshape(self.view)
+        """An array of this shape as the kernels see it, (N, C, S); a copy where it does not lie so in memory."""
+        view = (array if self.order is None else array.transpose(self.order)).reshape(self.view)
+        return view if view.flags.aligned else view.copy()
 
     def empty(self, dtype: np.dtype[Any]) -> Array:
         """A new array of this shape and order in memory."""

@@ -460,9 +460,9 @@ def _backward(
 ) -> Gradients:
     """The gradients that are needed; all those of the channels are left in the table, which may hold the sums."""
     x, layout, statistics, count = saved._unchanged_x(), saved._layout, saved._statistics, saved._count
-    dtype = x.dtype
-    dy = like_x(dy, saved)
-    threads = _threads.threads_for(x.size, num_threads)
+    dtype, gamma_dtype, beta_dtype = saved._dtypes
+    dy, size = like_x(dy, saved), x.size
+    threads = _threads.threads_for(size, num_threads)
     if out is not None:
         _check_out(out, need, x, dy)
     dx = None
@@ -471,24 +471,21 @@ def _backward(
     kernels = _kernels.of_size[x.itemsize]
     if summed:
         kernels.channel_gradients(statistics, table)
-    if not x.size:
+    if not size:
         if not summed:
             table[...] = 0
     elif dx is None:
         if not summed:
-            kernels.grad_sums(layout.seen(layout.bring(dy)), layout.seen(x), statistics, table, threads)
+            kernels.grad_sums(layout.seen(dy), layout.seen(x), statistics, table, threads)
     else:
         step = kernels.grad_apply if summed else kernels.backward
-        views = layout.seen(layout.bring(dy)), layout.seen(x), layout.seen(dx)
+        views = layout.seen(dy), layout.seen(x), layout.seen(dx)
         step(*views, statistics, table, paths, count, threads)
     if dx is not None and out is not None:
         dx = _arrays.deliver(dx, out)
-    _, gamma_dtype, beta_dtype = saved._dtypes
-    return Gradients(
-        dx,
-        table[DGAMMA].astype(gamma_dtype) if "dgamma" in need and gamma_dtype is not None else None,
-        table[SUM_DY].astype(beta_dtype) if "dbeta" in need and beta_dtype is not None else None,
-    )
+    dgamma = table[DGAMMA].astype(gamma_dtype) if "dgamma" in need and gamma_dtype is not None else None
+    dbeta = table[SUM_DY].astype(beta_dtype) if "dbeta" in need and beta_dtype is not None else None
+    return tuple.__new__(Gradients, (dx, dgamma, dbeta))  # in half the time of Gradients(…)
 
 
 def grad_sums(dy: ArrayLike, saved: Saved, *, num_threads: int | None = None) -> GradientSums:
@@ -534,7 +531,7 @@ def grad_sums(dy: ArrayLike, saved: Saved, *, num_threads: int | None = None) ->
     if x.size:
         threads = _threads.threads_for(x.size, num_threads)
         kernels = _kernels.of_size[x.itemsize]
-        kernels.grad_sums(layout.seen(layout.bring(dy)), layout.seen(x), saved._statistics, table, threads)
+        kernels.grad_sums(layout.seen(dy), layout.seen(x), saved._statistics, table, threads)
     return GradientSums(layout.values, table[SUM_DY], table[SUM_DY_XMU])
 
 
