@@ -162,8 +162,8 @@ before = {name: value.copy() for name, value in layer.state_dict().items()}
     ("room", "call", "message"),
     [
         (8 << 20, "layer(x, num_threads=1)", "Unable to allocate"),
-        (20 << 20, "layer(x, out=out, num_threads=1)", "no memory for the partial sums of"),
-        (20 << 20, "bn.Moments.of(x, num_threads=1)", "no memory for the partial sums of"),
+        (20 << 20, "layer(x, out=out, num_threads=1)", "no memory for the sums of"),
+        (20 << 20, "bn.Moments.of(x, num_threads=1)", "no memory for the sums of"),
     ],
 )
 def test_without_memory_nothing_changes(room, call, message, level):

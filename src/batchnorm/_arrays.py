@@ -56,7 +56,8 @@ class Layout(NamedTuple):
     def seen(self, array: Array) -> Array:
         """An array of this shape as the kernels see it, (N, C, S); a copy where it does not lie so in memory."""
         view = (array if self.order is None else array.transpose(self.order)).reshape(self.view)
-        return view if view.flags.aligned else view.copy()
+        flags = view.flags
+        return view if flags.c_contiguous and flags.aligned else view.copy()
 
     def empty(self, dtype: np.dtype[Any]) -> Array:
         """A new array of this shape and order in memory."""

@@ -72,13 +72,13 @@ class InferenceGradients(Gradients):
 class Saved:
     """What `forward` leaves for `backward`: a reference to x (not a copy) and a few float64 numbers per channel.
 
-    x must not change until `backward` has run: neither its values, which nobody checks, nor its shape and dtype, which
-    are checked whenever x is used. The object itself cannot be changed.
+    x must not change until `backward` has run: neither its values, which nobody checks, nor its shape, strides and
+    dtype, which are checked whenever x is used. The object itself cannot be changed.
 
     Attributes
     ----------
     x : ndarray
-        The input. ValueError if it no longer has the shape and dtype that `forward` saw.
+        The input. ValueError if it no longer has the shape, strides and dtype that `forward` saw.
     axis : int
         The channel axis, at least 0.
     eps : float
@@ -92,7 +92,7 @@ class Saved:
         Low-order part of μ: x − mean − mean_low keeps the digits of float64 data far from 0. Read-only.
     """
 
-    __slots__ = ("_count", "_dtypes", "_eps", "_layout", "_statistics", "_x")
+    __slots__ = ("_count", "_dtypes", "_eps", "_layout", "_statistics", "_strides", "_x")
 
     def __init__(
         self,
@@ -104,6 +104,7 @@ class Saved:
         count: int,
     ) -> None:
         self._x = x
+        self._strides = x.strides
         self._eps = eps
         self._layout = layout
         self._statistics = statistics
@@ -119,7 +120,7 @@ class Saved:
 
     def _unchanged_x(self) -> Array:
         x, layout, dtype = self._x, self._layout, self._dtypes[0]
-        if x.dtype != dtype or x.shape != layout.shape:
+        if x.dtype != dtype or x.shape != layout.shape or x.strides != self._strides:
             raise ValueError(
                 f"x must stay what forward saw, <{dtype} {layout.shape}>, until backward has run; "
                 f"it is now {_shape_and_dtype(x)}"
@@ -288,7 +289,7 @@ def forward(
         _arrays.check_overlap(out, {"x": given, "gamma": gamma, "beta": beta})
         y = layout.room(out, dtype)
     statistics = np.empty((STATISTICS_ROWS, channels))
-    kernels = _kernels.of_size[x.itemsize]
+    kernels = _kernels.of_size[dtype.itemsize]
     if moments is not None:
         kernels.fix_statistics(
             statistics, channels, moments.mean, moments.m2, gamma, beta, eps, moments.mean_low, max(1, moments.count)
@@ -471,13 +472,11 @@ def _backward(
     kernels = _kernels.of_size[x.itemsize]
     if summed:
         kernels.channel_gradients(statistics, table)
-    if not size:
-        if not summed:
-            table[...] = 0
+    elif not size:
+        table[...] = 0
     elif dx is None:
-        if not summed:
-            kernels.grad_sums(layout.seen(dy), layout.seen(x), statistics, table, threads)
-    else:
+        kernels.grad_sums(layout.seen(dy), layout.seen(x), statistics, table, threads)
+    if dx is not None and size:
         step = kernels.grad_apply if summed else kernels.backward
         views = layout.seen(dy), layout.seen(x), layout.seen(dx)
         step(*views, statistics, table, paths, count, threads)
@@ -632,13 +631,13 @@ def _fixed_statistics(
     """x, its layout, the table of given statistics and parameters, and the arrays it was filled from."""
     array = _arrays.as_float(x, "x")
     x, layout = _arrays.lay_out(array, axis)
+    kernels = _kernels.of_size[x.itemsize]
     channels = layout.view[1]
     mean = _arrays.as_channels(mean, "mean", channels, layout)
     var = _arrays.as_channels(var, "var", channels, layout)
     gamma = None if gamma is None else _arrays.as_channels(gamma, "gamma", channels, layout)
     beta = None if beta is None else _arrays.as_channels(beta, "beta", channels, layout)
     statistics = np.empty((STATISTICS_ROWS, channels))
-    kernels = _kernels.of_size[x.itemsize]
     negative = kernels.fix_statistics(statistics, channels, mean, var, gamma, beta, _arrays.as_eps(eps))
     if negative >= 0:
         raise ValueError(f"var must not be negative, got {var[negative]} in channel {negative}")
