@@ -20,20 +20,22 @@ SERIAL_VALUES = 65_536
 """Arrays with fewer values are worked on by the calling thread (measured: bench/README.md)."""
 
 
-_locks: "weakref.WeakSet[threading.Lock]" = weakref.WeakSet()
+_locks: "weakref.WeakSet[threading.RLock]" = weakref.WeakSet()
 
 
-def new_lock() -> threading.Lock:
-    """A lock that is open in a forked child, whose other threads, one of which may have held it, do not exist."""
-    lock = threading.Lock()
+def new_lock() -> "threading.RLock":
+    """A reentrant lock that is open in a forked child if another thread held it, because that thread is not there."""
+    lock = threading.RLock()
     _locks.add(lock)
     return lock
 
 
 def _open_locks() -> None:
     for lock in _locks:
-        if lock.locked():
+        if lock.acquire(blocking=False):
             lock.release()
+        else:
+            lock._at_fork_reinit()  # type: ignore[attr-defined]
 
 
 if hasattr(os, "register_at_fork"):
