@@ -65,13 +65,14 @@ def test_the_self_check_sees_a_difference(tmp_path):
         tmp_path,
         """
         import sys
-        from batchnorm import moments, mpi_check
+        from batchnorm import moments
+        from batchnorm.mpi import check
         def averaged(counts, tables):
             var = np.mean([table[1] / n for n, table in zip(counts, tables) if n], axis=0)
             mean = np.mean([table[0] for n, table in zip(counts, tables) if n], axis=0)
             return moments.Moments(int(sum(counts)), mean, sum(counts) * var)
         moments.Moments.merge_all = staticmethod(averaged)
-        sys.exit(mpi_check.main())
+        sys.exit(check.main())
         """,
     )
     done = run(2, path)

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import explain, functional
-from ._arrays import Array
-from .layer import BatchNorm
-from .mpi import SyncBatchNorm, world
+from .. import explain, functional
+from .._arrays import Array
+from ..layer import BatchNorm
+from .sync import SyncBatchNorm, world
 
 CHANNELS = 6
 LIMIT = 2.0

@@ -14,18 +14,17 @@ Decisions:
 - Evaluation needs no communication: running statistics are the same bits everywhere.
 """
 
-import sys
 from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
-from . import _arrays, functional
-from ._arrays import Array
-from .functional import Gradients, Saved
-from .layer import BatchNorm
-from .moments import GradientSums, Moments, Numbers
+from .. import _arrays, functional
+from .._arrays import Array
+from ..functional import Gradients, Saved
+from ..layer import BatchNorm
+from ..moments import GradientSums, Moments, Numbers
 
 # What the first number of a packet says: the dtype of x, or that the rank raises an error.
 _STATUS = {np.dtype(np.float32): 0.0, np.dtype(np.float64): 1.0}
@@ -241,9 +240,3 @@ class SyncBatchNorm(BatchNorm):
             None if gradients.dgamma is None else own_dgamma.astype(gradients.dgamma.dtype),
             None if gradients.dbeta is None else own_dbeta.astype(gradients.dbeta.dtype),
         )
-
-
-if __name__ == "__main__":
-    from batchnorm.mpi_check import main
-
-    sys.exit(main())
