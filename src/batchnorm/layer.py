@@ -301,14 +301,18 @@ class BatchNorm:
             As `forward` and `inference`; ValueError also if x has one value per channel where its own statistics are
             needed. The layer is as it was then.
         """
-        x = _arrays.as_float(x, "x")
-        self._check_channels(x)
         if not self.training:
             mean, var, gamma, beta = self._state.snapshot()
             if mean is not None and var is not None:
-                y = functional.inference(
-                    x, mean, var, gamma, beta, axis=self.axis, eps=self.eps, out=out, num_threads=num_threads
-                )
+                if self.keep_input:
+                    x = _arrays.as_float(x, "x")
+                try:
+                    y = functional.inference(
+                        x, mean, var, gamma, beta, axis=self.axis, eps=self.eps, out=out, num_threads=num_threads
+                    )
+                except ValueError:
+                    self._check_channels(_arrays.as_float(x, "x"))
+                    raise
                 if not self.keep_input:
                     self._kept = _NOT_KEPT
                 elif out is not None and np.shares_memory(out, x):
@@ -316,6 +320,8 @@ class BatchNorm:
                 else:
                     self._kept = {"x": x, "mean": mean, "var": var, "gamma": gamma, "axis": self.axis, "eps": self.eps}
                 return y
+        x = _arrays.as_float(x, "x")
+        self._check_channels(x)
         if x.size == self.num_features > 0:
             raise ValueError(
                 f"training needs more than one value per channel, got x of shape {x.shape} with axis={self.axis}; "
@@ -333,7 +339,7 @@ class BatchNorm:
         if not -len(shape) <= axis < len(shape) or shape[axis] != channels:
             other = -1 if axis == 1 else 1
             hint = f"; axis={other}?" if len(shape) > 1 and shape[other] == channels else ""
-            raise ValueError(f"x must have {channels} channels along axis {axis}, got shape {shape}{hint}")
+            raise ValueError(f"x must have {channels} channels along axis {axis}, got shape {shape}{hint}") from None
 
     def _follow(self, saved: Saved) -> None:
         """Move the running statistics towards a batch, in training; keep what `backward` needs."""
@@ -454,17 +460,18 @@ class BatchNorm:
         >>> list(bn.BatchNorm(3).state_dict())
         ['weight', 'bias', 'running_mean', 'running_var', 'num_batches_tracked']
         """
-        with self._state.lock:
-            running_mean, running_var, weight, bias = self._state.snapshot()
-            counter = None if running_mean is None else np.array(self._state.counter, np.int64)
-        state = {
-            "weight": weight,
-            "bias": bias,
-            "running_mean": running_mean,
-            "running_var": running_var,
-            "num_batches_tracked": counter,
-        }
-        return {name: array for name, array in state.items() if array is not None}
+        own = self._state
+        state: dict[str, Any] = {}
+        with own.lock:
+            mean, var, gamma, beta = own.snapshot()
+            counter = own.counter
+        if gamma is not None:
+            state["weight"] = gamma
+        if beta is not None:
+            state["bias"] = beta
+        if mean is not None:
+            state |= {"running_mean": mean, "running_var": var, "num_batches_tracked": np.array(counter, np.int64)}
+        return state
 
     def load_state_dict(self, state: Mapping[str, ArrayLike]) -> None:
         """Take over a state, after all of it has been checked.
