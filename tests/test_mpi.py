@@ -328,7 +328,9 @@ def test_two_collectives_a_step(rng):
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("reduce", ["local", "sum"])
 @pytest.mark.parametrize(
-    "settings", [{}, {"momentum": None}, {"affine": False}, {"track_running_stats": False}], ids=str
+    "settings",
+    [{}, {"momentum": None}, {"affine": False}, {"track_running_stats": False}, {"bias": False, "unbiased": False}],
+    ids=str,
 )
 def test_one_rank_is_the_layer_bit_for_bit(settings, reduce, dtype, rng):
     ours = SyncBatchNorm(5, MPI.COMM_SELF, reduce=reduce, dtype=dtype, **settings)
