@@ -65,13 +65,14 @@ def test_the_self_check_sees_a_difference(tmp_path):
         tmp_path,
         """
         import sys
-        from batchnorm import moments, mpi_check
+        from batchnorm import moments
+        from batchnorm.mpi import check
         def averaged(counts, tables):
             var = np.mean([table[1] / n for n, table in zip(counts, tables) if n], axis=0)
             mean = np.mean([table[0] for n, table in zip(counts, tables) if n], axis=0)
             return moments.Moments(int(sum(counts)), mean, sum(counts) * var)
         moments.Moments.merge_all = staticmethod(averaged)
-        sys.exit(mpi_check.main())
+        sys.exit(check.main())
         """,
     )
     done = run(2, path)
@@ -149,6 +150,63 @@ def test_a_bad_x_on_one_rank_is_an_error_on_all(tmp_path, x, own, others):
     assert done.stdout.count("backward rank 1 refused its arguments") == 2
     if others:
         assert done.stdout.count(others) == 2
+
+
+FAULTS = {
+    "an exception of its own in x.__array__": ("x = Fails(KeyError('no data'))", "KeyError", "no data"),
+    "an interrupt in x.__array__": ("x = Fails(KeyboardInterrupt('by hand'))", "KeyboardInterrupt", "by hand"),
+    "the end of the program in x.__array__": ("x = Fails(SystemExit('at once'))", "SystemExit", "at once"),
+    "no memory for y": ("_arrays.Layout.empty = no_memory", "MemoryError", "no room"),
+    "no memory for a dense x": ("_arrays.Layout.copy = no_memory; x = x[:, ::-1]", "MemoryError", "no room"),
+    "another eps": ("layer.eps = -1.0", "ValueError", "eps must be finite and at least 0"),
+    "out of another shape": ("out = np.empty((2, 3))", "ValueError", "out must have shape (2, 2)"),
+    "out that cannot be written": ("out = np.empty((2, 2)); out.flags.writeable = False", "ValueError", "writeable"),
+    "no number of threads": ("threads = 0", "ValueError", "num_threads must be between"),
+}
+
+
+@needs_mpiexec
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_on_one_of_four_ranks_moves_no_layer(fault, tmp_path):
+    """Nor does it leave anybody waiting, in the forward pass or in the backward pass."""
+    spoil, error, message = FAULTS[fault]
+    path = program(
+        tmp_path,
+        f"""
+        from batchnorm import _arrays
+        class Fails:
+            def __init__(self, error): self.error = error
+            def __array__(self, dtype=None, copy=None): raise self.error
+        def no_memory(*_): raise MemoryError("no room")
+        def state(): return b"".join(np.asarray(value).tobytes() for value in layer.state_dict().values())
+        good = np.arange(4.0).reshape(2, 2) + rank
+
+        layer = SyncBatchNorm(2)
+        layer(good)
+        before, kept = state(), (_arrays.Layout.empty, _arrays.Layout.copy)
+        for call in (layer, layer.backward):
+            x, out, threads = good, None, None
+            if rank == 2:
+                {spoil}
+            try:
+                call(x, out=out, num_threads=threads)
+            except BaseException as error:
+                say(type(error).__name__, error)
+            _arrays.Layout.empty, _arrays.Layout.copy = kept
+            layer.eps = 1e-5
+            assert state() == before
+        layer(good)
+        assert layer.num_batches_tracked == 2
+        assert len(set(comm.allgather(state()))) == 1
+        say("went on")
+        """,
+    )
+    done = run(4, path, timeout=60)
+    assert done.stdout.count("went on") == 4, done.stdout + done.stderr
+    passes = 1 if "eps" in spoil else 2
+    lines = done.stdout.splitlines()
+    assert len([line for line in lines if line.startswith(error) and message in line]) == passes, done.stdout
+    assert lines.count("RuntimeError rank 2 refused its arguments; its own error says why") == 3 * passes
 
 
 @needs_mpiexec
@@ -262,7 +320,7 @@ def test_two_collectives_a_step(rng):
     layer.backward(rng.standard_normal((8, 5)))
     assert [name for name in comm.calls if name != "Get_size"] == ["Allgather"]
     comm.calls.clear()
-    layer.eval()
+    layer.eval(keep_input=True)
     layer.backward(layer(rng.standard_normal((8, 5))))
     assert comm.calls == []
 
@@ -270,7 +328,9 @@ def test_two_collectives_a_step(rng):
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("reduce", ["local", "sum"])
 @pytest.mark.parametrize(
-    "settings", [{}, {"momentum": None}, {"affine": False}, {"track_running_stats": False}], ids=str
+    "settings",
+    [{}, {"momentum": None}, {"affine": False}, {"track_running_stats": False}, {"bias": False, "unbiased": False}],
+    ids=str,
 )
 def test_one_rank_is_the_layer_bit_for_bit(settings, reduce, dtype, rng):
     ours = SyncBatchNorm(5, MPI.COMM_SELF, reduce=reduce, dtype=dtype, **settings)
@@ -284,7 +344,7 @@ def test_one_rank_is_the_layer_bit_for_bit(settings, reduce, dtype, rng):
             assert (got is None) == (expected is None)
             assert got is None or got.tobytes() == expected.tobytes()
     assert ours.num_batches_tracked == plain.num_batches_tracked
-    assert ours.eval()(x).tobytes() == plain.eval()(x).tobytes()
+    assert ours.eval(keep_input=True)(x).tobytes() == plain.eval(keep_input=True)(x).tobytes()
     assert ours.backward(dy, need=["dx"]).tobytes() == plain.backward(dy, need=["dx"]).tobytes()
     ours.load_state_dict(plain.state_dict())
 

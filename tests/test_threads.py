@@ -10,7 +10,7 @@ from processes import WORKLOAD, succeeds
 from threadpoolctl import threadpool_limits
 
 import batchnorm as bn
-from batchnorm import _threads
+from batchnorm import _threads, functional
 from batchnorm._kernels import runtime
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc, or is about processors")
@@ -438,10 +438,25 @@ def test_threads_that_share_a_layer_in_training(momentum, rng):
         np.testing.assert_allclose(layer.running_var, all_batches.var(axis=1, ddof=1).mean(axis=0), rtol=1e-13)
 
 
-def test_evaluation_takes_no_lock(rng):
-    layer, x = bn.BatchNorm(3).eval(), rng.standard_normal((4, 3))
-    with layer._lock:
-        worker = threading.Thread(target=layer, args=(x,), daemon=True)
-        worker.start()
-        worker.join(10)
-        assert not worker.is_alive()
+def test_threads_that_share_a_layer_work_at_the_same_time(monkeypatch, rng):
+    """The lock is for copying numbers per channel: it is free while a batch is worked on."""
+    layer, x, free = bn.BatchNorm(3), rng.standard_normal((4, 3)), []
+
+    def take():
+        free.append(layer._state.lock.acquire(timeout=5))
+        layer._state.lock.release()
+
+    def watched(work):
+        def call(*arguments, **settings):
+            worker = threading.Thread(target=take)
+            worker.start()
+            worker.join()
+            return work(*arguments, **settings)
+
+        return call
+
+    monkeypatch.setattr(functional, "forward", watched(functional.forward))
+    monkeypatch.setattr(functional, "inference", watched(functional.inference))
+    layer(x)
+    layer.eval()(x)
+    assert free == [True, True]

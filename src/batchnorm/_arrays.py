@@ -191,11 +191,18 @@ def check_out(out: Any, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
         raise ValueError("out must be writeable, got a read-only array")
 
 
+def _is_elsewhere(base: Any, out: Array) -> bool:
+    """Whether the owner of a view's memory is known, and not `out`, which owns its own."""
+    return type(base) is np.ndarray and base is not out and bool(base.flags.owndata)
+
+
 def check_overlap(out: Array, inputs: Mapping[str, Any], may_be_same: str = "") -> None:
     """`out` must not share memory with an input, unless it is that very input and the result is written in step."""
     owner = out.flags.owndata
     for name, array in inputs.items():
-        if array is None or (owner and array is not out and array.flags.owndata) or not np.shares_memory(out, array):
+        if array is None or (owner and array is not out and (array.flags.owndata or _is_elsewhere(array.base, out))):
+            continue
+        if not np.shares_memory(out, array):
             continue
         same = out.__array_interface__["data"] == array.__array_interface__["data"] and out.strides == array.strides
         if not (name == may_be_same and same and out.shape == array.shape and out.dtype == array.dtype):

@@ -31,20 +31,22 @@ _MOST = 4096
 """Threads of a call. libgomp keeps a record of each on the stack of the caller."""
 
 
-_locks: "weakref.WeakSet[threading.Lock]" = weakref.WeakSet()
+_locks: "weakref.WeakSet[threading.RLock]" = weakref.WeakSet()
 
 
-def new_lock() -> threading.Lock:
-    """A lock that is open in a forked child, whose other threads, one of which may have held it, do not exist."""
-    lock = threading.Lock()
+def new_lock() -> "threading.RLock":
+    """A reentrant lock that is open in a forked child if another thread held it, because that thread is not there."""
+    lock = threading.RLock()
     _locks.add(lock)
     return lock
 
 
 def _open_locks() -> None:
     for lock in _locks:
-        if lock.locked():
+        if lock.acquire(blocking=False):
             lock.release()
+        else:
+            lock._at_fork_reinit()  # type: ignore[attr-defined]
 
 
 if hasattr(os, "register_at_fork"):

@@ -1,25 +1,32 @@
 """The layer: parameters, running statistics and what the last call left for `backward`. Its semantics are PyTorch's.
 
-No arithmetic of its own, and state changes only after everything that can fail has been done, so an exception leaves
-parameters, running statistics and the counter as they were. Threads that share a layer take turns at its state alone:
-batches are worked on at the same time, and evaluation takes no lock.
+Decisions:
+
+- No arithmetic of its own.
+- State changes in one step, after everything that can fail has been done: an exception, also that of a signal, leaves
+  parameters, running statistics and the counter as they were, or all of them new.
+- The arrays of a layer are the same objects as long as it lives. What is assigned to them is copied into them, in the
+  layer's dtype.
+- Threads that share a layer take turns at copying its O(C) numbers: batches are worked on at the same time.
+- Evaluation keeps no x unless asked to: only training usually goes back.
+- `save` writes only what `load` takes, so a diverged layer does not replace the file of a sound one.
 """
 
 import math
 import os
-from collections.abc import Callable, Collection, Iterable, Mapping
-from functools import partial
-from typing import Any, Self
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any, Self, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
-from . import _arrays, _threads, functional
+from . import _arrays, _kernels, functional
 from ._arrays import Array
+from ._state import ARRAYS, MOST_BATCHES, State
 from .functional import Gradients, Saved
 from .moments import Moments, population
 
-# What a file says of a layer besides its state; no momentum is None.
+# What a file says of a layer besides its state: no momentum is None, the last two are there where they are false.
 _SETTINGS: dict[str, type[np.generic]] = {
     "num_features": np.int64,
     "axis": np.int64,
@@ -28,9 +35,19 @@ _SETTINGS: dict[str, type[np.generic]] = {
     "affine": np.int64,
     "track_running_stats": np.int64,
     "float_bits": np.int64,
+    "has_bias": np.int64,
+    "unbiased": np.int64,
 }
-_PER_CHANNEL = ("weight", "bias", "running_mean", "running_var")
-_IN_A_FILE = (*_SETTINGS, *_PER_CHANNEL, "num_batches_tracked")
+_OPTIONAL = ("momentum", "has_bias", "unbiased")
+
+# PyTorch's names of the arrays, in its order.
+_NAMES = {"weight": "gamma", "bias": "beta", "running_mean": "running_mean", "running_var": "running_var"}
+_IN_A_FILE = (*_SETTINGS, *_NAMES, "num_batches_tracked")
+
+# Why there is no gradient.
+_NOT_CALLED = "backward needs a call of the layer before it"
+_NOT_KEPT = "backward needs x, which evaluation does not keep: call layer.eval(keep_input=True) before the layer"
+_OVERWRITTEN = "backward needs x, but the last call wrote y over it: call the layer without out=x"
 
 
 def _settings(found: Mapping[str, Array]) -> dict[str, Any]:
@@ -41,15 +58,47 @@ def _settings(found: Mapping[str, Array]) -> dict[str, Any]:
             if found[name].shape != () or found[name].dtype != dtype:
                 raise ValueError(f"{name} must be one {dtype.__name__}, got {found[name]!r}")
             settings[name] = found[name].item()
-        elif name != "momentum":
+        elif name not in _OPTIONAL:
             raise ValueError(f"{name} is missing")
     bits = settings.pop("float_bits")
     if bits not in (32, 64):
         raise ValueError(f"float_bits must be 32 or 64, got {bits}")
-    lengths = {found[name].shape for name in _PER_CHANNEL if name in found}
-    if lengths != ({(settings["num_features"],)} if settings["affine"] or settings["track_running_stats"] else set()):
+    own = np.dtype(f"f{bits // 8}")
+    arrays = {name: found[name] for name in _NAMES if name in found}
+    lengths = {array.shape for array in arrays.values()}
+    expected = bool(arrays) or settings["affine"] or settings["track_running_stats"]
+    if lengths != ({(settings["num_features"],)} if expected else set()):
         raise ValueError(f"num_features is {settings['num_features']}, but arrays have shapes {lengths}")
-    return {"momentum": None, "dtype": np.dtype(f"f{bits // 8}")} | settings
+    for name, array in arrays.items():
+        if array.dtype != own:
+            raise TypeError(f"{name} must have dtype {own}, got {array.dtype}")
+    if "has_bias" in settings:
+        settings["bias"] = settings.pop("has_bias")
+    return {"momentum": None, "dtype": own} | settings
+
+
+class _Array:
+    """One of the layer's arrays, always the same object: what is assigned is copied into it."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    @overload
+    def __get__(self, layer: None, owner: type) -> Self: ...
+    @overload
+    def __get__(self, layer: "BatchNorm", owner: type) -> Array | None: ...
+    def __get__(self, layer: "BatchNorm | None", owner: type) -> Self | Array | None:
+        if layer is None:
+            return self
+        array: Array | None = getattr(layer._state, self._name)
+        return array
+
+    def __set__(self, layer: "BatchNorm", value: ArrayLike | None) -> None:
+        own = getattr(layer._state, self._name)
+        if own is None and value is not None:
+            raise ValueError(f"this layer was made without {self._name}, got {type(value).__name__}")
+        if value is not own:
+            layer._state.assign(self._name, layer._converted(self._name, value))
 
 
 class BatchNorm:
@@ -71,25 +120,36 @@ class BatchNorm:
         value). None keeps the cumulative mean of all batches.
     affine : bool, default True
         Whether there are gamma (created as 1) and beta (as 0).
+    bias : bool, default True
+        False leaves beta out.
     track_running_stats : bool, default True
         Whether there are running_mean (created as 0), running_var (as 1) and num_batches_tracked. Without them
-        evaluation uses the statistics of the batch too.
+        evaluation uses the statistics of the batch too. Set to False later, it stops their updates, as in PyTorch.
+    unbiased : bool, default True
+        Whether the running variance takes the unbiased variance of a batch, n/(n − 1) times the one it is normalized
+        with, as in PyTorch. Keras, Flax and ONNX take the biased one.
     dtype : float32 or float64, default float32
         Of parameters, their gradients and running statistics. x may have either dtype.
 
     Attributes
     ----------
     gamma, beta, running_mean, running_var : ndarray of shape (C,), or None
+        The same objects as long as the layer lives. `layer.gamma = values` copies values into gamma, converted to the
+        layer's dtype; another shape or None is refused.
     num_batches_tracked : int
     training : bool
+    keep_input : bool
+        Whether evaluation keeps x for `backward`; see `eval`.
     dgamma, dbeta : ndarray of shape (C,), or None
         Set, not added to, by `backward`.
 
     Notes
     -----
-    The batch is normalized with the biased variance, the running variance takes the unbiased one, n/(n − 1) times as
-    large. Training needs more than one value per channel. An empty batch gives an empty y and zero gradients, and
-    leaves running statistics and counter alone.
+    `backward` needs the x of the call before it. In training the layer keeps a reference to it, not a copy: x must not
+    change until then. Training needs more than one value per channel. An empty batch gives an empty y and zero
+    gradients, and leaves running statistics and counter alone.
+
+    A pickle or a copy of a layer has its state and settings, and no batch.
 
     References
     ----------
@@ -109,12 +169,12 @@ class BatchNorm:
     array([0.2, 2. ])
     """
 
-    gamma: Array | None
-    beta: Array | None
-    running_mean: Array | None
-    running_var: Array | None
     dgamma: Array | None
     dbeta: Array | None
+    gamma = _Array()
+    beta = _Array()
+    running_mean = _Array()
+    running_var = _Array()
 
     def __init__(
         self,
@@ -124,7 +184,9 @@ class BatchNorm:
         eps: float = 1e-5,
         momentum: float | None = 0.1,
         affine: bool = True,
+        bias: bool = True,
         track_running_stats: bool = True,
+        unbiased: bool = True,
         dtype: DTypeLike = np.float32,
     ) -> None:
         self.num_features = _arrays.as_index(num_features, "num_features")
@@ -132,49 +194,96 @@ class BatchNorm:
             raise ValueError(f"num_features must be at least 0, got {self.num_features}")
         self.axis = _arrays.as_index(axis, "axis")
         self.eps = _arrays.as_eps(eps)
-        self.momentum = None if momentum is None else _arrays.as_momentum(momentum)
+        self.momentum = momentum
         self.affine = bool(affine)
         self.track_running_stats = bool(track_running_stats)
         self.dtype = np.dtype(dtype)
         if self.dtype not in (np.dtype(np.float32), np.dtype(np.float64)):
             raise TypeError(f"dtype must be float32 or float64, got {self.dtype}")
+        self.unbiased = bool(unbiased)
         self.training = True
-        self.gamma = np.ones(self.num_features, self.dtype) if self.affine else None
-        self.beta = np.zeros(self.num_features, self.dtype) if self.affine else None
-        self.running_mean = np.zeros(self.num_features, self.dtype) if self.track_running_stats else None
-        self.running_var = np.ones(self.num_features, self.dtype) if self.track_running_stats else None
-        self.num_batches_tracked = 0
+        self.keep_input = False
         self.dgamma = None
         self.dbeta = None
-        self._backward: Callable[..., Gradients] | None = None
-        self._lock = _threads.new_lock()
+        there = {
+            "running_mean": self.track_running_stats,
+            "running_var": self.track_running_stats,
+            "gamma": self.affine,
+            "beta": self.affine and bool(bias),
+        }
+        self._state = State(self.num_features, self.dtype, tuple(name for name in ARRAYS if there[name]))
+        self._kept: Saved | dict[str, Any] | str = _NOT_CALLED
+        BatchNorm.reset_parameters(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        with self._lock:
-            return {
-                name: value.copy() if isinstance(value, np.ndarray) else value
-                for name, value in self.__dict__.items()
-                if name != "_lock"
-            }
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._lock = _threads.new_lock()
+        return self.__dict__ | {"_state": self._state.copy(), "_kept": _NOT_CALLED}
 
     def __repr__(self) -> str:
+        more = ", bias=False" * (self.affine and self.beta is None) + ", unbiased=False" * (not self.unbiased)
         return (
-            f"BatchNorm({self.num_features}, axis={self.axis}, eps={self.eps}, momentum={self.momentum}, "
-            f"affine={self.affine}, track_running_stats={self.track_running_stats}, dtype={self.dtype})"
+            f"{type(self).__name__}({self.num_features}, axis={self.axis}, eps={self.eps}, momentum={self.momentum}, "
+            f"affine={self.affine}, track_running_stats={self.track_running_stats}, dtype={self.dtype}{more})"
         )
 
-    def train(self, mode: bool = True) -> "BatchNorm":
+    @property
+    def momentum(self) -> float | None:
+        """Weight of the new batch in the running statistics; None for the mean of all batches."""
+        return self._momentum
+
+    @momentum.setter
+    def momentum(self, momentum: float | None) -> None:
+        self._momentum = None if momentum is None else _arrays.as_momentum(momentum)
+
+    @property
+    def num_batches_tracked(self) -> int:
+        """Batches that the running statistics have followed."""
+        return self._state.counter
+
+    @num_batches_tracked.setter
+    def num_batches_tracked(self, value: int) -> None:
+        self._state.counter = self._checked_counter(value)
+
+    def train(self, mode: bool = True) -> Self:
         """Use the statistics of each batch and follow them; `train(False)` is `eval()`. Returns the layer."""
         self.training = bool(mode)
+        self.keep_input = False
         return self
 
-    def eval(self) -> "BatchNorm":
-        """Use the running statistics. Returns the layer."""
-        return self.train(False)
+    def eval(self, *, keep_input: bool = False) -> Self:
+        """Use the running statistics. Returns the layer.
+
+        Parameters
+        ----------
+        keep_input : bool, default False
+            Keep a reference to each x, so that `backward` can follow: for a layer that is frozen inside of a network
+            that is trained, or for gradients with respect to the input. Otherwise x is free after the call.
+
+        Examples
+        --------
+        >>> import numpy as np, batchnorm as bn
+        >>> layer = bn.BatchNorm(1, eps=0.0).eval(keep_input=True)
+        >>> y = layer(np.array([[1.0], [2.0]]))
+        >>> layer.backward(np.array([[1.0], [0.0]])).tolist()
+        [[1.0], [0.0]]
+        """
+        self.train(False)
+        self.keep_input = bool(keep_input)
+        return self
+
+    def reset_running_stats(self) -> None:
+        """Set running_mean to 0, running_var to 1 and num_batches_tracked to 0, where the layer has them."""
+        state = self._state
+        with state.lock:
+            if state.running_mean is not None:
+                _, moved, mean, var = state.following()
+                mean[...], var[...] = 0, 1
+                state.follow(0, moved)
+
+    def reset_parameters(self) -> None:
+        """Set gamma to 1 and beta to 0, and the running statistics as `reset_running_stats` does."""
+        initial = {"running_mean": 0, "running_var": 1, "gamma": 1, "beta": 0}
+        values = {name: np.full(self.num_features, initial[name], self.dtype) for name in self._state.names}
+        self._state.replace(values, 0)
 
     def __call__(self, x: ArrayLike, *, out: Array | None = None, num_threads: int | None = None) -> Array:
         """Normalize x, and in training move the running statistics.
@@ -192,56 +301,57 @@ class BatchNorm:
             As `forward` and `inference`; ValueError also if x has one value per channel where its own statistics are
             needed. The layer is as it was then.
         """
+        if not self.training:
+            mean, var, gamma, beta = self._state.snapshot()
+            if mean is not None and var is not None:
+                if self.keep_input:
+                    x = _arrays.as_float(x, "x")
+                try:
+                    y = functional.inference(
+                        x, mean, var, gamma, beta, axis=self.axis, eps=self.eps, out=out, num_threads=num_threads
+                    )
+                except ValueError:
+                    self._check_channels(_arrays.as_float(x, "x"))
+                    raise
+                if not self.keep_input:
+                    self._kept = _NOT_KEPT
+                elif out is not None and np.shares_memory(out, x):
+                    self._kept = _OVERWRITTEN
+                else:
+                    self._kept = {"x": x, "mean": mean, "var": var, "gamma": gamma, "axis": self.axis, "eps": self.eps}
+                return y
         x = _arrays.as_float(x, "x")
         self._check_channels(x)
-        if self.training or self.running_mean is None or self.running_var is None:
-            return self._forward_batch(x, out, num_threads)
-        y = functional.inference(
-            x,
-            self.running_mean,
-            self.running_var,
-            self.gamma,
-            self.beta,
-            axis=self.axis,
-            eps=self.eps,
-            out=out,
-            num_threads=num_threads,
-        )
-        self._backward = partial(
-            functional.inference_backward,
-            x=x,
-            mean=self.running_mean.copy(),
-            var=self.running_var.copy(),
-            gamma=None if self.gamma is None else self.gamma.copy(),
-            axis=self.axis,
-            eps=self.eps,
-        )
-        return y
-
-    def _check_channels(self, x: Array) -> None:
-        if not -x.ndim <= self.axis < x.ndim or x.shape[self.axis] != self.num_features:
-            raise ValueError(f"x must have {self.num_features} channels along axis {self.axis}, got shape {x.shape}")
-
-    def _forward_batch(self, x: Array, out: Array | None, num_threads: int | None) -> Array:
         if x.size == self.num_features > 0:
             raise ValueError(
                 f"training needs more than one value per channel, got x of shape {x.shape} with axis={self.axis}; "
                 "use a larger batch, or eval() for the running statistics"
             )
+        state = self._state
         y, saved = functional.forward(
-            x, self.gamma, self.beta, axis=self.axis, eps=self.eps, out=out, num_threads=num_threads
+            x, state.gamma, state.beta, axis=self.axis, eps=self.eps, out=out, num_threads=num_threads
         )
-        self._follow(saved, partial(functional.backward, saved=saved))
+        self._follow(saved)
         return y
 
-    def _follow(self, saved: Saved, backward: Callable[..., Gradients]) -> None:
-        """Move the running statistics towards a batch, in training; remember how to go back."""
-        with self._lock:
-            if self.training and self.running_mean is not None and self.running_var is not None and saved.count:
-                momentum = 1 / (self.num_batches_tracked + 1) if self.momentum is None else self.momentum
-                functional.update_running(self.running_mean, self.running_var, saved, momentum=momentum)
-                self.num_batches_tracked += 1
-            self._backward = backward
+    def _check_channels(self, x: Array) -> None:
+        shape, axis, channels = x.shape, self.axis, self.num_features
+        if not -len(shape) <= axis < len(shape) or shape[axis] != channels:
+            other = -1 if axis == 1 else 1
+            hint = f"; axis={other}?" if len(shape) > 1 and shape[other] == channels else ""
+            raise ValueError(f"x must have {channels} channels along axis {axis}, got shape {shape}{hint}") from None
+
+    def _follow(self, saved: Saved) -> None:
+        """Move the running statistics towards a batch, in training; keep what `backward` needs."""
+        state, n = self._state, saved.count
+        if self.training and self.track_running_stats and state.running_mean is not None and n:
+            correction = n / (n - 1) if self.unbiased else 1.0
+            with state.lock:
+                batches, moved, mean, var = state.following()
+                momentum = 1 / (batches + 1) if self._momentum is None else self._momentum
+                _kernels.of_size[mean.itemsize].update_running(mean, var, saved._statistics, momentum, correction)
+                state.follow(batches + 1, moved)
+        self._kept = saved if self.training or self.keep_input else _NOT_KEPT
 
     def backward(
         self,
@@ -267,25 +377,34 @@ class BatchNorm:
         Raises
         ------
         RuntimeError
-            If the layer has not been called yet.
+            If the layer has not been called yet, or its last call was in evaluation without `keep_input` or wrote y
+            over x.
         TypeError, ValueError
             As `batchnorm.backward`.
         """
-        backward = self._backward
-        if backward is None:
-            raise RuntimeError("backward needs a call of the layer before it")
-        gradients = backward(dy, need=need, out=out, num_threads=num_threads)
-        with self._lock:
-            self.dgamma = gradients.dgamma if self.affine else None
-            self.dbeta = gradients.dbeta if self.affine else None
+        kept = self._kept
+        if isinstance(kept, str):
+            raise RuntimeError(kept)
+        if isinstance(kept, Saved):
+            gradients = self._backward(dy, kept, need, out, num_threads)
+        else:
+            gradients = functional.inference_backward(dy, need=need, out=out, num_threads=num_threads, **kept)
+        state = self._state
+        self.dgamma = None if state.gamma is None else gradients.dgamma
+        self.dbeta = None if state.beta is None else gradients.dbeta
         return gradients.dx
+
+    def _backward(
+        self, dy: ArrayLike, saved: Saved, need: Collection[str], out: Array | None, num_threads: int | None
+    ) -> Gradients:
+        return functional.backward(dy, saved, need=need, out=out, num_threads=num_threads)
 
     def recalibrate(
         self, batches: Iterable[ArrayLike], *, progress: bool = True, num_threads: int | None = None
     ) -> None:
         """Set the running statistics to those of a data set: running_mean ← μ, running_var ← Σ(x − μ)²/(n − 1).
 
-        Other than the moving average that training leaves, these are the statistics of all of the data, for one set of
+        Unlike the moving average that training leaves, these are the statistics of all of the data, for one set of
         weights: the paper's inference. `num_batches_tracked` stays.
 
         Parameters
@@ -300,8 +419,8 @@ class BatchNorm:
         RuntimeError
             If the layer has no running statistics.
         TypeError, ValueError
-            As `population`; ValueError also if there are other than `num_features` channels or less than two values
-            a channel. The layer is as it was then.
+            As `population`; ValueError also if there are not `num_features` channels or less than two values per
+            channel. The layer is as it was then.
 
         References
         ----------
@@ -315,29 +434,22 @@ class BatchNorm:
         >>> layer.running_mean, layer.running_var
         (array([3.]), array([7.]))
         """
-        if self.running_mean is None or self.running_var is None:
+        state = self._state
+        if state.running_mean is None:
             raise RuntimeError("recalibrate needs a layer with running statistics")
         moments = self._population(batches, progress, num_threads)
         if moments.count < 2:
             raise ValueError(f"batches must hold at least 2 values per channel, got {moments.count}")
-        with self._lock:
-            self.running_mean[...], self.running_var[...] = moments.mean, moments.var(ddof=1)
+        with state.lock:
+            counter, moved, mean, var = state.following()
+            mean[...], var[...] = moments.mean, moments.var(ddof=1)
+            state.follow(counter, moved)
 
     def _population(self, batches: Iterable[ArrayLike], progress: bool, num_threads: int | None) -> Moments:
         moments = population(batches, self.axis, progress=progress, num_threads=num_threads)
         if moments.mean.size != self.num_features:
             raise ValueError(f"batches must have {self.num_features} channels, got {moments.mean.size}")
         return moments
-
-    def _state(self) -> dict[str, Array]:
-        """The layer's own arrays under PyTorch's names."""
-        named = {
-            "weight": self.gamma,
-            "bias": self.beta,
-            "running_mean": self.running_mean,
-            "running_var": self.running_var,
-        }
-        return {name: array for name, array in named.items() if array is not None}
 
     def state_dict(self) -> dict[str, Any]:
         """Copies of the state under PyTorch's names: weight, bias, running_mean, running_var, num_batches_tracked.
@@ -348,11 +460,18 @@ class BatchNorm:
         >>> list(bn.BatchNorm(3).state_dict())
         ['weight', 'bias', 'running_mean', 'running_var', 'num_batches_tracked']
         """
-        with self._lock:
-            state: dict[str, Any] = {name: array.copy() for name, array in self._state().items()}
-            if self.track_running_stats:
-                state["num_batches_tracked"] = np.array(self.num_batches_tracked, np.int64)
-            return state
+        own = self._state
+        state: dict[str, Any] = {}
+        with own.lock:
+            mean, var, gamma, beta = own.snapshot()
+            counter = own.counter
+        if gamma is not None:
+            state["weight"] = gamma
+        if beta is not None:
+            state["bias"] = beta
+        if mean is not None:
+            state |= {"running_mean": mean, "running_var": var, "num_batches_tracked": np.array(counter, np.int64)}
+        return state
 
     def load_state_dict(self, state: Mapping[str, ArrayLike]) -> None:
         """Take over a state, after all of it has been checked.
@@ -360,34 +479,37 @@ class BatchNorm:
         Parameters
         ----------
         state : mapping
-            The names of `state_dict`, no more and no fewer, with the layer's shapes and dtype. Values are copied.
+            The names of `state_dict`, no more and no fewer, with the layer's shapes. Values are copied, and converted
+            to the layer's dtype as PyTorch does it, also from float16 and integers. `num_batches_tracked` is 0 where
+            it is missing, as in the files of old versions of PyTorch.
 
         Raises
         ------
         ValueError
-            If a name is missing or unknown, a shape differs, a value is not finite, a variance or the counter is
-            negative.
+            If another name is missing or unknown, a shape differs, a value is not finite in the layer's dtype, a
+            variance or the counter is negative.
         TypeError
-            If a dtype differs.
+            If values are not real numbers.
         """
-        own = self._state()
-        expected = [*own, *(["num_batches_tracked"] if self.track_running_stats else [])]
-        missing = [name for name in expected if name not in state]
-        unknown = [name for name in state if name not in expected]
+        own = self._state
+        arrays = {name: array for name, array in _NAMES.items() if array in own.names}
+        counted = ["num_batches_tracked"] if own.running_mean is not None else []
+        missing = [name for name in arrays if name not in state]
+        unknown = [name for name in state if name not in (*arrays, *counted)]
         if missing or unknown:
+            expected = [*arrays, *counted]
             raise ValueError(f"state must have the names {expected}, got missing {missing} and unknown {unknown}")
-        loaded = {name: self._checked_state(name, state[name]) for name in own}
-        batches = self._checked_counter(state["num_batches_tracked"]) if self.track_running_stats else 0
-        with self._lock:
-            for name, array in own.items():
-                array[...] = loaded[name]
-            self.num_batches_tracked = batches
-            self._backward = None
+        loaded = {array: self._checked_state(name, state[name]) for name, array in arrays.items()}
+        batches = self._checked_counter(state.get("num_batches_tracked", 0))
+        own.replace(loaded, batches)
+        self._kept = _NOT_CALLED
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the settings and the state of the layer to an npz file, in which nothing is executable.
 
-        The file appears in one step: interrupted anywhere, the old file of that name is as it was. `np.load` reads it.
+        Only what `load` takes is written: a layer whose values are not finite any more does not replace the file of a
+        sound one (`state_dict` and pickle keep such values). The file appears in one step: interrupted anywhere, the
+        old file of that name is as it was. `np.load` reads it.
 
         Parameters
         ----------
@@ -396,8 +518,9 @@ class BatchNorm:
 
         Raises
         ------
-        ValueError
-            If there is something at the path that is not a regular file.
+        TypeError, ValueError
+            If `load` would refuse the layer, or there is something at the path that is not a regular file. No file is
+            touched then.
         OSError
             If the file cannot be written.
 
@@ -414,15 +537,24 @@ class BatchNorm:
         BatchNorm(3, axis=1, eps=1e-05, momentum=None, affine=True, track_running_stats=True, dtype=float32)
         """
         values = {name: getattr(self, name, None) for name in _SETTINGS} | {"float_bits": 8 * self.dtype.itemsize}
-        settings = {name: np.array(value, _SETTINGS[name]) for name, value in values.items() if value is not None}
+        values["has_bias"] = False if self.affine and self.beta is None else None
+        values["unbiased"] = None if self.unbiased else False
+        try:
+            found = {name: np.array(value, _SETTINGS[name]) for name, value in values.items() if value is not None}
+            found |= self.state_dict()
+            BatchNorm._restored(found)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"the layer must be one that load takes: {error}; no file was written") from None
         # Here, because zip files cost an import more than all of this package.
         from . import state_file
 
-        state_file.write(path, settings | self.state_dict())
+        state_file.write(path, found)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, max_bytes: int = 1 << 28, **arguments: Any) -> Self:
-        """The layer that `save` wrote, in training mode, as every new layer.
+        """The layer that `save` wrote, in training mode, as every new layer: its first call moves its statistics.
+
+        `BatchNorm.load(path).eval()` uses them.
 
         Parameters
         ----------
@@ -449,19 +581,38 @@ class BatchNorm:
 
         found = state_file.read(path, _IN_A_FILE, max_bytes)
         try:
-            settings = _settings(found)
-            layer = cls(**settings, **arguments)
-            layer.load_state_dict({name: found[name] for name in found if name not in _SETTINGS})
+            return cls._restored(found, **arguments)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{os.fspath(path)!r} must be a file that BatchNorm.save wrote: {error}") from None
+
+    @classmethod
+    def _restored(cls, found: Mapping[str, Array], **arguments: Any) -> Self:
+        """The layer of which a file holds this."""
+        settings = _settings(found)
+        state = {name: found[name] for name in found if name not in _SETTINGS}
+        tracked = bool(settings["track_running_stats"])
+        settings["track_running_stats"] = tracked or "running_mean" in state
+        layer = cls(**settings, **arguments)
+        layer.load_state_dict(state)
+        layer.track_running_stats = tracked
         return layer
 
+    def _converted(self, name: str, value: ArrayLike | None) -> Array:
+        """Numbers per channel in the layer's dtype."""
+        array = np.asarray(value)
+        if np.ma.isMaskedArray(value):
+            raise TypeError(f"{name} must not be a masked array: masks are not supported")
+        if array.dtype.kind not in "fiu":
+            raise TypeError(f"{name} must hold real numbers, got {'None' if value is None else f'dtype {array.dtype}'}")
+        if array.shape != (self.num_features,):
+            raise ValueError(f"{name} must have shape ({self.num_features},), got {array.shape}")
+        with np.errstate(all="ignore"):
+            return array.astype(self.dtype, copy=False)
+
     def _checked_state(self, name: str, value: ArrayLike) -> Array:
-        array = _arrays.as_channels(value, name, self.num_features)
-        if array.dtype != self.dtype:
-            raise TypeError(f"{name} must have dtype {self.dtype}, got {array.dtype}")
+        array = self._converted(name, value)
         if not np.isfinite(array).all():
-            raise ValueError(f"{name} must be finite, got {array[~np.isfinite(array)][0]}")
+            raise ValueError(f"{name} must be finite, got {array[~np.isfinite(array)][0]} in {self.dtype}")
         if name == "running_var" and (array < 0).any():
             raise ValueError(f"running_var must not be negative, got {array.min()}")
         return array
@@ -471,6 +622,6 @@ class BatchNorm:
         counter = np.asarray(value)
         if counter.dtype.kind not in "iu":
             raise TypeError(f"num_batches_tracked must be an integer, got dtype {counter.dtype}")
-        if math.prod(counter.shape) != 1 or counter.ndim > 1 or not 0 <= int(counter.item()) <= 2**62:
+        if math.prod(counter.shape) != 1 or counter.ndim > 1 or not 0 <= int(counter.item()) <= MOST_BATCHES:
             raise ValueError(f"num_batches_tracked must be one number, 0 to 2**62, got {counter}")
         return int(counter.item())

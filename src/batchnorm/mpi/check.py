@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import functional
-from ._arrays import Array
-from .gradient import pathways
-from .layer import BatchNorm
-from .mpi import SyncBatchNorm, world
+from .. import functional
+from .._arrays import Array
+from ..gradient import pathways
+from ..layer import BatchNorm
+from .sync import SyncBatchNorm, world
 
 CHANNELS = 6
 LIMIT = 2.0

@@ -8,24 +8,23 @@ Decisions:
   the same bits, on every run. A reduction would be free to choose its order.
 - A rank whose arguments are wrong takes part nevertheless and says so in its packet. It raises its own error, the
   others one that names it, and nobody waits.
+- What can fail on one rank alone, such as finding room for y, comes before the exchange; layers move after it.
 - The mean travels as a pair, as it is in the kernels: without its low-order part float64 data at 1e6 would lose five
   digits of it.
 - Evaluation needs no communication: running statistics are the same bits everywhere.
 """
 
-import sys
 from collections.abc import Callable, Collection, Iterable
-from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
-from . import _arrays, functional
-from ._arrays import Array
-from .functional import Gradients, Saved
-from .layer import BatchNorm
-from .moments import GradientSums, Moments, Numbers
+from .. import _arrays, functional
+from .._arrays import Array
+from ..functional import Gradients, Saved
+from ..layer import BatchNorm
+from ..moments import GradientSums, Moments, Numbers
 
 # What the first number of a packet says: the dtype of x, or that the rank raises an error.
 _STATUS = {np.dtype(np.float32): 0.0, np.dtype(np.float64): 1.0}
@@ -67,7 +66,7 @@ class SyncBatchNorm(BatchNorm):
     reduce : {"local", "sum"}, default "local"
         What `dgamma` and `dbeta` are: the sums over this rank's values, to be added up over the ranks with the other
         gradients of the network, or over all values already. Adding up what is summed already is the classic mistake.
-    axis, eps, momentum, affine, track_running_stats, dtype
+    axis, eps, momentum, affine, bias, track_running_stats, unbiased, dtype
         As for `BatchNorm`.
 
     Raises
@@ -105,12 +104,14 @@ class SyncBatchNorm(BatchNorm):
         eps: float = 1e-5,
         momentum: float | None = 0.1,
         affine: bool = True,
+        bias: bool = True,
         track_running_stats: bool = True,
+        unbiased: bool = True,
         dtype: DTypeLike = np.float32,
     ) -> None:
         self.comm = world() if comm is None else comm
         self.reduce = reduce
-        error: Exception | None = None
+        error: BaseException | None = None
         try:
             super().__init__(
                 num_features,
@@ -118,14 +119,16 @@ class SyncBatchNorm(BatchNorm):
                 eps=eps,
                 momentum=momentum,
                 affine=affine,
+                bias=bias,
                 track_running_stats=track_running_stats,
+                unbiased=unbiased,
                 dtype=dtype,
             )
             if reduce not in ("local", "sum"):
                 raise ValueError(f"reduce must be 'local' or 'sum', got {reduce!r}")
-        except (TypeError, ValueError) as refused:
+        except BaseException as refused:
             error = refused
-        described = [str(other) for other in self.comm.allgather(repr(self) if error is None else error)]
+        described = self.comm.allgather(repr(self) if error is None else f"{type(error).__name__}: {error}")
         if error is not None:
             raise error
         for rank, other in enumerate(described):
@@ -135,7 +138,7 @@ class SyncBatchNorm(BatchNorm):
                 )
 
     def __repr__(self) -> str:
-        return f"Sync{super().__repr__()[:-1]}, reduce={self.reduce!r})"
+        return f"{super().__repr__()[:-1]}, reduce={self.reduce!r})"
 
     def __call__(self, x: ArrayLike, *, out: Array | None = None, num_threads: int | None = None) -> Array:
         """Normalize x, and in training move the running statistics; all ranks have to take part in training.
@@ -157,40 +160,32 @@ class SyncBatchNorm(BatchNorm):
         """
         if not self.training and self.running_mean is not None:
             return super().__call__(x, out=out, num_threads=num_threads)
-        x, total = self._gather_moments(x, out, num_threads)
-        y, saved = functional.forward(
-            x,
-            self.gamma,
-            self.beta,
-            axis=self.axis,
-            eps=self.eps,
-            moments=total,
-            out=out,
-            num_threads=num_threads,
-        )
-        self._follow(saved, partial(self._backward_together, saved=saved))
-        return y
 
-    def _gather_moments(self, x: ArrayLike, out: Array | None, num_threads: int | None) -> tuple[Array, Moments]:
-        """x as an array, and the moments of all ranks."""
-
-        def own() -> tuple[float, Numbers, Array]:
+        def own() -> tuple[float, Numbers, tuple[Array, Array, tuple[Array | None, Array | None]]]:
             array = _arrays.as_float(x, "x")
             self._check_channels(array)
+            _arrays.as_eps(self.eps)
+            parameters = self.gamma, self.beta
             if out is not None:
                 _arrays.check_out(out, array.shape, array.dtype)
                 _arrays.check_overlap(out, {"x": array, "gamma": self.gamma, "beta": self.beta})
-            return _STATUS[array.dtype], _packed(Moments.of(array, self.axis, num_threads=num_threads)), array
+            given, layout = _arrays.lay_out(array, self.axis)
+            y = layout.empty(given.dtype) if out is None else layout.room(out, given.dtype)
+            moments = Moments.of(given, self.axis, num_threads=num_threads)
+            return _STATUS[given.dtype], _packed(moments), (given, y, parameters)
 
-        packets, array = self._exchange(own, 1 + 3 * self.num_features)
-        statuses = {int(packet[0]) for packet in packets}
-        if len(statuses) > 1:
+        packets, (given, y, (gamma, beta)) = self._exchange(own, 1 + 3 * self.num_features)
+        if len({packet[0] for packet in packets}) > 1:
             names = [("float32", "float64")[int(packet[0])] for packet in packets]
             raise TypeError(f"x must have the same dtype on all ranks, got {', '.join(names)}")
         total = _merged(packets)
         if total.count == 1:
             raise ValueError("training needs more than one value per channel on all ranks together, got 1")
-        return array, total
+        y, saved = functional.forward(
+            given, gamma, beta, axis=self.axis, eps=self.eps, moments=total, out=y, num_threads=num_threads
+        )
+        self._follow(saved)
+        return y if out is None else _arrays.deliver(y, out)
 
     def _population(self, batches: Iterable[ArrayLike], progress: bool, num_threads: int | None) -> Moments:
         """Of the batches of all ranks, for `recalibrate`, which all have to call."""
@@ -204,12 +199,13 @@ class SyncBatchNorm(BatchNorm):
     def _exchange(self, own: Callable[[], tuple[float, Numbers, Any]], size: int) -> tuple[Numbers, Any]:
         """The packets of all ranks in their order, and what this one made beside its own."""
         packet, made, error = np.zeros(1 + size), None, None
+        packets = np.empty((self.comm.Get_size(), packet.size))
         packet[0] = _REFUSED
         try:
-            packet[0], packet[1:], made = own()
-        except (TypeError, ValueError, MemoryError) as refused:
+            status, packet[1:], made = own()
+            packet[0] = status
+        except BaseException as refused:
             error = refused
-        packets = np.empty((self.comm.Get_size(), packet.size))
         self.comm.Allgather(packet, packets)
         if error is not None:
             raise error
@@ -218,23 +214,24 @@ class SyncBatchNorm(BatchNorm):
             raise RuntimeError(f"rank {refused_by[0]} refused its arguments; its own error says why")
         return packets, made
 
-    def _backward_together(
-        self,
-        dy: ArrayLike,
-        *,
-        saved: Saved,
-        need: Collection[str],
-        out: Array | None,
-        num_threads: int | None,
+    def _backward(
+        self, dy: ArrayLike, saved: Saved, need: Collection[str], out: Array | None, num_threads: int | None
     ) -> Gradients:
-        def own() -> tuple[float, Numbers, GradientSums]:
+        def own() -> tuple[float, Numbers, tuple[GradientSums, Array, Array | None]]:
             functional.check_backward(dy, saved, need, out)
-            sums = functional.grad_sums(dy, saved, num_threads=num_threads)
-            return _STATUS[saved.x.dtype], sums._table.ravel(), sums
+            layout = saved._layout
+            given = layout.bring(functional.like_x(dy, saved))
+            dx = None
+            if "dx" in need:
+                dx = layout.empty(given.dtype) if out is None else layout.room(out, given.dtype)
+            sums = functional.grad_sums(given, saved, num_threads=num_threads)
+            return _STATUS[given.dtype], sums._table.ravel(), (sums, given, dx)
 
-        packets, local = self._exchange(own, 2 * self.num_features)
+        packets, (local, given, dx) = self._exchange(own, 2 * self.num_features)
         total = GradientSums.merge_all(saved.count, packets[:, 1:].reshape(len(packets), 2, -1))
-        gradients = functional.backward(dy, saved, sums=total, need=need, out=out, num_threads=num_threads)
+        gradients = functional.backward(given, saved, sums=total, need=need, out=dx, num_threads=num_threads)
+        if out is not None and dx is not None:
+            gradients = gradients._replace(dx=_arrays.deliver(dx, out))
         if self.reduce == "sum":
             return gradients
         own_dgamma, own_dbeta = functional.own_parameters(local, saved)
@@ -243,9 +240,3 @@ class SyncBatchNorm(BatchNorm):
             None if gradients.dgamma is None else own_dgamma.astype(gradients.dgamma.dtype),
             None if gradients.dbeta is None else own_dbeta.astype(gradients.dbeta.dtype),
         )
-
-
-if __name__ == "__main__":
-    from batchnorm.mpi_check import main
-
-    sys.exit(main())
