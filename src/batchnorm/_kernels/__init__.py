@@ -4,8 +4,8 @@
                 └─ float32_LEVEL  kernels.pxi → partition, formula → reduce, finish, apply → vector.h
                 └─ float64_LEVEL  the same sources for the other type
 
-The best level that this processor runs and this build has is taken, or the one named by `BATCHNORM_ISA`. A level that is
-named and cannot be had is an error: falling back would hide a broken build and spoil a measurement.
+The best level that this processor runs and this build has is taken, or the one named by `BATCHNORM_ISA`. A level that
+is named and cannot be had is an error: falling back would hide a broken build and spoil a measurement.
 """
 
 import importlib
@@ -54,7 +54,7 @@ def use(name: str) -> None:
         raise ImportError(f"the kernel level must be one of {', '.join(runtime.built())} (built here), got {name!r}")
     if name not in runtime.supported():
         raise ImportError(f"this processor cannot run the kernel level {name!r}, only {', '.join(available())}")
-    of_size = {size: importlib.import_module(f"{__name__}.float{8 * size}_{name}") for size in (4, 8)}  # type: ignore[misc]
+    of_size = {size: importlib.import_module(f"{__name__}.float{8 * size}_{name}") for size in (4, 8)}
     level = name
 
 
