@@ -79,9 +79,9 @@ def serial(session):
 @nox.session
 @nox.parametrize("kind", ["address", "thread"])
 def sanitize(session, kind):
-    """The suite under a sanitizer; see tests/sanitize.sh for what it needs."""
+    """The suite under a sanitizer; see tools/sanitize.sh for what it needs."""
     session.install(".[test]", "cython", "cython-cmake", "scikit-build-core", "cmake", "ninja")
-    session.run("tests/sanitize.sh", kind, *session.posargs, external=True)
+    session.run("tools/sanitize.sh", kind, *session.posargs, external=True)
 
 
 @nox.session
@@ -117,7 +117,7 @@ def wheel(session):
             session.error(f"{first.name} has other bytes when the last commit is built in another folder")
     sdist, _, repaired = built
     session.run("python", "-m", "twine", "check", "--strict", str(sdist))
-    session.run("python", "tests/audit.py", str(repaired))
+    session.run("python", "tools/audit.py", str(repaired))
     only = session.posargs[1:] if session.posargs[:1] == ["--only"] else PYTHONS
     for python in PYTHONS:
         if python in only:

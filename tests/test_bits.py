@@ -1,7 +1,7 @@
 """The same input gives the same bits: any number of threads, any level, any platform, fused or in steps, run after run.
 
-`golden.json` has a digest of the results for every view. `python tests/test_bits.py` writes it anew: a change users
-see, so CHANGELOG has to name it.
+`golden.json` has a digest of the results for every view. `PYTHONPATH=tests/support python tests/test_bits.py` writes
+it anew: a change users see, so CHANGELOG has to name it.
 """
 
 import contextlib
@@ -93,7 +93,8 @@ def test_any_platform():
 def digest(environment, before=""):
     """Digest of all results, calculated by a new process."""
     program = f"{before}\nimport test_bits\nprint(test_bits.digest_here())"
-    return succeeds(program, timeout=300, PYTHONPATH=os.path.dirname(__file__), **environment)
+    here = Path(__file__).parent
+    return succeeds(program, timeout=300, PYTHONPATH=f"{here}{os.pathsep}{here / 'support'}", **environment)
 
 
 def digest_here():

@@ -2,8 +2,8 @@
 # The suite under sanitizers, from the root of a clone, in an environment with what `pip install '.[test]'` brings and
 # cython, cython-cmake, scikit-build-core, cmake, ninja:
 #
-#   tests/sanitize.sh address [ARGUMENTS OF PYTEST]     AddressSanitizer and UndefinedBehaviorSanitizer, bounds and overflow checked
-#   tests/sanitize.sh thread                            ThreadSanitizer, clang, libomp and Archer, which tells it what OpenMP does
+#   tools/sanitize.sh address [ARGUMENTS OF PYTEST]     AddressSanitizer and UndefinedBehaviorSanitizer, bounds and overflow checked
+#   tools/sanitize.sh thread                            ThreadSanitizer, clang, libomp and Archer, which tells it what OpenMP does
 #
 # Debian: apt-get install gcc; for `thread` clang-19 libclang-rt-19-dev libomp-19-dev llvm-19.
 set -euo pipefail
@@ -35,19 +35,19 @@ thread() {
     local llvm=${LLVM:-/usr/lib/llvm-19} runtime
     runtime=$("$llvm/bin/clang" -print-file-name=libclang_rt.tsan-x86_64.so)
     CC=$llvm/bin/clang LDFLAGS="-fsanitize=thread -L$llvm/lib -Wl,-rpath,$llvm/lib" \
-        CFLAGS="-fsanitize=thread -g -fno-omit-frame-pointer -fno-vectorize -fno-slp-vectorize -fno-builtin -include $PWD/tests/tsan.h" \
+        CFLAGS="-fsanitize=thread -g -fno-omit-frame-pointer -fno-vectorize -fno-slp-vectorize -fno-builtin -include $PWD/tools/tsan.h" \
         build kernels -C cmake.build-type=None
     under() {
-        PYTHONPATH="$work/kernels:tests" OMP_TOOL_LIBRARIES="$llvm/lib/libarcher.so" LD_PRELOAD="$runtime" \
+        PYTHONPATH="$work/kernels:tests:tests/support" OMP_TOOL_LIBRARIES="$llvm/lib/libarcher.so" LD_PRELOAD="$runtime" \
             TSAN_OPTIONS="ignore_noninstrumented_modules=1 history_size=7 halt_on_error=1 exitcode=66 external_symbolizer_path=$llvm/bin/llvm-symbolizer" \
             python "$@"
     }
     ARCHER_OPTIONS=verbose=1 under -c 'import batchnorm' 2>&1 | grep 'Archer detected'
     local level status
     for level in $(under -c 'from batchnorm import _kernels; print(*_kernels.available())'); do
-        BATCHNORM_ISA=$level under tests/race.py
+        BATCHNORM_ISA=$level under tools/race.py
         status=0
-        BATCHNORM_ISA=$level under tests/race.py --race > "$work/race.log" 2>&1 || status=$?
+        BATCHNORM_ISA=$level under tools/race.py --race > "$work/race.log" 2>&1 || status=$?
         if [ $status != 66 ] || ! grep -q 'ThreadSanitizer: data race' "$work/race.log"; then
             echo "$level: a deliberate race was not found (exit status $status)"
             cat "$work/race.log"
