@@ -29,7 +29,8 @@ def lint(session):
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
     session.run("mypy")
-    session.run("cython-lint", *map(str, Path("src").rglob("*.pyx")))
+    cython = [path for path in Path("src").rglob("*.p*") if path.suffix in (".pyx", ".pxd", ".pxi")]
+    session.run("cython-lint", *map(str, cython))
     if not Path(".github").exists():
         return
     schemas = {

@@ -106,7 +106,7 @@ def max_threads():
 
 
 def processors():
-    """Processors that OpenMP's threads may run on; where it has pinned this thread to one, more than this thread may."""
+    """Processors that OpenMP's threads may run on; more than this thread may where it has pinned this one."""
     return usable_processors()
 
 
