@@ -68,6 +68,7 @@ def values(rng):
     xhat, _ = bn.forward(x, eps=EPS)
     dx, dgamma, dbeta = bn.backward(dy, saved)
     dxhat, dvar, dmean = bn.moment_gradients(dy, saved)
+    parts = [bn.forward(part)[1] for part in (x[:-2], x[-2:])]
     eye = np.eye(N)
     moved = [lambda h, i=i: bn.forward(x + h * eye[:, [i]], eps=EPS)[1] for i in range(N)]
     return {
@@ -94,6 +95,15 @@ def values(rng):
         "x": x[:, 0],
         "y": y[:, 0],
         "n": N,
+        # Any pivot, and the two parts of the batch that are merged.
+        "p": 2.5,
+        "m_{a}": parts[0].mean[0],
+        "m_{b}": parts[1].mean[0],
+        "n_{a}": N - 2,
+        "n_{b}": 2,
+        "Q_{a}": parts[0].var[0] * (N - 2),
+        "Q_{b}": parts[1].var[0] * 2,
+        "Q": saved.var[0] * N,
         # What has no name outside the kernel is made of what has; its formula defines it, its last use checks it.
         "T": dgamma[0] / saved.rstd[0],
         "F": bn.backward(np.ones_like(dy), saved, through=()).dx[0, 0],
