@@ -2,6 +2,7 @@
 
 import doctest
 import importlib
+import os
 import pkgutil
 import platform
 import re
@@ -9,6 +10,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 from processes import python, succeeds
 
@@ -92,9 +94,12 @@ def test_without_avx_the_lowest_level_is_used(monkeypatch):
 
 
 def test_a_source_checkout_says_what_to_do(tmp_path):
-    """The files of the package as they are in a clone: without compiled modules."""
+    """The files of the package as they are in a clone: without compiled modules.
+
+    Without `site`, whose import hooks of an editable install would find the compiled modules all the same.
+    """
     shutil.copytree(Path(bn.__file__).parent, tmp_path / "batchnorm", ignore=shutil.ignore_patterns("*.so"))
-    run = python("import batchnorm", PYTHONPATH=str(tmp_path))
+    run = python("import batchnorm", "-S", PYTHONPATH=f"{tmp_path}{os.pathsep}{Path(np.__file__).parents[1]}")
     last = run.stderr.strip().splitlines()[-1]
     assert last == (
         f"ImportError: {tmp_path / 'batchnorm'} has no kernels compiled for this Python; "
