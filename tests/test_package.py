@@ -1,7 +1,9 @@
 """The package as a user meets it: what it exports, how it chooses its kernels, what it prints and documents."""
 
+import ast
 import doctest
 import importlib
+import inspect
 import os
 import pkgutil
 import platform
@@ -147,6 +149,49 @@ def test_every_module_imports():
     for module in pkgutil.walk_packages(bn.__path__, "batchnorm."):
         if not module.name.endswith("__main__") and "._kernels.float" not in module.name:
             importlib.import_module(module.name)
+
+
+def compiled(module):
+    """Each function's arguments in their order, with their defaults, and the names of the numbers."""
+    public = {name: value for name, value in vars(module).items() if not name.startswith("_")}
+    functions = {
+        name: [(argument.name, argument.default) for argument in inspect.signature(value).parameters.values()]
+        for name, value in public.items()
+        if callable(value)
+    }
+    return functions, {name for name, value in public.items() if type(value) is int}
+
+
+def declared(nodes):
+    """The same of a stub."""
+    functions = {}
+    for function in nodes:
+        if isinstance(function, ast.FunctionDef):
+            names = [argument.arg for argument in function.args.args]
+            defaults = list(map(ast.literal_eval, function.args.defaults))
+            defaults = [inspect.Parameter.empty] * (len(names) - len(defaults)) + defaults
+            arguments = zip(names, defaults, strict=True)
+            functions[function.name] = [argument for argument in arguments if argument[0] != "self"]
+    return functions, {node.target.id for node in nodes if isinstance(node, ast.AnnAssign)}
+
+
+def stub(name):
+    return ast.parse(Path(_kernels.__file__).with_name(name).read_text()).body
+
+
+@pytest.mark.parametrize("size", [4, 8])
+def test_the_kernels_are_what_their_stub_says(size, level):
+    (protocol,) = (node for node in stub("kernels.pyi") if isinstance(node, ast.ClassDef))
+    functions, numbers = compiled(_kernels.of_size[size])
+    assert "forward" in functions
+    assert (functions, numbers) == declared(protocol.body)
+
+
+def test_the_runtime_is_what_its_stub_says():
+    functions, numbers = compiled(runtime)
+    assert "supported" in functions
+    assert "MEAN" in numbers
+    assert (functions, numbers) == declared(stub("runtime.pyi"))
 
 
 @pytest.mark.skipif(shutil.which("readelf") is None, reason="needs readelf")
