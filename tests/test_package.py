@@ -32,6 +32,7 @@ DOCUMENTED = [
     "_threads",
     "_config",
 ]
+SOURCES = (".py", ".pyi", ".pyx", ".pxd", ".pxi", ".h", ".sh")
 
 
 @pytest.mark.parametrize("name", DOCUMENTED)
@@ -107,6 +108,24 @@ def test_a_source_checkout_says_what_to_do(tmp_path):
         f"ImportError: {tmp_path / 'batchnorm'} has no kernels compiled for this Python; "
         "in a source checkout install batchnorm first, with python -m pip install ."
     )
+
+
+CONTRIBUTING = Path(__file__).parents[1] / "CONTRIBUTING.md"
+
+
+@pytest.mark.skipif(not CONTRIBUTING.exists(), reason="the sources are not here")
+def test_the_table_of_rooms_names_every_room():
+    root = CONTRIBUTING.parent
+    table = CONTRIBUTING.read_text().partition("## Rooms")[2].partition("\n## ")[0]
+    package = [path for path in (root / "src").rglob("*.*") if path.suffix in SOURCES]
+    others = [
+        path for folder in ("tests/support", "tests/fuzz", "tools", "bench") for path in (root / folder).glob("*.*")
+    ]
+    rooms = {path.name for path in package + others if path.suffix in SOURCES} - {"__init__.py"}
+    rooms |= {f"{path.parent.name}/" for path in package + others} - {"batchnorm/", "__pycache__/"}
+    assert "formula.pxi" in rooms
+    assert "mpi/" in rooms
+    assert [room for room in sorted(rooms) if f"{room}`" not in table] == []
 
 
 @pytest.mark.parametrize("version", ["1.25.2", "1.26.0rc1"])
