@@ -138,10 +138,12 @@ cdef void spread(const double *restrict value, Py_ssize_t channels, Py_ssize_t r
 cdef void gather(double *column, Py_ssize_t channels, Py_ssize_t run, Py_ssize_t group, double *value) noexcept nogil:
     """Add up the columns of each channel, always in the same order."""
     cdef double total[TOTALS]
-    cdef Py_ssize_t c, g, i, j, length = channels * run
-    for g in range(1, group):
-        for j in range(length):
-            column[j] += column[g * length + j]
+    cdef Py_ssize_t c, half, i, j
+    while group > 1:
+        half = group // 2
+        group -= half
+        for j in range(half * channels * run):
+            column[j] += column[group * channels * run + j]
     if run == 1:
         memcpy(value, column, channels * sizeof(double))
         return
