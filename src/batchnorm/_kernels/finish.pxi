@@ -1,122 +1,98 @@
 # ---- Finish: merge the blocks of a tile, derive the statistics and the coefficients ------------------------------------
-# float64 arithmetic on numbers per channel. Each row to be written is a pointer of its own, or the compiler does not see
-# that the loop can become vector code.
+# float64 arithmetic on numbers per channel. s is a tile's part of the statistics, g of the gradients, p of the blocks'
+# sums and k of the coefficients; rows of a table are C numbers apart.
 
 cdef enum:
-    CENTRE, SCALE, SLOPE, SHIFT, COEFFICIENT_ROWS       # rows of the coefficients of y and dx
-
-
-cdef void merge_moments(double *restrict pivot, double *restrict delta, double *restrict m2, double n,
-                        const double *restrict other, Py_ssize_t C, double other_n, Py_ssize_t channels) noexcept nogil:
-    cdef Py_ssize_t c
-    for c in range(channels):
-        chan(pivot + c, delta + c, m2 + c, n, other[PIVOT * C + c], other[DELTA * C + c], other[SQUARES * C + c],
-             other_n)
-
-
-cdef void merge_sums(double *restrict sum1, double *restrict sum2, const double *restrict other, Py_ssize_t C,
-                     Py_ssize_t channels) noexcept nogil:
-    cdef Py_ssize_t c
-    for c in range(channels):
-        sum1[c] += other[SUM * C + c]
-        sum2[c] += other[SUM_D * C + c]
-
-
-cdef void merge_blocks(const Work *work, Py_ssize_t first, Py_ssize_t channels, bint moments) noexcept nogil:
-    """Merge neighbours, then pairs of neighbours, and so on: a tree that depends on the number of blocks alone."""
-    cdef Py_ssize_t i, step = 1, C = work.C, size = PARTIAL_ROWS * C
-    cdef Py_ssize_t start, middle, stop
-    cdef double *left
-    while step < work.blocks:
-        for i from 0 <= i < work.blocks - step by 2 * step:
-            left = work.partial + i * size + first
-            if moments:
-                start = values_before(work, i)
-                middle = values_before(work, i + step)
-                stop = values_before(work, min(i + 2 * step, work.blocks))
-                merge_moments(left + PIVOT * C, left + DELTA * C, left + SQUARES * C, middle - start,
-                              left + step * size, C, stop - middle, channels)
-            else:
-                merge_sums(left + SUM * C, left + SUM_D * C, left + step * size, C, channels)
-        step *= 2
-
-
-cdef void set_statistics(const double *restrict merged, double *restrict mean, double *restrict mean_low,
-                         double *restrict m2, Py_ssize_t C, Py_ssize_t channels) noexcept nogil:
-    cdef Py_ssize_t c
-    for c in range(channels):
-        mean[c] = two_sum(merged[PIVOT * C + c], merged[DELTA * C + c], mean_low + c)
-        m2[c] = merged[SQUARES * C + c]
-
-
-cdef void set_rstd(const double *restrict m2, double *restrict var, double *restrict rstd, Py_ssize_t channels,
-                   double n, double eps) noexcept nogil:
-    cdef Py_ssize_t c
-    for c in range(channels):
-        var[c] = m2[c] / n
-        rstd[c] = rstd_of(var[c] + eps)
-
-
-cdef void set_centres(const double *restrict s, double *restrict centre, Py_ssize_t C,
-                      Py_ssize_t channels) noexcept nogil:
-    cdef Py_ssize_t c
-    for c in range(channels):
-        centre[c] = centre_of(s[MEAN * C + c], s[VAR * C + c])
-
-
-cdef void set_scale_and_shift(const double *restrict s, const double *restrict centre, double *restrict scale,
-                              double *restrict shift, Py_ssize_t C, Py_ssize_t channels) noexcept nogil:
-    cdef Py_ssize_t c
-    for c in range(channels):
-        scale[c] = s[GAMMA * C + c] * s[RSTD * C + c]
-        shift[c] = s[BETA * C + c] - ((s[MEAN * C + c] - centre[c]) + s[MEAN_LOW * C + c]) * scale[c]
+    CENTRE, SCALE, SLOPE, SHIFT, COEFFICIENT_ROWS       # of y = (x − centre)·scale + shift, and of dx
 
 
 cdef inline Py_ssize_t channels_of(const Work *work, Py_ssize_t tile) noexcept nogil:
     return min(work.tile_channels, work.C - tile * work.tile_channels)
 
 
-cdef void finish_normalize(const Work *work, Py_ssize_t tile) noexcept nogil:
-    """The coefficients of y from the statistics."""
-    cdef Py_ssize_t C = work.C, first = tile * work.tile_channels, channels = channels_of(work, tile)
-    cdef double *to = work.coefficient + first
-    set_centres(work.statistics + first, to + CENTRE * C, C, channels)
-    set_scale_and_shift(work.statistics + first, to + CENTRE * C, to + SCALE * C, to + SHIFT * C, C, channels)
+cdef void merge_two(double *restrict p, const double *restrict other, Py_ssize_t C, Py_ssize_t channels, double n,
+                    double other_n, bint gradient) noexcept nogil:
+    """Merge the sums of another block, or its moments, into those of this one."""
+    cdef Py_ssize_t c
+    for c in range(channels):
+        if gradient:
+            p[SUM * C + c] += other[SUM * C + c]
+            p[SUM_D * C + c] += other[SUM_D * C + c]
+        else:
+            chan(p + PIVOT * C + c, p + DELTA * C + c, p + SQUARES * C + c, n, other[PIVOT * C + c],
+                 other[DELTA * C + c], other[SQUARES * C + c], other_n)
+
+
+cdef double *merge_blocks(const Work *work, Py_ssize_t tile, bint gradient) noexcept nogil:
+    """Merge neighbours, then pairs of neighbours, and so on: a tree that depends on the number of blocks alone."""
+    cdef Py_ssize_t i, step = 1, C = work.C, size = PARTIAL_ROWS * C
+    cdef Py_ssize_t start, middle, stop
+    cdef double *p = work.partial + tile * work.tile_channels
+    while step < work.blocks:
+        for i from 0 <= i < work.blocks - step by 2 * step:
+            start = values_before(work, i)
+            middle = values_before(work, i + step)
+            stop = values_before(work, min(i + 2 * step, work.blocks))
+            merge_two(p + i * size, p + (i + step) * size, C, channels_of(work, tile), middle - start, stop - middle,
+                      gradient)
+        step *= 2
+    return p
+
+
+cdef void set_rstd(double *restrict s, Py_ssize_t C, Py_ssize_t channels, double n, double eps) noexcept nogil:
+    cdef Py_ssize_t c
+    for c in range(channels):
+        s[VAR * C + c] = s[M2 * C + c] / n
+        s[RSTD * C + c] = rstd_of(s[VAR * C + c] + eps)
 
 
 cdef void finish_moments(const Work *work, Py_ssize_t tile) noexcept nogil:
     """The statistics from the blocks."""
-    cdef Py_ssize_t C = work.C, first = tile * work.tile_channels, channels = channels_of(work, tile)
-    cdef double *s = work.statistics + first
-    merge_blocks(work, first, channels, True)
-    set_statistics(work.partial + first, s + MEAN * C, s + MEAN_LOW * C, s + M2 * C, C, channels)
-    set_rstd(s + M2 * C, s + VAR * C, s + RSTD * C, channels, work.N * work.S, work.eps)
+    cdef Py_ssize_t c, C = work.C
+    cdef const double *restrict p = merge_blocks(work, tile, False)
+    cdef double *restrict s = work.statistics + tile * work.tile_channels
+    for c in range(channels_of(work, tile)):
+        s[MEAN * C + c] = two_sum(p[PIVOT * C + c], p[DELTA * C + c], s + MEAN_LOW * C + c)
+        s[M2 * C + c] = p[SQUARES * C + c]
+    set_rstd(s, C, channels_of(work, tile), work.N * work.S, work.eps)
+
+
+cdef void set_centres(const double *restrict s, double *restrict k, Py_ssize_t C, Py_ssize_t channels) noexcept nogil:
+    """What x is shifted by, and in SHIFT the rest of the mean."""
+    cdef Py_ssize_t c
+    for c in range(channels):
+        k[CENTRE * C + c] = centre_of(s[MEAN * C + c], s[VAR * C + c])
+        k[SHIFT * C + c] = (s[MEAN * C + c] - k[CENTRE * C + c]) + s[MEAN_LOW * C + c]
+
+
+cdef bint finish_normalize(const Work *work, Py_ssize_t tile) noexcept nogil:
+    """The coefficients of y from the statistics; whether all of them fit the data's type."""
+    cdef Py_ssize_t c, C = work.C
+    cdef const double *restrict s = work.statistics + tile * work.tile_channels
+    cdef double *restrict k = work.coefficient + tile * work.tile_channels
+    set_centres(s, k, C, channels_of(work, tile))
+    for c in range(channels_of(work, tile)):
+        k[SCALE * C + c] = s[GAMMA * C + c] * s[RSTD * C + c]
+        k[SHIFT * C + c] = s[BETA * C + c] - k[SHIFT * C + c] * k[SCALE * C + c]
+    return all_fit(k, C, channels_of(work, tile), False)
 
 
 cdef void start_grad_sums(const Work *work, Py_ssize_t tile) noexcept nogil:
-    """What x is shifted by in Σdy·(x − centre)."""
     cdef Py_ssize_t first = tile * work.tile_channels
-    set_centres(work.statistics + first, work.coefficient + CENTRE * work.C + first, work.C, channels_of(work, tile))
-
-
-cdef void set_sums(const double *restrict merged, const double *restrict s, const double *restrict centre,
-                   double *restrict sum_dy, double *restrict sum_dy_xmu, double *restrict dgamma, Py_ssize_t C,
-                   Py_ssize_t channels) noexcept nogil:
-    cdef Py_ssize_t c
-    for c in range(channels):
-        sum_dy[c] = merged[SUM * C + c]
-        sum_dy_xmu[c] = (merged[SUM_D * C + c]
-                         - ((s[MEAN * C + c] - centre[c]) + s[MEAN_LOW * C + c]) * merged[SUM * C + c])
-        dgamma[c] = dgamma_of(sum_dy_xmu[c], s[RSTD * C + c])
+    set_centres(work.statistics + first, work.coefficient + first, work.C, channels_of(work, tile))
 
 
 cdef void finish_grad_sums(const Work *work, Py_ssize_t tile) noexcept nogil:
-    """The sums and dgamma from the blocks."""
-    cdef Py_ssize_t C = work.C, first = tile * work.tile_channels, channels = channels_of(work, tile)
-    cdef double *g = work.gradients + first
-    merge_blocks(work, first, channels, False)
-    set_sums(work.partial + first, work.statistics + first, work.coefficient + CENTRE * C + first, g + SUM_DY * C,
-             g + SUM_DY_XMU * C, g + DGAMMA * C, C, channels)
+    """The sums about the mean, and dgamma, from the blocks' sums about the centre."""
+    cdef Py_ssize_t c, C = work.C
+    cdef const double *restrict p = merge_blocks(work, tile, True)
+    cdef const double *restrict s = work.statistics + tile * work.tile_channels
+    cdef const double *restrict k = work.coefficient + tile * work.tile_channels
+    cdef double *restrict g = work.gradients + tile * work.tile_channels
+    for c in range(channels_of(work, tile)):
+        g[SUM_DY * C + c] = p[SUM * C + c]
+        g[SUM_DY_XMU * C + c] = p[SUM_D * C + c] - k[SHIFT * C + c] * p[SUM * C + c]
+        g[DGAMMA * C + c] = dgamma_of(g[SUM_DY_XMU * C + c], s[RSTD * C + c])
 
 
 cdef inline bint is_sloped(int through) noexcept nogil:
@@ -124,31 +100,26 @@ cdef inline bint is_sloped(int through) noexcept nogil:
     return through & (THROUGH_VARIANCE | UPSTREAM)
 
 
-cdef void set_gradient(const double *restrict s, const double *restrict g, double *restrict centre,
-                       double *restrict scale, double *restrict slope, double *restrict shift, Py_ssize_t C,
-                       Py_ssize_t channels, double n, int through) noexcept nogil:
-    """Coefficients of dx: the paper's three terms by what they multiply."""
-    cdef bint mean = through & THROUGH_MEAN, variance = through & THROUGH_VARIANCE, upstream = through & UPSTREAM
-    cdef bint sloped = is_sloped(through)
-    cdef double dmean, dvar, upstream_dmean, upstream_dvar, from_centre
-    cdef Py_ssize_t c
-    for c in range(channels):
+cdef bint finish_grad_apply(const Work *work, Py_ssize_t tile) noexcept nogil:
+    """The coefficients of dx, the paper's three terms by what they multiply; whether all of them fit the data's type."""
+    cdef bint mean = work.through & THROUGH_MEAN, variance = work.through & THROUGH_VARIANCE
+    cdef bint upstream = work.through & UPSTREAM, sloped = is_sloped(work.through)
+    cdef double scale, dmean, dvar, upstream_dmean, upstream_dvar
+    cdef Py_ssize_t c, C = work.C
+    cdef const double *restrict s = work.statistics + tile * work.tile_channels
+    cdef const double *restrict g = work.gradients + tile * work.tile_channels
+    cdef double *restrict k = work.coefficient + tile * work.tile_channels
+    set_centres(s, k, C, channels_of(work, tile))
+    for c in range(channels_of(work, tile)):
         # Everything is read, so that choosing needs no branch.
         upstream_dmean, upstream_dvar = g[UPSTREAM_DMEAN * C + c], g[UPSTREAM_DVAR * C + c]
-        scale[c] = s[GAMMA * C + c] * s[RSTD * C + c]
-        dmean = dmean_of(scale[c], g[SUM_DY * C + c])
-        dvar = dvar_of(scale[c], s[RSTD * C + c], g[DGAMMA * C + c])
+        scale = s[GAMMA * C + c] * s[RSTD * C + c]
+        dmean = dmean_of(scale, g[SUM_DY * C + c])
+        dvar = dvar_of(scale, s[RSTD * C + c], g[DGAMMA * C + c])
         dmean = (dmean if mean else 0) + (upstream_dmean if upstream else 0)
         dvar = (dvar if variance else 0) + (upstream_dvar if upstream else 0)
-        centre[c] = centre_of(s[MEAN * C + c], s[VAR * C + c]) if sloped else 0
-        from_centre = (s[MEAN * C + c] - centre[c]) + s[MEAN_LOW * C + c]
-        slope[c] = 2 * dvar / n
-        shift[c] = dmean / n - (from_centre * slope[c] if sloped else 0)
-
-
-cdef void finish_grad_apply(const Work *work, Py_ssize_t tile) noexcept nogil:
-    """The coefficients of dx from the sums."""
-    cdef Py_ssize_t C = work.C, first = tile * work.tile_channels
-    cdef double *to = work.coefficient + first
-    set_gradient(work.statistics + first, work.gradients + first, to + CENTRE * C, to + SCALE * C, to + SLOPE * C,
-                 to + SHIFT * C, C, channels_of(work, tile), work.count, work.through)
+        k[SCALE * C + c] = scale
+        k[SLOPE * C + c] = 2 * dvar / work.count
+        k[SHIFT * C + c] = dmean / work.count - (k[SHIFT * C + c] * k[SLOPE * C + c] if sloped else 0)
+        k[CENTRE * C + c] = k[CENTRE * C + c] if sloped else 0
+    return all_fit(k, C, channels_of(work, tile), sloped)

@@ -7,23 +7,12 @@ ctypedef fused number:
     wide
 
 
-cdef inline number load(const real *p, Py_ssize_t count, number like) noexcept nogil:
-    """`count` values, and zeros after them where they do not fill a vector."""
-    cdef vec v = load_vec(p) if count == VEC else load_first(p, count)
+cdef inline number load(const real *p, Py_ssize_t count, number fill) noexcept nogil:
+    """`count` values, and those of `fill` after them where they are less than a vector."""
     if number is vec:
-        return v
+        return load_vec(p) if count == VEC else load_first(p, count, fill)
     else:
-        return widened(v)
-
-
-cdef inline number only(number v, Py_ssize_t count) noexcept nogil:
-    """v with zeros after the first `count` values."""
-    if count == VEC:
-        return v
-    elif number is vec:
-        return first_vec(v, count)
-    else:
-        return first_wide(v, count)
+        return widened(load_vec(p) if count == VEC else load_first(p, count, narrowed(fill)))
 
 
 cdef inline number same(double value, number like) noexcept nogil:
@@ -46,21 +35,21 @@ cdef inline number tree(number *row, Py_ssize_t rows) noexcept nogil:
     return row[0] + row[1] if rows >= 2 else row[0]
 
 
-cdef inline void summands(const real *x, const real *dy, Py_ssize_t count, number pivot, number *a,
+cdef inline void summands(const real *x, const real *dy, bint gradient, Py_ssize_t count, number pivot, number *a,
                           number *a_d) noexcept nogil:
-    """What is summed: a and a·d with d = x − pivot. a is d for the moments, dy for the gradient, where dy is given."""
-    cdef number d = only(load(x, count, pivot) - pivot, count)
-    a[0] = d if dy == NULL else load(dy, count, pivot)
+    """What is summed, a and a·d with d = x − pivot: a is d itself for the moments, dy for the gradient."""
+    cdef number d = load(x, count, pivot) - pivot
+    a[0] = load(dy, count, same(0, pivot)) if gradient else d
     a_d[0] = a[0] * d
 
 
-cdef inline number normalized(number x, number centre, number scale, number shift) noexcept nogil:
+cdef inline number y_of(number x, number centre, number scale, number shift) noexcept nogil:
     """y = (x − centre)·scale + shift, with scale = gamma·rstd and shift = beta − (mean − centre)·scale."""
     return (x - centre) * scale + shift
 
 
-cdef inline number gradient(number dy, number x, number centre, number scale, number slope,
-                            number shift) noexcept nogil:
+cdef inline number dx_of(number dy, number x, number centre, number scale, number slope,
+                         number shift) noexcept nogil:
     """dx = dy·scale + (x − centre)·slope + shift, with slope = 2·dvar/n and shift = dmean/n − (mean − centre)·slope."""
     return dy * scale + ((x - centre) * slope + shift)
 

@@ -26,7 +26,7 @@ d) The steps are separate: reduce → finish → apply. A pass does them tile by
    after the other over all blocks when there are too few tiles to share among threads. A step that sums nothing follows
    the memory, row by row. A pass over more memory than a cache holds writes its result around it.
 """
-from cpython.buffer cimport PyBUF_CONTIG, PyBUF_CONTIG_RO, PyBUF_STRIDED_RO, PyBuffer_Release, PyObject_GetBuffer
+from cpython.buffer cimport PyBUF_CONTIG_RO, PyBUF_STRIDED_RO, PyBuffer_Release, PyObject_GetBuffer
 from cython.parallel import prange
 from libc.math cimport INFINITY, fabs, sqrt
 from libc.stdlib cimport free, malloc
@@ -48,14 +48,12 @@ cdef extern from "vector.h" nogil:
     ctypedef struct WideRow:
         double *at
     vec load_vec(const real *) noexcept
-    vec load_first(const real *, Py_ssize_t) noexcept
+    vec load_first(const real *, Py_ssize_t, vec) noexcept
     void store_vec(real *, vec) noexcept
     void store_first(real *, vec, Py_ssize_t) noexcept
     void stream_first(real *, vec, Py_ssize_t) noexcept
     void finish_streaming() noexcept
     Py_ssize_t to_piece(const real *) noexcept
-    vec first_vec(vec, Py_ssize_t) noexcept
-    wide first_wide(wide, Py_ssize_t) noexcept
     vec same_vec(double) noexcept
     wide same_wide(double) noexcept
     wide widened(vec) noexcept
@@ -76,18 +74,16 @@ include "apply.pxi"
 # ---- Doors ------------------------------------------------------------------------------------------------------------
 # The façade has checked what its user gave. What is checked here is what would write beyond an array.
 
-cdef double *borrow(str name, table, Py_ssize_t rows, Py_ssize_t channels, bint to_write) except NULL:
+cdef double *borrow(str name, table, Py_ssize_t rows, Py_ssize_t channels) except NULL:
     """Where a table of numbers per channel is, which its caller holds: 14 ns, and a typed memoryview is 150."""
     cdef Py_buffer buffer
-    cdef double *numbers
-    PyObject_GetBuffer(table, &buffer, PyBUF_CONTIG if to_write else PyBUF_CONTIG_RO)
-    numbers = <double *> buffer.buf
-    fits = (buffer.ndim == 2 and buffer.itemsize == sizeof(double) and buffer.shape[0] == rows
-            and buffer.shape[1] == channels)
+    cdef bint fits
+    PyObject_GetBuffer(table, &buffer, PyBUF_CONTIG_RO)
+    fits = buffer.ndim == 2 and buffer.shape[0] == rows and buffer.shape[1] == channels and buffer.itemsize == 8
     PyBuffer_Release(&buffer)
     if not fits:
         raise ValueError(f"{name} must be a table of {rows} × {channels} float64 numbers")
-    return numbers
+    return <double *> buffer.buf
 
 
 cdef int check_view(str name, const real[:, :, ::1] array, const Py_ssize_t *view) except -1:
@@ -97,11 +93,12 @@ cdef int check_view(str name, const real[:, :, ::1] array, const Py_ssize_t *vie
     return 0
 
 
-cdef int begin(Work *work, const Py_ssize_t *view, Py_ssize_t arrays, double *statistics,
-               double *gradients) except -1:
+cdef int begin(Work *work, const real[:, :, ::1] x, Py_ssize_t arrays, statistics, gradients) except -1:
     """Cut the work, and get scratch for a few numbers per block and channel, which `free(work.coefficient)` returns."""
-    cut(work, view[0], view[1], view[2], arrays)
-    work.statistics, work.gradients = statistics, gradients
+    cut(work, x.shape[0], x.shape[1], x.shape[2], arrays)
+    work.statistics = borrow("statistics", statistics, STATISTICS_ROWS, work.C)
+    if gradients is not None:
+        work.gradients = borrow("gradients", gradients, GRADIENT_ROWS, work.C)
     work.coefficient = <double *> malloc((COEFFICIENT_ROWS + PARTIAL_ROWS * work.blocks) * work.C * sizeof(double))
     if work.coefficient == NULL:
         raise MemoryError(f"no memory for the sums of {work.blocks} blocks of {work.C} channels")
@@ -111,19 +108,19 @@ cdef int begin(Work *work, const Py_ssize_t *view, Py_ssize_t arrays, double *st
 
 # With one thread a loop is an ordinary one: OpenMP takes 200 ns for a team of one.
 
-cdef void reduce_all(const Work *work, const real *x, const real *dy, int threads) noexcept nogil:
+cdef void reduce_all(const Work *work, const real *x, const real *dy, bint gradient, int threads) noexcept nogil:
     cdef Py_ssize_t i
     if threads == 1:
         for i in range(work.tiles * work.blocks):
-            reduce_block(work, tile_at(work, i), block_at(work, i), x, dy)
+            reduce_block(work, tile_at(work, i), block_at(work, i), x, dy, gradient)
     else:
         for i in prange(work.tiles * work.blocks, schedule="static", num_threads=threads):
-            reduce_block(work, tile_at(work, i), block_at(work, i), x, dy)
+            reduce_block(work, tile_at(work, i), block_at(work, i), x, dy, gradient)
 
 
 cdef void moments_of_all(const Work *work, const real *x, int threads) noexcept nogil:
     cdef Py_ssize_t tile
-    reduce_all(work, x, NULL, threads)
+    reduce_all(work, x, x, False, threads)
     for tile in range(work.tiles):
         finish_moments(work, tile)
 
@@ -133,8 +130,7 @@ cdef void normalize_all(const Work *work, const real *x, real *y, int threads) n
     cdef bint fit = True
     cdef Py_ssize_t i, tile
     for tile in range(work.tiles):
-        finish_normalize(work, tile)
-        fit &= tile_fits(work, tile, False)
+        fit &= finish_normalize(work, tile)
     if threads == 1:
         for i in range(ordered.tiles * ordered.blocks):
             normalize_block(&ordered, tile_at(&ordered, i), block_at(&ordered, i), x, y, fit)
@@ -147,10 +143,9 @@ cdef void forward_tile(const Work *work, Py_ssize_t tile, const real *x, real *y
     cdef Py_ssize_t b
     cdef bint fit
     for b in range(work.blocks):
-        reduce_block(work, tile, b, x, NULL)
+        reduce_block(work, tile, b, x, x, False)
     finish_moments(work, tile)
-    finish_normalize(work, tile)
-    fit = tile_fits(work, tile, False)
+    fit = finish_normalize(work, tile)
     for b in range(work.blocks - 1, -1, -1):        # the last block is the one still in cache
         normalize_block(work, tile, b, x, y, fit)
 
@@ -159,7 +154,7 @@ cdef void grad_sums_of_all(const Work *work, const real *x, const real *dy, int 
     cdef Py_ssize_t tile
     for tile in range(work.tiles):
         start_grad_sums(work, tile)
-    reduce_all(work, x, dy, threads)
+    reduce_all(work, x, dy, True, threads)
     for tile in range(work.tiles):
         finish_grad_sums(work, tile)
 
@@ -169,8 +164,7 @@ cdef void grad_apply_all(const Work *work, const real *x, const real *dy, real *
     cdef bint fit = True
     cdef Py_ssize_t i, tile
     for tile in range(work.tiles):
-        finish_grad_apply(work, tile)
-        fit &= tile_fits(work, tile, is_sloped(work.through))
+        fit &= finish_grad_apply(work, tile)
     if threads == 1:
         for i in range(ordered.tiles * ordered.blocks):
             gradient_block(&ordered, tile_at(&ordered, i), block_at(&ordered, i), x, dy, dx, fit)
@@ -184,10 +178,9 @@ cdef void backward_tile(const Work *work, Py_ssize_t tile, const real *x, const 
     cdef bint fit
     start_grad_sums(work, tile)
     for b in range(work.blocks):
-        reduce_block(work, tile, b, x, dy)
+        reduce_block(work, tile, b, x, dy, True)
     finish_grad_sums(work, tile)
-    finish_grad_apply(work, tile)
-    fit = tile_fits(work, tile, is_sloped(work.through))
+    fit = finish_grad_apply(work, tile)
     for b in range(work.blocks - 1, -1, -1):        # the last block is the one still in cache
         gradient_block(work, tile, b, x, dy, dx, fit)
 
@@ -196,15 +189,14 @@ def moments(const real[:, :, ::1] x, statistics, double eps, int num_threads):
     """mean, m2, var and rstd of each channel into `statistics`."""
     cdef Work work
     cdef int threads = team_size(num_threads)
-    begin(&work, x.shape, 1, borrow("statistics", statistics, STATISTICS_ROWS, x.shape[1], True), NULL)
+    begin(&work, x, 1, statistics, None)
     work.eps = eps
     with nogil:
         moments_of_all(&work, &x[0, 0, 0], threads)
     free(work.coefficient)
 
 
-def forward(const real[:, :, ::1] x, real[:, :, ::1] y, statistics, gamma, beta, double eps,
-            int num_threads):
+def forward(const real[:, :, ::1] x, real[:, :, ::1] y, statistics, gamma, beta, double eps, int num_threads):
     """`moments`, then y = gamma·(x − mean)·rstd + beta."""
     cdef Work work
     cdef int threads = team_size(num_threads)
@@ -212,10 +204,9 @@ def forward(const real[:, :, ::1] x, real[:, :, ::1] y, statistics, gamma, beta,
     cdef real *y0 = &y[0, 0, 0]
     cdef Py_ssize_t tile
     check_view("y", y, x.shape)
-    begin(&work, x.shape, 2, borrow("statistics", statistics, STATISTICS_ROWS, x.shape[1], True), NULL)
+    set_parameters(borrow("statistics", statistics, STATISTICS_ROWS, x.shape[1]), gamma, beta, x.shape[1])
+    begin(&work, x, 2, statistics, None)
     work.eps = eps
-    fill_row(work.statistics + GAMMA * work.C, gamma, work.C, 1)
-    fill_row(work.statistics + BETA * work.C, beta, work.C, 0)
     with nogil:
         if work.by_tile:
             if threads == 1:
@@ -235,27 +226,25 @@ def normalize(const real[:, :, ::1] x, real[:, :, ::1] y, statistics, int num_th
     cdef Work work
     cdef int threads = team_size(num_threads)
     check_view("y", y, x.shape)
-    begin(&work, x.shape, 1, borrow("statistics", statistics, STATISTICS_ROWS, x.shape[1], False), NULL)      # quicker around the cache only where one array fills it
+    begin(&work, x, 1, statistics, None)        # streaming pays only where one array fills the cache
     with nogil:
         normalize_all(&work, &x[0, 0, 0], &y[0, 0, 0], threads)
     free(work.coefficient)
 
 
-def grad_sums(const real[:, :, ::1] dy, const real[:, :, ::1] x, statistics,
-              gradients, int num_threads):
+def grad_sums(const real[:, :, ::1] dy, const real[:, :, ::1] x, statistics, gradients, int num_threads):
     """Σdy, Σdy·(x − mean) and dgamma of each channel into `gradients`."""
     cdef Work work
     cdef int threads = team_size(num_threads)
     check_view("dy", dy, x.shape)
-    begin(&work, x.shape, 2, borrow("statistics", statistics, STATISTICS_ROWS, x.shape[1], False),
-          borrow("gradients", gradients, GRADIENT_ROWS, x.shape[1], True))
+    begin(&work, x, 2, statistics, gradients)
     with nogil:
         grad_sums_of_all(&work, &x[0, 0, 0], &dy[0, 0, 0], threads)
     free(work.coefficient)
 
 
-def grad_apply(const real[:, :, ::1] dy, const real[:, :, ::1] x, real[:, :, ::1] dx, statistics,
-               gradients, int through, double count, int num_threads):
+def grad_apply(const real[:, :, ::1] dy, const real[:, :, ::1] x, real[:, :, ::1] dx, statistics, gradients,
+               int through, double count, int num_threads):
     """dx = dy·gamma·rstd + dmean/n + dvar·2(x − mean)/n from the sums in `gradients`, as far as `through` says.
 
     n is `count`, the values of a channel that the statistics were made of. With both paths it is
@@ -265,16 +254,15 @@ def grad_apply(const real[:, :, ::1] dy, const real[:, :, ::1] x, real[:, :, ::1
     cdef int threads = team_size(num_threads)
     check_view("dy", dy, x.shape)
     check_view("dx", dx, x.shape)
-    begin(&work, x.shape, 3, borrow("statistics", statistics, STATISTICS_ROWS, x.shape[1], False),
-          borrow("gradients", gradients, GRADIENT_ROWS, x.shape[1], False))
+    begin(&work, x, 3, statistics, gradients)
     work.through, work.count = through, count
     with nogil:
         grad_apply_all(&work, &x[0, 0, 0], &dy[0, 0, 0], &dx[0, 0, 0], threads)
     free(work.coefficient)
 
 
-def backward(const real[:, :, ::1] dy, const real[:, :, ::1] x, real[:, :, ::1] dx, statistics,
-             gradients, int through, double count, int num_threads):
+def backward(const real[:, :, ::1] dy, const real[:, :, ::1] x, real[:, :, ::1] dx, statistics, gradients,
+             int through, double count, int num_threads):
     """`grad_sums`, then `grad_apply`."""
     cdef Work work
     cdef int threads = team_size(num_threads)
@@ -284,8 +272,7 @@ def backward(const real[:, :, ::1] dy, const real[:, :, ::1] x, real[:, :, ::1] 
     cdef Py_ssize_t tile
     check_view("dy", dy, x.shape)
     check_view("dx", dx, x.shape)
-    begin(&work, x.shape, 3, borrow("statistics", statistics, STATISTICS_ROWS, x.shape[1], False),
-          borrow("gradients", gradients, GRADIENT_ROWS, x.shape[1], True))
+    begin(&work, x, 3, statistics, gradients)
     work.through, work.count = through, count
     with nogil:
         if work.by_tile:
@@ -329,19 +316,23 @@ cdef int fill_row(double *row, values, Py_ssize_t channels, double otherwise) ex
     return 0
 
 
+cdef int set_parameters(double *s, gamma, beta, Py_ssize_t C) except -1:
+    fill_row(s + GAMMA * C, gamma, C, 1)
+    return fill_row(s + BETA * C, beta, C, 0)
+
+
 def fix_statistics(statistics, Py_ssize_t channels, mean, m2, gamma, beta, double eps, mean_low=None, double count=1):
     """Fill the table with statistics that are given, var as m2/count; the first channel with a negative one, or -1."""
     cdef Py_ssize_t c, C = channels
-    cdef double *s = borrow("statistics", statistics, STATISTICS_ROWS, C, True)
+    cdef double *s = borrow("statistics", statistics, STATISTICS_ROWS, C)
     fill_row(s + MEAN * C, mean, C, 0)
     fill_row(s + MEAN_LOW * C, mean_low, C, 0)
     fill_row(s + M2 * C, m2, C, 0)
-    fill_row(s + GAMMA * C, gamma, C, 1)
-    fill_row(s + BETA * C, beta, C, 0)
+    set_parameters(s, gamma, beta, C)
     for c in range(C):
         if s[M2 * C + c] < 0:
             return c
-    set_rstd(s + M2 * C, s + VAR * C, s + RSTD * C, C, count, eps)
+    set_rstd(s, C, C, count, eps)
     return -1
 
 
@@ -349,8 +340,8 @@ def channel_gradients(const double[:, ::1] statistics, double[:, ::1] gradients)
     """dgamma, dmean and dvar from the sums in `gradients`."""
     cdef Py_ssize_t c
     cdef double scale
-    borrow("statistics", statistics, STATISTICS_ROWS, gradients.shape[1], False)
-    borrow("gradients", gradients, GRADIENT_ROWS, gradients.shape[1], True)
+    borrow("statistics", statistics, STATISTICS_ROWS, gradients.shape[1])
+    borrow("gradients", gradients, GRADIENT_ROWS, gradients.shape[1])
     for c in range(gradients.shape[1]):
         scale = statistics[GAMMA, c] * statistics[RSTD, c]
         gradients[DGAMMA, c] = dgamma_of(gradients[SUM_DY_XMU, c], statistics[RSTD, c])
@@ -361,8 +352,8 @@ def channel_gradients(const double[:, ::1] statistics, double[:, ::1] gradients)
 def merge(double[:, ::1] moments, double count, const double[:, ::1] other, double other_count):
     """Merge other moments, of at least one value, into `moments`: rows mean, mean_low and m2, the mean their sum."""
     cdef Py_ssize_t c
-    borrow("moments", moments, PARTIAL_ROWS, moments.shape[1], True)
-    borrow("other", other, PARTIAL_ROWS, moments.shape[1], False)
+    borrow("moments", moments, PARTIAL_ROWS, moments.shape[1])
+    borrow("other", other, PARTIAL_ROWS, moments.shape[1])
     for c in range(moments.shape[1]):
         chan(&moments[PIVOT, c], &moments[DELTA, c], &moments[SQUARES, c], count, other[PIVOT, c], other[DELTA, c],
              other[SQUARES, c], other_count)
@@ -372,7 +363,7 @@ def merge(double[:, ::1] moments, double count, const double[:, ::1] other, doub
 def update_running(real[:] running_mean, real[:] running_var, statistics, double momentum, double correction):
     """r ← (1 − momentum)·r + momentum·batch; the batch variance is multiplied by `correction`."""
     cdef Py_ssize_t c, C = running_mean.shape[0]
-    cdef const double *s = borrow("statistics", statistics, STATISTICS_ROWS, C, False)
+    cdef const double *s = borrow("statistics", statistics, STATISTICS_ROWS, C)
     if running_var.shape[0] != C:
         raise ValueError(f"running_var must have {C} channels, got {running_var.shape[0]}")
     for c in range(C):

@@ -26,41 +26,45 @@ cdef inline void add_columns(double *total, number v) noexcept nogil:
         add_wide(total, v)
 
 
-cdef inline void add_tree(const real *x, const real *dy, Py_ssize_t rows, Py_ssize_t stride, Py_ssize_t count,
-                          number pivot, number *sum1, number *sum2) noexcept nogil:
+cdef inline void add_tree(const real *x, const real *dy, bint gradient, Py_ssize_t rows, Py_ssize_t stride,
+                          Py_ssize_t count, number pivot, number *sum1, number *sum2) noexcept nogil:
     """Add Σa and Σa·d of 8, 4, 2 or 1 rows, one vector wide."""
     cdef number a[UNROLLED]
     cdef number a_d[UNROLLED]
     cdef Py_ssize_t r
     for r in range(rows):
-        summands(x + r * stride, shifted(dy, r * stride), count, pivot, a + r, a_d + r)
+        summands(x + r * stride, dy + r * stride, gradient, count, pivot, a + r, a_d + r)
     sum1[0] += tree(a, rows)
     sum2[0] += tree(a_d, rows)
 
 
-cdef inline void add_rows(const real *x, const real *dy, Py_ssize_t rows, Py_ssize_t stride, Py_ssize_t count,
-                          number pivot, number *sum1, number *sum2) noexcept nogil:
-    """The same for at most 8 rows: the largest tree first."""
+cdef inline void add_rows(const real *x, const real *dy, bint gradient, Py_ssize_t rows, Py_ssize_t stride,
+                          Py_ssize_t vectors, Py_ssize_t count, number pivot, number *sum1,
+                          number *sum2) noexcept nogil:
+    """The same for at most 8 rows, some vectors wide: the largest tree first."""
+    cdef Py_ssize_t k
     if rows == 8:
-        add_tree(x, dy, 8, stride, count, pivot, sum1, sum2)
+        for k in range(vectors):
+            add_tree(x + k * VEC, dy + k * VEC, gradient, 8, stride, count, pivot, sum1 + k, sum2 + k)
     if rows & 4:
-        add_tree(x, dy, 4, stride, count, pivot, sum1, sum2)
-        x, dy = x + 4 * stride, shifted(dy, 4 * stride)
+        for k in range(vectors):
+            add_tree(x + k * VEC, dy + k * VEC, gradient, 4, stride, count, pivot, sum1 + k, sum2 + k)
+    x, dy = x + (rows & 4) * stride, dy + (rows & 4) * stride
     if rows & 2:
-        add_tree(x, dy, 2, stride, count, pivot, sum1, sum2)
-        x, dy = x + 2 * stride, shifted(dy, 2 * stride)
+        for k in range(vectors):
+            add_tree(x + k * VEC, dy + k * VEC, gradient, 2, stride, count, pivot, sum1 + k, sum2 + k)
+    x, dy = x + (rows & 2) * stride, dy + (rows & 2) * stride
     if rows & 1:
-        add_tree(x, dy, 1, stride, count, pivot, sum1, sum2)
+        for k in range(vectors):
+            add_tree(x + k * VEC, dy + k * VEC, gradient, 1, stride, count, pivot, sum1 + k, sum2 + k)
 
 
-cdef inline void sum_lanes(const real *x, const real *dy, Py_ssize_t rows, Py_ssize_t stride, Py_ssize_t length,
-                           bint more, number pivot, double *total1, double *total2) noexcept nogil:
+cdef inline void sum_lanes(const real *x, const real *dy, bint gradient, Py_ssize_t rows, Py_ssize_t stride,
+                           Py_ssize_t length, bint more, number pivot, double *total1, double *total2) noexcept nogil:
     """Add the sums of the rows of one channel to TOTALS totals each, after 8 to 15 values a lane."""
     cdef number sum1[VECS]
     cdef number sum2[VECS]
     cdef Py_ssize_t r, i, j, k, stop, whole, ahead, added = 0
-    for k in range(VECS):
-        sum1[k] = sum2[k] = same(0, pivot)
     for r in range(rows):
         ahead = stride if more or r + 1 < rows else 0       # the next row, if there is one
         for i from 0 <= i < length by UNROLLED * LANES:
@@ -69,55 +73,49 @@ cdef inline void sum_lanes(const real *x, const real *dy, Py_ssize_t rows, Py_ss
             if ahead:
                 for j from i <= j < stop by LINE:
                     prefetch(x + ahead + j)
-                    if dy != NULL:
+                    if gradient:
                         prefetch(dy + ahead + j)
-            for k in range(VECS):
-                j = i + k * VEC
-                add_rows(x + j, shifted(dy, j), (whole - i) // LANES, LANES, VEC, pivot, sum1 + k, sum2 + k)
+            if added == 0:
+                for k in range(VECS):
+                    sum1[k] = sum2[k] = same(0, pivot)
+            add_rows(x + i, dy + i, gradient, (whole - i) // LANES, LANES, VECS, VEC, pivot, sum1, sum2)
             for k in range(VECS):
                 j = whole + k * VEC
                 if j < stop:
-                    add_tree(x + j, shifted(dy, j), 1, 0, min(VEC, stop - j), pivot, sum1 + k, sum2 + k)
+                    add_tree(x + j, dy + j, gradient, 1, 0, min(VEC, stop - j), pivot, sum1 + k, sum2 + k)
             added += ceil_div(stop - i, LANES)
             if added >= UNROLLED or (r + 1 == rows and stop == length):
                 added = 0
                 add_lanes(total1, sum1)
                 add_lanes(total2, sum2)
-                for k in range(VECS):
-                    sum1[k] = sum2[k] = same(0, pivot)
-        x, dy = x + stride, shifted(dy, stride)
+        x += stride
+        dy += stride
 
 
-cdef inline const real *shifted(const real *p, Py_ssize_t by) noexcept nogil:
-    """p + by; nothing stays nothing."""
-    if p == NULL:
-        return NULL
-    return p + by
-
-
-cdef inline void sum_columns(const real *x, const real *dy, Py_ssize_t rows, Py_ssize_t stride, Py_ssize_t width,
-                             const real *pivot, double *total1, double *total2, number zero) noexcept nogil:
+cdef inline void sum_columns(const real *x, const real *dy, bint gradient, Py_ssize_t rows, Py_ssize_t stride,
+                             Py_ssize_t width, const real *pivot, double *total1, double *total2,
+                             number zero) noexcept nogil:
     """Add the sums of the columns to one total each, in which there is room for a whole vector at the end."""
     cdef number sum1, sum2, centre
-    cdef Py_ssize_t r, j, taken, ahead = UNROLLED * (1 + 128 // (width + 1)) * stride      # some 1000 values
-    while rows > 0:
-        taken = min(rows, UNROLLED)
+    cdef Py_ssize_t r, j, q, taken, ahead = UNROLLED * (1 + 128 // (width + 1)) * stride    # some 1000 values
+    for r from 0 <= r < rows by UNROLLED:
+        taken = min(rows - r, UNROLLED)
         for j from 0 <= j < width by VEC:
             if stride == width and j % LINE == 0:
-                for r in range(UNROLLED):       # eight streams at once are more than the processor foresees
-                    prefetch(x + ahead + r * stride + j)
-                    if dy != NULL:
-                        prefetch(dy + ahead + r * stride + j)
+                for q in range(UNROLLED):       # eight streams at once are more than the processor foresees
+                    prefetch(x + ahead + q * stride + j)
+                    if gradient:
+                        prefetch(dy + ahead + q * stride + j)
             sum1 = sum2 = zero
             centre = load(pivot + j, VEC, zero)
             if j + VEC <= width:
-                add_rows(x + j, shifted(dy, j), taken, stride, VEC, centre, &sum1, &sum2)
+                add_rows(x + j, dy + j, gradient, taken, stride, 1, VEC, centre, &sum1, &sum2)
             else:
-                add_rows(x + j, shifted(dy, j), taken, stride, width - j, centre, &sum1, &sum2)
+                add_rows(x + j, dy + j, gradient, taken, stride, 1, width - j, centre, &sum1, &sum2)
             add_columns(total1 + j, sum1)
             add_columns(total2 + j, sum2)
-        x, dy = x + taken * stride, shifted(dy, taken * stride)
-        rows -= taken
+        x += taken * stride
+        dy += taken * stride
 
 
 cdef void spread(const double *restrict value, Py_ssize_t channels, Py_ssize_t run, Py_ssize_t group,
@@ -155,31 +153,21 @@ cdef void gather(double *column, Py_ssize_t channels, Py_ssize_t run, Py_ssize_t
         value[c] = fold(total)
 
 
-cdef inline void sum_block(const Work *work, const Block *block, const real *x, const real *dy, const double *pivot,
-                           double *sum1, double *sum2, number zero) noexcept nogil:
+cdef void sum_block(const Work *work, const Block *block, const real *x, const real *dy, bint gradient,
+                    const double *pivot, double *sum1, double *sum2, number zero) noexcept nogil:
     """Σa and Σa·d of each channel of the block."""
-    if dy == NULL and work.columns:
-        sum_block_of_columns(work, block, x, NULL, pivot, sum1, sum2, zero)
-    elif dy == NULL:
-        sum_block_of_lanes(block, x, NULL, pivot, sum1, sum2, zero)
+    if work.columns and gradient:
+        sum_block_of_columns(work, block, x, dy, True, pivot, sum1, sum2, zero)
     elif work.columns:
-        sum_block_of_columns(work, block, x, dy, pivot, sum1, sum2, zero)
+        sum_block_of_columns(work, block, x, x, False, pivot, sum1, sum2, zero)
+    elif gradient:
+        sum_block_of_lanes(block, x, dy, True, pivot, sum1, sum2, zero)
     else:
-        sum_block_of_lanes(block, x, dy, pivot, sum1, sum2, zero)
+        sum_block_of_lanes(block, x, x, False, pivot, sum1, sum2, zero)
 
 
-cdef void sum_narrow(const Work *work, const Block *block, const real *x, const real *dy, const double *pivot,
-                     double *sum1, double *sum2) noexcept nogil:
-    sum_block(work, block, x, dy, pivot, sum1, sum2, same_vec(0))
-
-
-cdef void sum_wide(const Work *work, const Block *block, const real *x, const real *dy, const double *pivot,
-                   double *sum1, double *sum2) noexcept nogil:
-    sum_block(work, block, x, dy, pivot, sum1, sum2, same_wide(0))
-
-
-cdef inline void sum_block_of_lanes(const Block *block, const real *x, const real *dy, const double *pivot,
-                                    double *sum1, double *sum2, number zero) noexcept nogil:
+cdef inline void sum_block_of_lanes(const Block *block, const real *x, const real *dy, bint gradient,
+                                    const double *pivot, double *sum1, double *sum2, number zero) noexcept nogil:
     cdef double total1[TOGETHER * TOTALS]
     cdef double total2[TOGETHER * TOTALS]
     cdef Py_ssize_t c, r, at, rows
@@ -189,7 +177,7 @@ cdef inline void sum_block_of_lanes(const Block *block, const real *x, const rea
         rows = min(block.visit, block.rows - r)
         for c in range(block.channels):
             at = r * block.stride + c * block.run
-            sum_lanes(x + at, shifted(dy, at), rows, block.stride, block.run, block.more or r + rows < block.rows,
+            sum_lanes(x + at, dy + at, gradient, rows, block.stride, block.run, block.more or r + rows < block.rows,
                       same(pivot[c], zero), total1 + c * TOTALS, total2 + c * TOTALS)
     for c in range(block.channels):
         sum1[c] = fold(total1 + c * TOTALS)
@@ -197,18 +185,19 @@ cdef inline void sum_block_of_lanes(const Block *block, const real *x, const rea
 
 
 cdef inline void sum_block_of_columns(const Work *work, const Block *block, const real *x, const real *dy,
-                                      const double *pivot, double *sum1, double *sum2, number zero) noexcept nogil:
+                                      bint gradient, const double *pivot, double *sum1, double *sum2,
+                                      number zero) noexcept nogil:
     cdef Row column
     cdef WideRow total1, total2
     cdef Py_ssize_t length = block.channels * block.run, width = length * work.group
-    cdef Py_ssize_t wide_rows = block.rows // work.group, rest = block.rows % work.group
-    cdef Py_ssize_t wide_stride = block.stride * work.group, after = wide_rows * wide_stride
+    cdef Py_ssize_t rest = block.rows % work.group, after = (block.rows - rest) * block.stride
     spread(pivot, block.channels, block.run, work.group, column.at)
     memset(total1.at, 0, (width + VEC) * sizeof(double))
     memset(total2.at, 0, (width + VEC) * sizeof(double))
-    sum_columns(x, dy, wide_rows, wide_stride, width, column.at, total1.at, total2.at, zero)
+    sum_columns(x, dy, gradient, block.rows // work.group, block.stride * work.group, width, column.at, total1.at,
+                total2.at, zero)
     if rest:        # rows that do not fill a group, as one shorter row
-        sum_columns(x + after, shifted(dy, after), 1, 0, rest * length, column.at, total1.at, total2.at, zero)
+        sum_columns(x + after, dy + after, gradient, 1, 0, rest * length, column.at, total1.at, total2.at, zero)
     gather(total1.at, block.channels, block.run, work.group, sum1)
     gather(total2.at, block.channels, block.run, work.group, sum2)
 
@@ -217,75 +206,70 @@ cdef inline void sum_block_of_columns(const Work *work, const Block *block, cons
 
 cdef inline void choose_pivots(const Block *block, const real *x, Py_ssize_t step,
                                double *restrict pivot) noexcept nogil:
-    """A value near the mean of each channel of the block, from four values all over the block.
+    """A value near the mean of each channel: of eight from all over the block, to about 1/16 of their spread.
 
-    It is their mean to about 1/16 of their spread, and the value itself where they are equal.
+    It is the value itself where they are equal.
     """
-    cdef const real *sample[4]
-    cdef double v0, v1, v2, v3, spread
-    cdef Py_ssize_t c, k, i
-    for k in range(4):
-        i = (2 * k + 1) * block.rows * block.run // 8
-        sample[k] = x + i // block.run * block.stride + i % block.run
+    cdef const real *v[8]
+    cdef double mean, spread
+    cdef Py_ssize_t c, k, i, j
+    for k in range(8):
+        i = (2 * k + 1) * block.rows * block.run // 16
+        v[k] = x + i // block.run * block.stride + i % block.run
     for c in range(block.channels):
-        v0, v1, v2, v3 = sample[0][c * step], sample[1][c * step], sample[2][c * step], sample[3][c * step]
-        spread = fabs(v0 - v1) + fabs(v1 - v2) + fabs(v2 - v3)
-        pivot[c] = <real> few_bits((0.25 * v0 + 0.25 * v1) + (0.25 * v2 + 0.25 * v3), 3e14 * spread)
+        j = c * step
+        mean = (((<double> v[0][j] + v[4][j]) * 0.125 + (<double> v[2][j] + v[6][j]) * 0.125)
+                + ((<double> v[1][j] + v[5][j]) * 0.125 + (<double> v[3][j] + v[7][j]) * 0.125))
+        spread = (fabs(<double> v[0][j] - v[4][j]) + fabs(<double> v[1][j] - v[5][j])
+                  + fabs(<double> v[2][j] - v[6][j]) + fabs(<double> v[3][j] - v[7][j]))
+        pivot[c] = <real> few_bits(mean, 7e13 * spread)
 
 
-cdef inline bint trusted(double sum1, double sum2, double n, bint moments) noexcept nogil:
+cdef inline bint trusted(double sum1, double sum2, double n, bint gradient) noexcept nogil:
     """Whether nothing overflowed or fell below the smallest numbers, and the pivot was within 2 standard deviations."""
-    cdef double size = fabs(sum2)
-    return ((size >= SMALLEST * n) & (size < LARGEST) & (fabs(sum1) < LARGEST)
-            & (not moments or 5 * sum1 * sum1 <= 4 * n * sum2))
+    cdef double size = fabs(sum2), far = 0 if gradient else 5
+    return (size >= SMALLEST * n) & (size < LARGEST) & (fabs(sum1) < LARGEST) & (far * sum1 * sum1 <= 4 * n * size)
 
 
 cdef Py_ssize_t doubtful(const double *sum1, const double *sum2, Py_ssize_t channels, double n,
-                         bint moments) noexcept nogil:
+                         bint gradient) noexcept nogil:
     """How many channels have sums that cannot be trusted."""
     cdef Py_ssize_t c, found = 0
-    if moments:
-        for c in range(channels):
-            found += not trusted(sum1[c], sum2[c], n, True)
-    else:
-        for c in range(channels):
-            found += not trusted(sum1[c], sum2[c], n, False)
+    for c in range(channels):
+        found += not trusted(sum1[c], sum2[c], n, gradient)
     return found
 
 
-cdef bint all_equal(const real *x, Py_ssize_t rows, Py_ssize_t stride, Py_ssize_t run, real value) noexcept nogil:
+cdef bint all_equal(const real *x, const Block *block, real value) noexcept nogil:
+    """Whether all values of a channel are this one."""
     cdef Py_ssize_t r, i
-    for r in range(rows):
-        for i in range(run):
-            if x[r * stride + i] != value:
+    for r in range(block.rows):
+        for i in range(block.run):
+            if x[r * block.stride + i] != value:
                 return False
     return True
 
 
-cdef void sum_again(const Work *work, const Block *block, const real *x, const real *dy, double *pivot, double *sum1,
-                    double *sum2, double n) noexcept nogil:
+cdef void sum_again(const Work *work, const Block *block, const real *x, const real *dy, bint gradient,
+                    double *pivot, double *sum1, double *sum2, double n) noexcept nogil:
     """The sums that cannot be trusted, in float64 and for the moments about the mean that the first sums give."""
     cdef double again1[WIDEST]
     cdef double again2[WIDEST]
-    cdef bint needed[WIDEST]
-    cdef bint any_needed = False
+    cdef const real *a = dy if gradient else x
+    cdef bint lost = False
     cdef double mean
     cdef Py_ssize_t c
     for c in range(block.channels):
-        needed[c] = not trusted(sum1[c], sum2[c], n, dy == NULL)
-        if needed[c] and sum2[c] == 0:      # no spread, or no gradient: nothing was lost
-            needed[c] = not all_equal(shifted(x if dy == NULL else dy, c * block.run), block.rows, block.stride,
-                                      block.run, x[c * block.run] if dy == NULL else 0)
-        any_needed = any_needed or needed[c]
-        if needed[c] and dy == NULL:
+        if not trusted(sum1[c], sum2[c], n, gradient):
+            lost |= sum2[c] != 0 or not all_equal(a + c * block.run, block, 0 if gradient else a[c * block.run])
             mean = pivot[c] + sum1[c] / n
-            pivot[c] = <real> mean if mean - mean == 0 else pivot[c]
-    if not any_needed:
-        return
-    sum_wide(work, block, x, dy, pivot, again1, again2)
-    for c in range(block.channels):
-        if needed[c]:
-            sum1[c], sum2[c] = again1[c], again2[c]
+            if not gradient and mean - mean == 0:
+                pivot[c] = <real> mean
+    if lost:
+        sum_block(work, block, x, dy, gradient, pivot, again1, again2, same_wide(0))
+        for c in range(block.channels):
+            if not trusted(sum1[c], sum2[c], n, gradient):
+                sum1[c], sum2[c] = again1[c], again2[c]
 
 
 cdef void about_the_mean(double *restrict sum1, double *restrict sum2, Py_ssize_t channels, double n) noexcept nogil:
@@ -296,26 +280,27 @@ cdef void about_the_mean(double *restrict sum1, double *restrict sum2, Py_ssize_
         sum1[c] /= n
 
 
-cdef void reduce_block(const Work *work, Py_ssize_t tile, Py_ssize_t b, const real *x, const real *dy) noexcept nogil:
-    """Leave the sums of a block in its partial table; dy is NULL for the moments."""
+cdef void reduce_block(const Work *work, Py_ssize_t tile, Py_ssize_t b, const real *x, const real *dy,
+                       bint gradient) noexcept nogil:
+    """Leave the sums of a block in its partial table."""
     cdef Block block = block_of(work, tile, b)
     cdef double *pivot = work.partial + (b * PARTIAL_ROWS + PIVOT) * work.C + block.channel
     cdef double *sum1 = pivot + (SUM - PIVOT) * work.C
     cdef double *sum2 = pivot + (SUM_D - PIVOT) * work.C
     cdef double n = values_before(work, b + 1) - values_before(work, b)
     x += block.first
-    dy = shifted(dy, block.first)
-    if dy != NULL:
+    dy += block.first
+    if gradient:
         pivot = work.coefficient + CENTRE * work.C + block.channel
     elif block.run == 1:
         choose_pivots(&block, x, 1, pivot)
     else:
         choose_pivots(&block, x, block.run, pivot)
     if work.N * work.S < FEW:
-        sum_wide(work, &block, x, dy, pivot, sum1, sum2)
+        sum_block(work, &block, x, dy, gradient, pivot, sum1, sum2, same_wide(0))
     else:
-        sum_narrow(work, &block, x, dy, pivot, sum1, sum2)
-    if doubtful(sum1, sum2, block.channels, n, dy == NULL):
-        sum_again(work, &block, x, dy, pivot, sum1, sum2, n)
-    if dy == NULL:
+        sum_block(work, &block, x, dy, gradient, pivot, sum1, sum2, same_vec(0))
+    if doubtful(sum1, sum2, block.channels, n, gradient):
+        sum_again(work, &block, x, dy, gradient, pivot, sum1, sum2, n)
+    if not gradient:
         about_the_mean(sum1, sum2, block.channels, n)

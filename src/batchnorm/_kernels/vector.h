@@ -48,7 +48,7 @@ enum {
     TOTALS = 8,                 /* what the lanes are folded to before they are added up in float64 */
     WIDEST = 1024,              /* the most columns of a tile */
     LINE = 64 / sizeof(real),   /* values in a line of the cache */
-    PIECE = 16                  /* bytes that are stored around the cache at a time */
+    PIECE = 16 / sizeof(real)   /* values that are stored around the cache at a time */
 };
 
 typedef real vec __attribute__((vector_size(BYTES)));
@@ -56,7 +56,6 @@ typedef double wide __attribute__((vector_size(VEC * sizeof(double))));
 typedef real part __attribute__((vector_size(PART * sizeof(real))));
 typedef double wide_part __attribute__((vector_size(BYTES)));
 typedef real folded __attribute__((vector_size(TOTALS * sizeof(real))));
-typedef double wide_folded __attribute__((vector_size(TOTALS * sizeof(double))));
 
 /* A number for each column of a tile, and room for the rest of a vector. Aligned, because a vector that lies in two
  * lines of the cache is loaded twice. */
@@ -102,73 +101,44 @@ static inline wide same_wide(double value)
 }
 
 /* All bits for the first `count` lanes, at COUNTED + VEC - count. */
-#define ONES {[0 ... VEC - 1] = -1}
-static const int32_t COUNTED_32[2 * VEC] = ONES;
-static const int64_t COUNTED_64[2 * VEC] = ONES;
-
-/* v, with zeros after the first `count` lanes. */
-static inline wide first_wide(wide v, ptrdiff_t count)
-{
-    typedef int64_t bits __attribute__((vector_size(VEC * 8)));
-    bits counted;
-    memcpy(&counted, COUNTED_64 + VEC - count, sizeof counted);
-    return (wide)((bits)v & counted);
-}
-
-static inline vec first_vec(vec v, ptrdiff_t count)
-{
-    typedef int32_t bits __attribute__((vector_size(BYTES)));
-    bits counted;
-    if (IS_DOUBLE)
-        memcpy(&counted, COUNTED_64 + VEC - count, sizeof counted);
-    else
-        memcpy(&counted, COUNTED_32 + VEC - count, sizeof counted);
-    return (vec)((bits)v & counted);
-}
-
-/* The first `count` values, fewer than VEC, by halves. */
-static inline void copy_first(real *to, const real *from, ptrdiff_t count)
-{
-#define COPY(half)                                                                                                     \
-    if (half < VEC && count & half) {                                                                                  \
-        memcpy(to, from, half * sizeof(real));                                                                         \
-        to += half;                                                                                                    \
-        from += half;                                                                                                  \
-    }
-    COPY(8)
-    COPY(4)
-    COPY(2)
-    COPY(1)
-}
-
-/* `count` values and zeros after them; nothing is read beyond them. */
-static inline vec load_first(const real *p, ptrdiff_t count)
-{
-#if BATCHNORM_SINGLE && defined(__AVX512F__)
-    return (vec)_mm512_maskz_loadu_ps((__mmask16)((1u << count) - 1), p);
-#elif defined(__AVX512F__)
-    return (vec)_mm512_maskz_loadu_pd((__mmask8)((1u << count) - 1), p);
-#elif BATCHNORM_SINGLE && defined(__AVX__)
-    return (vec)_mm256_maskload_ps(p, _mm256_loadu_si256((const __m256i *)(COUNTED_32 + VEC - count)));
-#elif defined(__AVX__)
-    return (vec)_mm256_maskload_pd(p, _mm256_loadu_si256((const __m256i *)(COUNTED_64 + VEC - count)));
+#if BATCHNORM_SINGLE
+static const int32_t COUNTED[2 * VEC] = {[0 ... VEC - 1] = -1};
 #else
-    real room[VEC] = {0};
-    copy_first(room, p, count);
-    return load_vec(room);
+static const int64_t COUNTED[2 * VEC] = {[0 ... VEC - 1] = -1};
+#endif
+
+/* `count` values, fewer than VEC, and those of `fill` after them; nothing is read beyond them. */
+static inline vec load_first(const real *p, ptrdiff_t count, vec fill)
+{
+#if defined(__AVX512F__) && BATCHNORM_SINGLE
+    return (vec)_mm512_mask_loadu_ps((__m512)fill, (__mmask16)((1u << count) - 1), p);
+#elif defined(__AVX512F__)
+    return (vec)_mm512_mask_loadu_pd((__m512d)fill, (__mmask8)((1u << count) - 1), p);
+#elif defined(__AVX__)
+    __m256i counted = _mm256_loadu_si256((const __m256i *)(COUNTED + VEC - count));
+#if BATCHNORM_SINGLE
+    return (vec)_mm256_blendv_ps((__m256)fill, _mm256_maskload_ps(p, counted), (__m256)counted);
+#else
+    return (vec)_mm256_blendv_pd((__m256d)fill, _mm256_maskload_pd(p, counted), (__m256d)counted);
+#endif
+#else
+    for (ptrdiff_t i = 0; i < count; i++)
+        fill[i] = p[i];
+    return fill;
 #endif
 }
 
 static inline void store_first(real *p, vec v, ptrdiff_t count)
 {
-#if BATCHNORM_SINGLE && defined(__AVX512F__)
+#if defined(__AVX512F__) && BATCHNORM_SINGLE
     _mm512_mask_storeu_ps(p, (__mmask16)((1u << count) - 1), (__m512)v);
 #elif defined(__AVX512F__)
     _mm512_mask_storeu_pd(p, (__mmask8)((1u << count) - 1), (__m512d)v);
 #else
-    real room[VEC]; /* a masked store of AVX2 takes 20 times as long on AMD */
-    store_vec(room, v);
-    copy_first(p, room, count);
+    real value[VEC]; /* a masked store of AVX2 takes twenty times as long on AMD */
+    store_vec(value, v);
+    for (ptrdiff_t i = 0; i < count; i++)
+        p[i] = value[i];
 #endif
 }
 
@@ -179,12 +149,13 @@ static inline void store_first(real *p, vec v, ptrdiff_t count)
 
 static inline void stream_first(real *p, vec v, ptrdiff_t count)
 {
-    real room[VEC];
-    store_vec(room, v);
-    ptrdiff_t whole = count * sizeof(real) / PIECE * PIECE;
-    for (ptrdiff_t at = 0; at < whole; at += PIECE)
-        _mm_stream_ps((float *)((char *)p + at), _mm_loadu_ps((const float *)((const char *)room + at)));
-    copy_first(p + whole / sizeof(real), room + whole / sizeof(real), count - whole / sizeof(real));
+    real value[VEC];
+    ptrdiff_t i = 0;
+    store_vec(value, v);
+    for (; i + PIECE <= count; i += PIECE)
+        _mm_stream_ps((float *)(p + i), _mm_loadu_ps((const float *)(value + i)));
+    for (; i < count; i++)
+        p[i] = value[i];
 }
 
 /* Before another thread may read what was streamed. */
@@ -208,7 +179,7 @@ static inline void finish_streaming(void)
 /* Values from p to where the next piece begins. */
 static inline ptrdiff_t to_piece(const real *p)
 {
-    return (ptrdiff_t)(-(uintptr_t)p % PIECE / sizeof(real));
+    return (ptrdiff_t)(-(uintptr_t)p / sizeof(real) % PIECE);
 }
 
 static inline void prefetch(const void *p)
@@ -260,11 +231,10 @@ static inline void add_lanes_vec(double *total, const vec *lanes)
 
 static inline void add_lanes_wide(double *total, const wide *lanes)
 {
-    wide_folded f[LANES / TOTALS];
+    double f[LANES];
     memcpy(f, lanes, sizeof f);
-    f[0] = (f[0] + f[2]) + (f[1] + f[3]);
     for (int i = 0; i < TOTALS; i++)
-        total[i] += f[0][i];
+        total[i] += (f[i] + f[i + 16]) + (f[i + 8] + f[i + 24]);
 }
 
 #endif
