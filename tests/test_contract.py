@@ -1,9 +1,11 @@
 """The contract of docs/numerics.md: what was found by the oracle, on data that is easy to lose digits on."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from batches import GRADIENTS, KINDS
-from oracle import assert_close, errors_by_name, parts_error, truth
+from oracle import ULPS, assert_close, errors_by_name, parts_error, truth
 
 import batchnorm as bn
 
@@ -141,3 +143,9 @@ def test_photographs(name, last, dtype, rng):
         check(x, dy, gamma, beta, -1, 1e-5, [1])
     else:
         check(*(np.ascontiguousarray(np.moveaxis(a, -1, 1)) for a in (x, dy)), gamma, beta, 1, 1e-5, [1])
+
+
+def test_the_limits_are_those_of_the_documentation():
+    text = (Path(__file__).parents[1] / "docs" / "numerics.md").read_text(encoding="utf-8")
+    for name, limits in ULPS.items():
+        assert f"\n| {name} | {limits['float32']} | {limits['float64']} | " in text, name
