@@ -54,10 +54,8 @@ class Layout(NamedTuple):
         return array if self.fits(array) else self.copy(array)
 
     def seen(self, array: Array) -> Array:
-        """An array of this shape as the kernels see it, (N, C, S); a copy where it does not lie so in memory."""
-        view = (array if self.order is None else array.transpose(self.order)).reshape(self.view)
-        flags = view.flags
-        return view if flags.c_contiguous and flags.aligned else view.copy()
+        """An array that fits, as the kernels see it: (N, C, S)."""
+        return array.reshape(self.view) if self.order is None else array.transpose(self.order).reshape(self.view)
 
     def empty(self, dtype: np.dtype[Any]) -> Array:
         """A new array of this shape and order in memory."""
@@ -132,7 +130,10 @@ def lay_out(x: Array, axis: int) -> tuple[Array, Layout]:
 
 def as_channels(value: ArrayLike, name: str, channels: int, layout: Layout | None = None) -> Array:
     """The argument as an array with one number per channel; integers become float64."""
-    array = as_float(value, name, True)
+    if type(value) is np.ndarray and (value.dtype is _FLOAT32 or value.dtype is _FLOAT64):
+        array: Array = value  # as nearly always, without a call
+    else:
+        array = as_float(value, name, True)
     if array.shape != (channels,):
         raise ValueError(f"{name} must have shape ({channels},), got {array.shape}{_other_axis(array, layout)}")
     return array

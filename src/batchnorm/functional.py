@@ -476,10 +476,10 @@ def _backward(
     elif not size:
         table[...] = 0
     elif dx is None:
-        kernels.grad_sums(layout.seen(dy), layout.seen(x), statistics, table, threads)
+        kernels.grad_sums(layout.seen(layout.bring(dy)), layout.seen(x), statistics, table, threads)
     if dx is not None and size:
         step = kernels.grad_apply if summed else kernels.backward
-        views = layout.seen(dy), layout.seen(x), layout.seen(dx)
+        views = layout.seen(layout.bring(dy)), layout.seen(x), layout.seen(dx)
         step(*views, statistics, table, paths, count, threads)
     if dx is not None and out is not None:
         dx = _arrays.deliver(dx, out)
@@ -531,7 +531,7 @@ def grad_sums(dy: ArrayLike, saved: Saved, *, num_threads: int | None = None) ->
     if x.size:
         threads = _threads.threads_for(x.size, num_threads)
         kernels = _kernels.of_size[x.itemsize]
-        kernels.grad_sums(layout.seen(dy), layout.seen(x), saved._statistics, table, threads)
+        kernels.grad_sums(layout.seen(layout.bring(dy)), layout.seen(x), saved._statistics, table, threads)
     return GradientSums(layout.values, table[SUM_DY], table[SUM_DY_XMU])
 
 

@@ -138,10 +138,12 @@ cdef void spread(const double *restrict value, Py_ssize_t channels, Py_ssize_t r
 cdef void gather(double *column, Py_ssize_t channels, Py_ssize_t run, Py_ssize_t group, double *value) noexcept nogil:
     """Add up the columns of each channel, always in the same order."""
     cdef double total[TOTALS]
-    cdef Py_ssize_t c, g, i, j, length = channels * run
-    for g in range(1, group):
-        for j in range(length):
-            column[j] += column[g * length + j]
+    cdef Py_ssize_t c, half, i, j
+    while group > 1:
+        half = group // 2
+        group -= half
+        for j in range(half * channels * run):
+            column[j] += column[group * channels * run + j]
     if run == 1:
         memcpy(value, column, channels * sizeof(double))
         return
@@ -218,8 +220,8 @@ cdef inline void choose_pivots(const Block *block, const real *x, Py_ssize_t ste
         v[k] = x + i // block.run * block.stride + i % block.run
     for c in range(block.channels):
         j = c * step
-        mean = (((<double> v[0][j] + v[4][j]) * 0.125 + (<double> v[2][j] + v[6][j]) * 0.125)
-                + ((<double> v[1][j] + v[5][j]) * 0.125 + (<double> v[3][j] + v[7][j]) * 0.125))
+        mean = (((0.125 * v[0][j] + 0.125 * v[4][j]) + (0.125 * v[2][j] + 0.125 * v[6][j]))
+                + ((0.125 * v[1][j] + 0.125 * v[5][j]) + (0.125 * v[3][j] + 0.125 * v[7][j])))
         spread = (fabs(<double> v[0][j] - v[4][j]) + fabs(<double> v[1][j] - v[5][j])
                   + fabs(<double> v[2][j] - v[6][j]) + fabs(<double> v[3][j] - v[7][j]))
         pivot[c] = <real> few_bits(mean, 7e13 * spread)

@@ -122,7 +122,7 @@ static inline vec load_first(const real *p, ptrdiff_t count, vec fill)
     return (vec)_mm256_blendv_pd((__m256d)fill, _mm256_maskload_pd(p, counted), (__m256d)counted);
 #endif
 #else
-    for (ptrdiff_t i = 0; i < count; i++)
+    for (int i = 0; i < (int)count; i++)
         fill[i] = p[i];
     return fill;
 #endif
@@ -137,7 +137,7 @@ static inline void store_first(real *p, vec v, ptrdiff_t count)
 #else
     real value[VEC]; /* a masked store of AVX2 takes twenty times as long on AMD */
     store_vec(value, v);
-    for (ptrdiff_t i = 0; i < count; i++)
+    for (int i = 0; i < (int)count; i++)
         p[i] = value[i];
 #endif
 }
@@ -150,11 +150,11 @@ static inline void store_first(real *p, vec v, ptrdiff_t count)
 static inline void stream_first(real *p, vec v, ptrdiff_t count)
 {
     real value[VEC];
-    ptrdiff_t i = 0;
+    int i = 0;
     store_vec(value, v);
-    for (; i + PIECE <= count; i += PIECE)
+    for (; i + PIECE <= (int)count; i += PIECE)
         _mm_stream_ps((float *)(p + i), _mm_loadu_ps((const float *)(value + i)));
-    for (; i < count; i++)
+    for (; i < (int)count; i++)
         p[i] = value[i];
 }
 
