@@ -104,7 +104,7 @@ def test_fixed_mean_and_var_in_ulps(view, dtype, rng):
     assert gradients == (None, None, None)
     for got, summands in ((gradients.dmean, by_mean), (gradients.dvar, by_var)):
         assert got.dtype == dtype
-        limit = ULPS["parameters"][dtype]
+        limit = ULPS["dgamma"][dtype]
         assert ulps(got, summands.sum(axis=(0, 2)), abs(summands).sum(axis=(0, 2))) <= limit
 
 

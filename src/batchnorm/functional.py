@@ -6,7 +6,7 @@ Conventions, because frameworks differ in each of them:
 - The batch is normalized with the biased variance Σ(x−μ)²/n, and `eps` is added to the variance, under the root.
 - `momentum` is the weight of the *new* batch in the running statistics (PyTorch's direction, not that of Keras, Flax
   and ONNX), and the running variance is unbiased, Σ(x−μ)²/(n−1), unless told otherwise.
-- Statistics are float64 whatever the dtype of x; y and dx have x's dtype, dgamma and dbeta those of gamma and beta.
+- Statistics have dtype float64 whatever that of x; y and dx have x's dtype, dgamma and dbeta those of gamma and beta.
 """
 
 from collections.abc import Collection
@@ -252,9 +252,10 @@ def forward(
 
     Notes
     -----
-    Sums are float64, shifted by a value of the data and merged in a fixed order: the same input gives the same bits for
-    any number of threads on any processor. Equal values in a channel give var = 0 and y = beta exactly. A channel that
-    holds NaN or infinity becomes NaN, the others do not notice. An empty batch gives an empty y and statistics of 0.
+    float32 is calculated in float32, float64 in float64. Sums are shifted by a value near the mean, gathered in float64
+    and merged in a fixed order: the same input gives the same bits for any number of threads on any processor. Equal
+    values in a channel give var = 0 and y = beta exactly. A channel that holds NaN or infinity becomes NaN, the others
+    do not notice. An empty batch gives an empty y and statistics of 0.
 
     References
     ----------

@@ -144,7 +144,7 @@ def judge(call, x, dy, y, saved, gradients, special):
         axis,
         call["eps"],
         y[take],
-        OfChannels(saved.mean[ok], saved.var[ok]),
+        OfChannels(saved.mean[ok], saved.mean_low[ok], saved.var[ok]),
         OfGradients(
             gradients.dx[take],
             *(None if g is None else g[ok] for g in (gradients.dgamma, gradients.dbeta)),
@@ -155,8 +155,8 @@ def judge(call, x, dy, y, saved, gradients, special):
 
 
 class OfChannels:
-    def __init__(self, mean, var):
-        self.mean, self.var = mean, var
+    def __init__(self, mean, mean_low, var):
+        self.mean, self.mean_low, self.var = mean, mean_low, var
 
 
 class OfGradients:
