@@ -372,7 +372,7 @@ class RaiseAtLine:
     def __init__(self, count):
         self.count, self.raised = count, False
 
-    def __call__(self, frame, event, argument):
+    def __call__(self, _frame, event, _argument):
         if event == "line":
             self.count -= 1
             if self.count < 0:

@@ -1,8 +1,8 @@
 """Batch normalization for NumPy: forward, backward and running statistics in compiled, threaded kernels.
 
 `axis=1` is the channel axis, `momentum` the weight of the new batch, the running variance is unbiased, and `eps` is
-added under the root: PyTorch's conventions. Statistics have dtype float64, and the same input gives the same bits for any
-number of threads and any processor.
+added under the root: PyTorch's conventions. Statistics have dtype float64, and the same input gives the same bits for
+any number of threads and any processor.
 """
 
 import importlib
