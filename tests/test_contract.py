@@ -145,6 +145,24 @@ def test_photographs(name, last, dtype, rng):
         check(*(np.ascontiguousarray(np.moveaxis(a, -1, 1)) for a in (x, dy)), gamma, beta, 1, 1e-5, [1])
 
 
+def test_beyond_what_float64_holds(rng):
+    """n·var above 1.8e308 counts as infinite, var below the smallest number as 0: y is beta either way."""
+    for scale, var in ((1e155, np.inf), (1e-163, 0)):
+        y, saved = bn.forward(rng.standard_normal((1000, 1)) * scale, beta=[3.0], eps=0.0)
+        assert saved.var == var
+        assert (y == 3).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_infinite_gamma_stays_in_its_channel(dtype, rng):
+    x = rng.standard_normal((50, 2)).astype(dtype)
+    y, saved = bn.forward(x, np.array([np.inf, 1], dtype))
+    dx = bn.backward(x, saved).dx
+    assert not np.isfinite(y[:, 0]).any()
+    assert np.isnan(dx[:, 0]).all()
+    np.testing.assert_array_equal(y[:, 1], bn.forward(x)[0][:, 1])
+
+
 def test_the_limits_are_those_of_the_documentation():
     text = (Path(__file__).parents[1] / "docs" / "numerics.md").read_text(encoding="utf-8")
     for name, limits in ULPS.items():

@@ -13,22 +13,24 @@ import numpy as np
 # |dxhat|·rstd, and of the two other terms with these sums, in its channel. Of the mean: in epsilons of a standard
 # deviation; of the variance: in epsilons of itself.
 ULPS = {
-    "y": {"float32": 5, "float64": 10},
-    "dx": {"float32": 10, "float64": 16},
-    "dgamma": {"float32": 6, "float64": 12},
-    "dbeta": {"float32": 3, "float64": 12},
-    "mean": {"float32": 2, "float64": 32},
-    "var": {"float32": 4, "float64": 10},
-    "parts": {"float32": 12, "float64": 24},  # of a batch with merged statistics against the whole: y and all gradients
+    "y": {"float32": 8, "float64": 16},
+    "dx": {"float32": 16, "float64": 20},
+    "dgamma": {"float32": 10, "float64": 12},
+    "dbeta": {"float32": 4, "float64": 12},
+    "mean": {"float32": 2, "float64": 16},
+    "var": {"float32": 8, "float64": 12},
+    "parts": {"float32": 20, "float64": 24},  # of a batch with merged statistics against the whole: y and all gradients
 }
 
-# Relative error of statistics of ordinary float32 data.
-FLOAT32_STATISTICS = ULPS["var"]["float32"] * float(np.finfo(np.float32).eps)
+# Relative error of the statistics of ordinary float32 data.
+FLOAT32_STATISTICS = 2 * float(np.finfo(np.float32).eps)
 
 
 class Truth(NamedTuple):
     y: np.ndarray
     mean: np.ndarray
+    first: np.ndarray  # mean is first + shift, which long double has no room for
+    shift: np.ndarray
     var: np.ndarray
     y_terms: np.ndarray
     dx: np.ndarray
@@ -82,6 +84,8 @@ def truth(x, dy, gamma=None, beta=None, axis=1, eps=1e-5):
     return Truth(
         back(gamma * xhat + beta, x.shape, axis),
         (first + shift)[:, 0],
+        first[:, 0],
+        shift[:, 0],
         var[:, 0],
         back(np.maximum(abs(gamma * xhat), np.maximum(abs(gamma), abs(beta))), x.shape, axis),
         back(sum(paths.values()), x.shape, axis),
@@ -113,8 +117,8 @@ def largest(values, axis):
 def mean_error(saved, t, dtype):
     """Largest error of the mean, in epsilons of the standard deviation."""
     unit = np.finfo(dtype).eps * np.sqrt(t.var) + np.finfo(np.float64).tiny
-    got = saved.mean.astype(np.longdouble) + getattr(saved, "mean_low", 0)
-    return float((abs(got - t.mean) / unit).max(initial=0, where=np.isfinite(t.var)))
+    got = (saved.mean.astype(np.longdouble) - t.first) + saved.mean_low
+    return float((abs(got - t.shift) / unit).max(initial=0, where=np.isfinite(t.var)))
 
 
 def var_error(saved, t, dtype):
