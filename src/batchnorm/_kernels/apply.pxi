@@ -1,4 +1,4 @@
-# ---- Apply: write one block -------------------------------------------------------------------------------------------
+# ---- Apply: write one block -----------------------------------------------------------------------------------------
 # One loop writes y and dx, for both layouts. A value is read before its place is written, so that out may be an input.
 
 cdef struct Coefficients:
@@ -82,23 +82,6 @@ cdef inline void apply_channel(const Block *block, const real *x, const real *dy
     apply_rows(x, dy, gradient, out, rows, block.stride, block.run, same(value[CENTRE * C], zero),
                same(value[SCALE * C], zero), same(value[SLOPE * C] if gradient else 0, zero),
                same(value[SHIFT * C], zero), NULL, stream)
-
-
-cdef inline Py_ssize_t misfits(const double *coefficient, Py_ssize_t channels) noexcept nogil:
-    """How many coefficients lose digits in the data's type, or products with them; infinities and NaN have none."""
-    cdef Py_ssize_t c, found = 0
-    cdef double size
-    for c in range(channels):
-        size = fabs(coefficient[c])
-        found += ((size < FINEST) & (size > 0)) | ((size > COARSEST) & (size < INFINITY))
-    return found
-
-
-cdef bint all_fit(const double *value, Py_ssize_t C, Py_ssize_t channels, bint gradient) noexcept nogil:
-    """Whether these channels can be written in the data's type; one that does not fit is written in float64."""
-    return IS_DOUBLE or not (misfits(value + CENTRE * C, channels) + misfits(value + SCALE * C, channels)
-                             + misfits(value + SHIFT * C, channels)
-                             + (misfits(value + SLOPE * C, channels) if gradient else 0))
 
 
 cdef inline void write_block(const Work *work, Py_ssize_t tile, Py_ssize_t b, const real *x, const real *dy,

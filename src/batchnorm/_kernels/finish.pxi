@@ -1,4 +1,4 @@
-# ---- Finish: merge the blocks of a tile, derive the statistics and the coefficients ------------------------------------
+# ---- Finish: merge the blocks of a tile, derive the statistics and the coefficients ---------------------------------
 # float64 arithmetic on numbers per channel. s is a tile's part of the statistics, g of the gradients, p of the blocks'
 # sums and k of the coefficients; rows of a table are C numbers apart.
 
@@ -65,6 +65,23 @@ cdef void set_centres(const double *restrict s, double *restrict k, Py_ssize_t C
         k[SHIFT * C + c] = (s[MEAN * C + c] - k[CENTRE * C + c]) + s[MEAN_LOW * C + c]
 
 
+cdef inline Py_ssize_t misfits(const double *coefficient, Py_ssize_t channels) noexcept nogil:
+    """How many coefficients lose digits in the data's type, or products with them; infinities and NaN have none."""
+    cdef Py_ssize_t c, found = 0
+    cdef double size
+    for c in range(channels):
+        size = fabs(coefficient[c])
+        found += ((size < FINEST) & (size > 0)) | ((size > COARSEST) & (size < INFINITY))
+    return found
+
+
+cdef bint all_fit(const double *value, Py_ssize_t C, Py_ssize_t channels, bint gradient) noexcept nogil:
+    """Whether these channels can be written in the data's type; one that does not fit is written in float64."""
+    return IS_DOUBLE or not (misfits(value + CENTRE * C, channels) + misfits(value + SCALE * C, channels)
+                             + misfits(value + SHIFT * C, channels)
+                             + (misfits(value + SLOPE * C, channels) if gradient else 0))
+
+
 cdef bint finish_normalize(const Work *work, Py_ssize_t tile) noexcept nogil:
     """The coefficients of y from the statistics; whether all of them fit the data's type."""
     cdef Py_ssize_t c, C = work.C
@@ -72,7 +89,7 @@ cdef bint finish_normalize(const Work *work, Py_ssize_t tile) noexcept nogil:
     cdef double *restrict k = work.coefficient + tile * work.tile_channels
     set_centres(s, k, C, channels_of(work, tile))
     for c in range(channels_of(work, tile)):
-        k[SCALE * C + c] = s[GAMMA * C + c] * s[RSTD * C + c]
+        k[SCALE * C + c] = scale_of(s[GAMMA * C + c], s[RSTD * C + c])
         k[SHIFT * C + c] = s[BETA * C + c] - k[SHIFT * C + c] * k[SCALE * C + c]
     return all_fit(k, C, channels_of(work, tile), False)
 
@@ -101,7 +118,7 @@ cdef inline bint is_sloped(int through) noexcept nogil:
 
 
 cdef bint finish_grad_apply(const Work *work, Py_ssize_t tile) noexcept nogil:
-    """The coefficients of dx, the paper's three terms by what they multiply; whether all of them fit the data's type."""
+    """The coefficients of dx, the paper's terms by what they multiply; whether all of them fit the data's type."""
     cdef bint mean = work.through & THROUGH_MEAN, variance = work.through & THROUGH_VARIANCE
     cdef bint upstream = work.through & UPSTREAM, sloped = is_sloped(work.through)
     cdef double scale, dmean, dvar, upstream_dmean, upstream_dvar
@@ -113,13 +130,13 @@ cdef bint finish_grad_apply(const Work *work, Py_ssize_t tile) noexcept nogil:
     for c in range(channels_of(work, tile)):
         # Everything is read, so that choosing needs no branch.
         upstream_dmean, upstream_dvar = g[UPSTREAM_DMEAN * C + c], g[UPSTREAM_DVAR * C + c]
-        scale = s[GAMMA * C + c] * s[RSTD * C + c]
+        scale = scale_of(s[GAMMA * C + c], s[RSTD * C + c])
         dmean = dmean_of(scale, g[SUM_DY * C + c])
         dvar = dvar_of(scale, s[RSTD * C + c], g[DGAMMA * C + c])
         dmean = (dmean if mean else 0) + (upstream_dmean if upstream else 0)
         dvar = (dvar if variance else 0) + (upstream_dvar if upstream else 0)
         k[SCALE * C + c] = scale
-        k[SLOPE * C + c] = 2 * dvar / work.count
+        k[SLOPE * C + c] = slope_of(dvar, work.count)
         k[SHIFT * C + c] = dmean / work.count - (k[SHIFT * C + c] * k[SLOPE * C + c] if sloped else 0)
         k[CENTRE * C + c] = k[CENTRE * C + c] if sloped else 0
     return all_fit(k, C, channels_of(work, tile), sloped)

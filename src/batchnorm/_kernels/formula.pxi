@@ -1,4 +1,4 @@
-# ---- Formula: each line of the mathematics, once ----------------------------------------------------------------------
+# ---- Formula: each line of the mathematics, once --------------------------------------------------------------------
 # The names are those of docs/derivation.md. A `number` is a vector of the data's type or, where that would lose digits,
 # of float64; numbers per channel are float64. Nothing here knows a layout.
 
@@ -92,6 +92,11 @@ cdef inline double rstd_of(double var_eps) noexcept nogil:
     return 1 / sqrt(var_eps) if var_eps != 0 else 0
 
 
+cdef inline double scale_of(double gamma, double rstd) noexcept nogil:
+    """What x − mean is multiplied by in y, and dy in dx."""
+    return gamma * rstd
+
+
 cdef inline double dgamma_of(double sum_dy_xmu, double rstd) noexcept nogil:
     """dgamma = Σdy·xhat"""
     return sum_dy_xmu * rstd
@@ -105,6 +110,11 @@ cdef inline double dmean_of(double scale, double sum_dy) noexcept nogil:
 cdef inline double dvar_of(double scale, double rstd, double dgamma) noexcept nogil:
     """dvar = Σdxhat·(x − mean)·(−½)·rstd³"""
     return -0.5 * scale * (rstd * dgamma)
+
+
+cdef inline double slope_of(double dvar, double n) noexcept nogil:
+    """What x − mean is multiplied by in dx."""
+    return 2 * dvar / n
 
 
 cdef inline double followed(double running, double batch, double momentum) noexcept nogil:

@@ -2,29 +2,30 @@
 
 Words:
 
-- The *view*: any array is seen as (N, C, S), N the product of the dimensions before the channel axis, S of those after.
+- The *view*: any array is seen as (N, C, S), N the product of the dimensions before the channel axis, S of those
+  after.
 - A *row* is what lies side by side in memory: the S values of one channel, or all C·S values of one of the N.
-- *Lanes* are LANES sums side by side along a row of one channel. *Columns* are sums down the rows, one a place: a column
-  is a channel when S = 1, one of S columns of a channel when rows are short, and one of `group` copies of the channels
-  when channels are few. The columns of a channel are added up at the end of the block.
+- *Lanes* are LANES sums side by side along a row of one channel. *Columns* are sums down the rows, one a place: a
+  column is a channel when S = 1, one of S columns of a channel when rows are short, and one of `group` copies of the
+  channels when channels are few. The columns of a channel are added up at the end of the block.
 - A *tile* is some neighbouring channels, a *block* some rows of a tile, a *segment* a piece of a long row.
-- A *pivot* is a value near the mean: x − pivot is summed in place of x, or the sums would lose the digits of x − mean.
-  The *centre* is the mean in the same role when y and dx are written.
+- A *pivot* is a value near the mean: x − pivot is summed in place of x, or the sums would lose the digits of x −
+  mean. The *centre* is the mean in the same role when y and dx are written.
 
 Decisions, and why:
 
-a) One partition. `cut` makes tiles and blocks from the shape, the item size and the pass alone. Sums inside a block have
-   a fixed order, blocks are merged by a fixed tree. Threads only decide who computes a block, so the bits do not depend
-   on them. Nor on the processor: nothing is reassociated or contracted, and the number of lanes is fixed.
-b) Each type in itself. float32 is calculated in float32, in sums of at most 60 values that are added up in
-   float64, and float64 in float64. Statistics are shifted by a pivot with few bits, so that the differences are exact,
-   and blocks are merged by Chan's rule (Chan, Golub, LeVeque 1983). Never E[x²] − E[x]².
+a) One partition. `cut` makes tiles and blocks from the shape, the item size and the pass alone. Sums inside a block
+   have a fixed order, blocks are merged by a fixed tree. Threads only decide who computes a block, so the bits do not
+   depend on them. Nor on the processor: nothing is reassociated or contracted, and the number of lanes is fixed.
+b) Each type in itself. float32 is calculated in float32, in sums of at most 60 values that are added up in float64,
+   and float64 in float64. Statistics are shifted by a pivot with few bits, so that the differences are exact, and
+   blocks are merged by Chan's rule (Chan, Golub, LeVeque 1983). Never E[x²] − E[x]².
 c) Sums that cannot be trusted, because they overflowed or because the pivot was far from the mean, are made again in
-   float64 about a better one. Coefficients that do not fit the type are applied in float64. Data decides that, channel
-   by channel, and nothing else.
+   float64 about a better one. Coefficients that do not fit the type are applied in float64. Data decides that,
+   channel by channel, and nothing else.
 d) The steps are separate: reduce → finish → apply. A pass does them tile by tile when a tile stays in cache, and one
-   after the other over all blocks when there are too few tiles to share among threads. A step that sums nothing follows
-   the memory, row by row. A pass over more memory than a cache holds writes its result around it.
+   after the other over all blocks when there are too few tiles to share among threads. A step that sums nothing
+   follows the memory, row by row. A pass over more memory than a cache holds writes its result around it.
 """
 from cpython.buffer cimport PyBUF_CONTIG_RO, PyBUF_STRIDED_RO, PyBuffer_Release, PyObject_GetBuffer
 from cython.parallel import prange
@@ -71,7 +72,7 @@ include "finish.pxi"
 include "apply.pxi"
 
 
-# ---- Doors ------------------------------------------------------------------------------------------------------------
+# ---- Doors ----------------------------------------------------------------------------------------------------------
 # The façade has checked what its user gave. What is checked here is what would write beyond an array.
 
 cdef double *borrow(str name, table, Py_ssize_t rows, Py_ssize_t channels) except NULL:
@@ -288,7 +289,7 @@ def backward(const real[:, :, ::1] dy, const real[:, :, ::1] x, real[:, :, ::1] 
     free(work.coefficient)
 
 
-# ---- Numbers per channel ----------------------------------------------------------------------------------------------
+# ---- Numbers per channel --------------------------------------------------------------------------------------------
 
 cdef int fill_row(double *row, values, Py_ssize_t channels, double otherwise) except -1:
     """A row of a table from one number per channel, of either dtype and any stride, or None."""
@@ -343,7 +344,7 @@ def channel_gradients(const double[:, ::1] statistics, double[:, ::1] gradients)
     borrow("statistics", statistics, STATISTICS_ROWS, gradients.shape[1])
     borrow("gradients", gradients, GRADIENT_ROWS, gradients.shape[1])
     for c in range(gradients.shape[1]):
-        scale = statistics[GAMMA, c] * statistics[RSTD, c]
+        scale = scale_of(statistics[GAMMA, c], statistics[RSTD, c])
         gradients[DGAMMA, c] = dgamma_of(gradients[SUM_DY_XMU, c], statistics[RSTD, c])
         gradients[DMEAN, c] = dmean_of(scale, gradients[SUM_DY, c])
         gradients[DVAR, c] = dvar_of(scale, statistics[RSTD, c], gradients[DGAMMA, c])

@@ -1,4 +1,4 @@
-# ---- Partition: how the work is cut -----------------------------------------------------------------------------------
+# ---- Partition: how the work is cut ---------------------------------------------------------------------------------
 # Only the shape, the item size and the pass may be asked here, so that threads and processors change no bits.
 
 cdef enum:
