@@ -68,7 +68,7 @@ def test_the_self_check_sees_a_difference(tmp_path):
         from batchnorm import moments
         from batchnorm.mpi import check
         def averaged(counts, tables):
-            var = np.mean([table[1] / n for n, table in zip(counts, tables) if n], axis=0)
+            var = np.mean([table[2] / n for n, table in zip(counts, tables) if n], axis=0)
             mean = np.mean([table[0] for n, table in zip(counts, tables) if n], axis=0)
             return moments.Moments(int(sum(counts)), mean, sum(counts) * var)
         moments.Moments.merge_all = staticmethod(averaged)

@@ -230,9 +230,9 @@ cdef inline void choose_pivots(const Block *block, const real *x, Py_ssize_t ste
 
 
 cdef inline bint trusted(double sum1, double sum2, double n, bint gradient) noexcept nogil:
-    """Whether nothing overflowed or fell below the smallest numbers, and the pivot was within 2 standard deviations."""
-    cdef double size = fabs(sum2), far = 0 if gradient else 5
-    return (size >= SMALLEST * n) & (size < LARGEST) & (fabs(sum1) < LARGEST) & (far * sum1 * sum1 <= 4 * n * size)
+    """Whether nothing overflowed or fell below the smallest numbers, and the pivot was within 1.5 deviations."""
+    cdef double size = fabs(sum2), far = 0 if gradient else 13
+    return (size >= SMALLEST * n) & (size < LARGEST) & (fabs(sum1) < LARGEST) & (far * sum1 * sum1 <= 9 * n * size)
 
 
 cdef Py_ssize_t doubtful(const double *sum1, const double *sum2, Py_ssize_t channels, double n,
