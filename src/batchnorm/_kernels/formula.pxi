@@ -25,13 +25,14 @@ cdef inline number same(double value, number like) noexcept nogil:
 
 cdef inline number tree(number *row, Py_ssize_t rows) noexcept nogil:
     """Sum of 8, 4, 2 or 1 vectors by halving: few roundings after each other, and equal values add up without any."""
-    cdef Py_ssize_t r
     if rows == 8:
-        for r in range(4):
-            row[r] += row[r + 4]
+        row[0] += row[4]
+        row[1] += row[5]
+        row[2] += row[6]
+        row[3] += row[7]
     if rows >= 4:
-        for r in range(2):
-            row[r] += row[r + 2]
+        row[0] += row[2]
+        row[1] += row[3]
     return row[0] + row[1] if rows >= 2 else row[0]
 
 
