@@ -153,7 +153,7 @@ def test_steps_are_the_fused_call(view, dtype, made, rng):
     statistics[runtime.GAMMA], statistics[runtime.BETA] = gamma, beta
     kernels.moments(x, statistics, 1e-5, 2)
     kernels.normalize(x, y, statistics, 2)
-    kernels.grad_sums(dy, x, statistics, gradients, 2)
+    kernels.grad_sums(dy, x, statistics, gradients, None, None, 2)
     kernels.grad_apply(dy, x, dx, statistics, gradients, 3, n, 2)
     fused_y, saved = bn.forward(x, gamma, beta)
     fused = bn.backward(dy, saved)

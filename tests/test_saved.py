@@ -123,7 +123,7 @@ def test_the_doors_of_the_kernels_measure_every_array(rng):
         ),
         "normalize": (lambda a: kernels.normalize(a["x"], a["y"], a["statistics"], 1), ("x", "y", "statistics")),
         "grad_sums": (
-            lambda a: kernels.grad_sums(a["dy"], a["x"], a["statistics"], a["gradients"], 1),
+            lambda a: kernels.grad_sums(a["dy"], a["x"], a["statistics"], a["gradients"], None, None, 1),
             ("x", "dy", "statistics", "gradients"),
         ),
         "grad_apply": (
@@ -131,7 +131,7 @@ def test_the_doors_of_the_kernels_measure_every_array(rng):
             ("x", "y", "dy", "statistics", "gradients"),
         ),
         "backward": (
-            lambda a: kernels.backward(a["dy"], a["x"], a["y"], a["statistics"], a["gradients"], 3, 4.0, 1),
+            lambda a: kernels.backward(a["dy"], a["x"], a["y"], a["statistics"], a["gradients"], None, None, 3, 4.0, 1),
             ("x", "y", "dy", "statistics", "gradients"),
         ),
     }
@@ -159,10 +159,18 @@ def test_the_doors_of_the_kernels_measure_every_array(rng):
 )
 def test_the_doors_of_the_kernels_measure_every_parameter(values, rng):
     x, y = rng.standard_normal((2, *SHAPE, 1))
-    statistics = np.zeros((runtime.STATISTICS_ROWS, 6))
+    statistics, gradients = np.zeros((runtime.STATISTICS_ROWS, 6)), np.zeros((runtime.GRADIENT_ROWS, 6))
+    kernels = _kernels.of_size[8]
     for given in ((values, None), (None, values)):
         with pytest.raises(ValueError, match="there must be 6 floating-point numbers"):
-            _kernels.of_size[8].forward(x, y, statistics, *given, 0.0, 1)
+            kernels.forward(x, y, statistics, *given, 0.0, 1)
+        for write in (
+            lambda given=given: kernels.grad_sums(y, x, statistics, gradients, *given, 1),
+            lambda given=given: kernels.backward(y, x, y, statistics, gradients, *given, 3, 4.0, 1),
+            lambda given=given: kernels.channel_gradients(statistics, gradients, *given),
+        ):
+            with pytest.raises((ValueError, BufferError), match=r"room for 6 floating-point numbers|readonly"):
+                write()
 
 
 def test_what_is_read_only_stays_so(rng):

@@ -10,8 +10,9 @@ import math
 import operator
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -25,18 +26,16 @@ _FLOAT32 = np.dtype(np.float32)
 _FLOAT64 = np.dtype(np.float64)
 
 
-class Layout(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Layout:
     """Where the channels of an array are: the (N, C, S) view, and the order of axes that makes it contiguous."""
 
     shape: tuple[int, ...]
     axis: int
     view: tuple[int, int, int]
     order: tuple[int, ...] | None
-
-    @property
-    def values(self) -> int:
-        """Values of one channel."""
-        return self.view[0] * self.view[2]
+    channels: int
+    values: int  # per channel
 
     def fits(self, array: Array) -> bool:
         """Whether the array lies in memory as this layout says."""
@@ -86,8 +85,8 @@ def layout_of(shape: tuple[int, ...], axis: int, order: tuple[int, ...] | None =
     channel = axis % len(shape)
     where = channel if order is None else order.index(channel)
     lengths = shape if order is None else tuple(shape[i] for i in order)
-    view = (math.prod(lengths[:where]), lengths[where], math.prod(lengths[where + 1 :]))
-    return Layout(shape, channel, view, order)
+    before, channels, after = math.prod(lengths[:where]), lengths[where], math.prod(lengths[where + 1 :])
+    return Layout(shape, channel, (before, channels, after), order, channels, before * after)
 
 
 def as_float(value: ArrayLike, name: str, integers: bool = False) -> Array:

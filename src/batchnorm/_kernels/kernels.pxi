@@ -27,7 +27,7 @@ d) The steps are separate: reduce → finish → apply. A pass does them tile by
    after the other over all blocks when there are too few tiles to share among threads. A step that sums nothing
    follows the memory, row by row. A pass over more memory than a cache holds writes its result around it.
 """
-from cpython.buffer cimport PyBUF_CONTIG_RO, PyBUF_STRIDED_RO, PyBuffer_Release, PyObject_GetBuffer
+from cpython.buffer cimport PyBUF_CONTIG, PyBUF_CONTIG_RO, PyBUF_STRIDED_RO, PyBuffer_Release, PyObject_GetBuffer
 from cython.parallel import prange
 from libc.math cimport INFINITY, fabs, sqrt
 from libc.stdlib cimport free, malloc
@@ -233,8 +233,9 @@ def normalize(const real[:, :, ::1] x, real[:, :, ::1] y, statistics, int num_th
     free(work.coefficient)
 
 
-def grad_sums(const real[:, :, ::1] dy, const real[:, :, ::1] x, statistics, gradients, int num_threads):
-    """Σdy, Σdy·(x − mean) and dgamma of each channel into `gradients`."""
+def grad_sums(const real[:, :, ::1] dy, const real[:, :, ::1] x, statistics, gradients, dgamma, dbeta,
+              int num_threads):
+    """Σdy, Σdy·(x − mean) and dgamma of each channel into `gradients`, dgamma and dbeta = Σdy where they go too."""
     cdef Work work
     cdef int threads = team_size(num_threads)
     check_view("dy", dy, x.shape)
@@ -242,6 +243,7 @@ def grad_sums(const real[:, :, ::1] dy, const real[:, :, ::1] x, statistics, gra
     with nogil:
         grad_sums_of_all(&work, &x[0, 0, 0], &dy[0, 0, 0], threads)
     free(work.coefficient)
+    take_parameters(work.gradients, dgamma, dbeta, work.C)
 
 
 def grad_apply(const real[:, :, ::1] dy, const real[:, :, ::1] x, real[:, :, ::1] dx, statistics, gradients,
@@ -262,8 +264,8 @@ def grad_apply(const real[:, :, ::1] dy, const real[:, :, ::1] x, real[:, :, ::1
     free(work.coefficient)
 
 
-def backward(const real[:, :, ::1] dy, const real[:, :, ::1] x, real[:, :, ::1] dx, statistics, gradients,
-             int through, double count, int num_threads):
+def backward(const real[:, :, ::1] dy, const real[:, :, ::1] x, real[:, :, ::1] dx, statistics, gradients, dgamma,
+             dbeta, int through, double count, int num_threads):
     """`grad_sums`, then `grad_apply`."""
     cdef Work work
     cdef int threads = team_size(num_threads)
@@ -287,6 +289,7 @@ def backward(const real[:, :, ::1] dy, const real[:, :, ::1] x, real[:, :, ::1] 
             grad_sums_of_all(&work, x0, dy0, threads)
             grad_apply_all(&work, x0, dy0, dx0, threads)
     free(work.coefficient)
+    take_parameters(work.gradients, dgamma, dbeta, work.C)
 
 
 # ---- Numbers per channel --------------------------------------------------------------------------------------------
@@ -317,6 +320,31 @@ cdef int fill_row(double *row, values, Py_ssize_t channels, double otherwise) ex
     return 0
 
 
+cdef int take_row(const double *row, values, Py_ssize_t channels) except -1:
+    """A row of a table into one number per channel, of either dtype, or nowhere if None."""
+    cdef Py_buffer buffer
+    cdef Py_ssize_t c
+    if values is None:
+        return 0
+    PyObject_GetBuffer(values, &buffer, PyBUF_CONTIG)
+    try:
+        if buffer.ndim != 1 or buffer.shape[0] != channels or buffer.itemsize not in (4, 8):
+            raise ValueError(f"there must be room for {channels} floating-point numbers, one per channel")
+        for c in range(channels):
+            if buffer.itemsize == sizeof(double):
+                (<double *> buffer.buf)[c] = row[c]
+            else:
+                (<float *> buffer.buf)[c] = <float> row[c]
+    finally:
+        PyBuffer_Release(&buffer)
+    return 0
+
+
+cdef int take_parameters(const double *g, dgamma, dbeta, Py_ssize_t C) except -1:
+    take_row(g + DGAMMA * C, dgamma, C)
+    return take_row(g + SUM_DY * C, dbeta, C)
+
+
 cdef int set_parameters(double *s, gamma, beta, Py_ssize_t C) except -1:
     fill_row(s + GAMMA * C, gamma, C, 1)
     return fill_row(s + BETA * C, beta, C, 0)
@@ -337,17 +365,18 @@ def fix_statistics(statistics, Py_ssize_t channels, mean, m2, gamma, beta, doubl
     return -1
 
 
-def channel_gradients(const double[:, ::1] statistics, double[:, ::1] gradients):
-    """dgamma, dmean and dvar from the sums in `gradients`."""
+def channel_gradients(const double[:, ::1] statistics, double[:, ::1] gradients, dgamma=None, dbeta=None):
+    """dgamma, dmean and dvar from the sums in `gradients`; dgamma and dbeta where they go too."""
     cdef Py_ssize_t c
     cdef double scale
+    cdef const double *g = borrow("gradients", gradients, GRADIENT_ROWS, gradients.shape[1])
     borrow("statistics", statistics, STATISTICS_ROWS, gradients.shape[1])
-    borrow("gradients", gradients, GRADIENT_ROWS, gradients.shape[1])
     for c in range(gradients.shape[1]):
         scale = scale_of(statistics[GAMMA, c], statistics[RSTD, c])
         gradients[DGAMMA, c] = dgamma_of(gradients[SUM_DY_XMU, c], statistics[RSTD, c])
         gradients[DMEAN, c] = dmean_of(scale, gradients[SUM_DY, c])
         gradients[DVAR, c] = dvar_of(scale, statistics[RSTD, c], gradients[DGAMMA, c])
+    take_parameters(g, dgamma, dbeta, gradients.shape[1])
 
 
 def merge(double[:, ::1] moments, double count, const double[:, ::1] other, double other_count):

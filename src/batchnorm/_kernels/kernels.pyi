@@ -25,7 +25,16 @@ class Kernels(Protocol):
         num_threads: int,
     ) -> None: ...
     def normalize(self, x: View, y: View, statistics: Table, num_threads: int) -> None: ...
-    def grad_sums(self, dy: View, x: View, statistics: Table, gradients: Table, num_threads: int) -> None: ...
+    def grad_sums(
+        self,
+        dy: View,
+        x: View,
+        statistics: Table,
+        gradients: Table,
+        dgamma: PerChannel | None,
+        dbeta: PerChannel | None,
+        num_threads: int,
+    ) -> None: ...
     def grad_apply(
         self,
         dy: View,
@@ -44,6 +53,8 @@ class Kernels(Protocol):
         dx: View,
         statistics: Table,
         gradients: Table,
+        dgamma: PerChannel | None,
+        dbeta: PerChannel | None,
         through: int,
         count: float,
         num_threads: int,
@@ -60,7 +71,9 @@ class Kernels(Protocol):
         mean_low: PerChannel | None = None,
         count: float = 1,
     ) -> int: ...
-    def channel_gradients(self, statistics: Table, gradients: Table) -> None: ...
+    def channel_gradients(
+        self, statistics: Table, gradients: Table, dgamma: PerChannel | None = None, dbeta: PerChannel | None = None
+    ) -> None: ...
     def merge(self, moments: Table, count: float, other: Table, other_count: float) -> None: ...
     def update_running(
         self,
