@@ -92,6 +92,7 @@ def bench(session):
     folder = Path(session.create_tmp())
     rivals = "numpy,jax,onnxruntime,numba"
     session.run("python", "-m", "bench", "--quick", "--against", rivals, "--output", str(folder / "bench.md"))
+    session.run("python", "-m", "bench.busy", "--rounds", "1")
     session.run("python", "-m", "bench.distributed", "--output", str(folder / "distributed.md"))
     for name in ("bench.json", "bench.png", "distributed.png"):
         if not (folder / name).stat().st_size:

@@ -6,11 +6,11 @@ import threading
 
 import numpy as np
 import pytest
-from processes import WORKLOAD, succeeds
+from processes import WORKLOAD, python, succeeds
 from threadpoolctl import threadpool_limits
 
 import batchnorm as bn
-from batchnorm import _threads, functional
+from batchnorm import _kernels, _threads, functional
 from batchnorm._kernels import runtime
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc, or is about processors")
@@ -229,6 +229,26 @@ def test_no_setting_of_openmp_changes_bits(level):
     found = {str(these): succeeds(program, BATCHNORM_ISA=level, **nothing | these) for these in [{}, *SETTINGS]}
     assert len(set(found.values())) == 1, found
     assert len(set(found["{}"].split())) == 1
+
+
+@pytest.mark.parametrize(
+    ("setting", "spins"),
+    [
+        ({}, str(_kernels.SPINS)),
+        ({"GOMP_SPINCOUNT": "77"}, "77"),
+        ({"OMP_WAIT_POLICY": "passive"}, "0"),
+    ],
+    ids=str,
+)
+def test_idle_threads_soon_sleep_unless_the_environment_says_otherwise(setting, spins):
+    """libgomp says what it has read, and the environment is as before."""
+    if "gomp" not in str(runtime.openmp_runtime()):
+        pytest.skip("another OpenMP runtime")
+    program = "import os; before = dict(os.environ); import batchnorm; assert before == dict(os.environ)"
+    nothing = {"GOMP_SPINCOUNT": None, "OMP_WAIT_POLICY": None}
+    done = python(program, OMP_DISPLAY_ENV="verbose", **nothing | setting)
+    assert done.returncode == 0, done.stderr
+    assert f"GOMP_SPINCOUNT = '{spins}'" in done.stderr
 
 
 def test_a_python_thread_with_a_small_stack(level):

@@ -6,11 +6,17 @@
 
 The best level that this processor runs and this build has is taken, or the one named by `BATCHNORM_ISA`. A level that
 is named and cannot be had is an error: falling back would hide a broken build and spoil a measurement.
+
+Idle threads of libgomp wait busily before they sleep, by default for milliseconds, in which they keep a processor from
+the very thread that they wait for, if others want it too. Here it is a fraction of a millisecond, which costs nothing
+on a quiet machine (bench/experiments.md). libgomp reads that once, from the environment, when it is loaded.
 """
 
+import contextlib
 import importlib
 import importlib.util
 import os
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 if importlib.util.find_spec(f"{__name__}.runtime") is None:
@@ -19,7 +25,25 @@ if importlib.util.find_spec(f"{__name__}.runtime") is None:
         "in a source checkout install batchnorm first, with python -m pip install ."
     )
 
-from . import runtime
+SPINS = 10_000
+"""Turns that an idle thread of libgomp waits busily, where the environment says nothing about it."""
+
+
+@contextlib.contextmanager
+def _short_waits() -> Iterator[None]:
+    """An environment in which a libgomp that is loaded learns of `SPINS`."""
+    if "OMP_WAIT_POLICY" in os.environ or "GOMP_SPINCOUNT" in os.environ:
+        yield
+        return
+    os.environ["GOMP_SPINCOUNT"] = str(SPINS)
+    try:
+        yield
+    finally:
+        os.environ.pop("GOMP_SPINCOUNT", None)
+
+
+with _short_waits():
+    from . import runtime
 
 if TYPE_CHECKING:
     from .kernels import Kernels
