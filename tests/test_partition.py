@@ -87,6 +87,8 @@ def test_every_value_is_in_one_block(view, size):
 @example((1, 1, 8193), 4)
 @example((7, 16, 16), 4)
 @example((8, 16, 63), 8)
+@example((1, 2, 2990), 8)
+@example((3, 64, 5000), 8)
 @example((1, 1000003, 1), 4)
 @example((1000003, 1, 1), 4)
 @example((1, 1, 1000003), 8)

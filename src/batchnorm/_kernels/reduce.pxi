@@ -230,9 +230,9 @@ cdef inline void choose_pivots(const Block *block, const real *x, Py_ssize_t ste
 
 
 cdef inline bint trusted(double sum1, double sum2, double n, bint gradient) noexcept nogil:
-    """Whether nothing overflowed or fell below the smallest numbers, and the pivot was within 1.5 deviations."""
-    cdef double size = fabs(sum2), far = 0 if gradient else 13
-    return (size >= SMALLEST * n) & (size < LARGEST) & (fabs(sum1) < LARGEST) & (far * sum1 * sum1 <= 9 * n * size)
+    """Whether nothing overflowed or fell below the smallest numbers, and the pivot was within 1.25 deviations."""
+    cdef double size = fabs(sum2), far = 0 if gradient else 41
+    return (size >= SMALLEST * n) & (size < LARGEST) & (fabs(sum1) < LARGEST) & (far * sum1 * sum1 <= 25 * n * size)
 
 
 cdef Py_ssize_t doubtful(const double *sum1, const double *sum2, Py_ssize_t channels, double n,
@@ -256,24 +256,34 @@ cdef bint all_equal(const real *x, const Block *block, real value) noexcept nogi
 
 cdef void sum_again(const Work *work, const Block *block, const real *x, const real *dy, bint gradient,
                     double *pivot, double *sum1, double *sum2, double n) noexcept nogil:
-    """The sums that cannot be trusted, in float64 and for the moments about the mean that the first sums give."""
-    cdef double again1[WIDEST]
-    cdef double again2[WIDEST]
+    """The sums that cannot be trusted, in float64 and for the moments about the mean that the first sums give.
+
+    Some neighbouring channels at a time: mostly it is the sum of one that cannot be trusted.
+    """
+    cdef double again1[NEIGHBOURS]
+    cdef double again2[NEIGHBOURS]
     cdef const real *a = dy if gradient else x
-    cdef bint lost = False
+    cdef Work ungrouped = work[0]
+    cdef Block some = block[0]
+    cdef bint lost
     cdef double mean
-    cdef Py_ssize_t c
-    for c in range(block.channels):
-        if not trusted(sum1[c], sum2[c], n, gradient):
-            lost |= sum2[c] != 0 or not all_equal(a + c * block.run, block, 0 if gradient else a[c * block.run])
-            mean = pivot[c] + sum1[c] / n
-            if not gradient and mean - mean == 0:
-                pivot[c] = <real> mean
-    if lost:
-        sum_block(work, block, x, dy, gradient, pivot, again1, again2, same_wide(0))
-        for c in range(block.channels):
+    cdef Py_ssize_t c, first, at
+    ungrouped.group = 1
+    for first from 0 <= first < block.channels by NEIGHBOURS:
+        some.channels = min(NEIGHBOURS, block.channels - first)
+        at = first * block.run
+        lost = False
+        for c in range(first, first + some.channels):
             if not trusted(sum1[c], sum2[c], n, gradient):
-                sum1[c], sum2[c] = again1[c], again2[c]
+                lost |= sum2[c] != 0 or not all_equal(a + c * block.run, block, 0 if gradient else a[c * block.run])
+                mean = pivot[c] + sum1[c] / n
+                if not gradient and mean - mean == 0:
+                    pivot[c] = <real> mean
+        if lost:
+            sum_block(&ungrouped, &some, x + at, dy + at, gradient, pivot + first, again1, again2, same_wide(0))
+            for c in range(first, first + some.channels):
+                if not trusted(sum1[c], sum2[c], n, gradient):
+                    sum1[c], sum2[c] = again1[c - first], again2[c - first]
 
 
 cdef void about_the_mean(double *restrict sum1, double *restrict sum2, Py_ssize_t channels, double n) noexcept nogil:
