@@ -24,6 +24,7 @@ LAYOUTS = {
     "channels last": ((4, 6, 35), True),
     "few channels": ((1500, 2, 1), False),
     "few channels, short rows": ((150, 2, 4), False),
+    "one channel": ((9000, 1, 1), False),
     "few values": ((12, 3, 1), False),
 }
 

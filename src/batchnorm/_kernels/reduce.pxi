@@ -258,19 +258,17 @@ cdef void sum_again(const Work *work, const Block *block, const real *x, const r
                     double *pivot, double *sum1, double *sum2, double n) noexcept nogil:
     """The sums that cannot be trusted, in float64 and for the moments about the mean that the first sums give.
 
-    Some neighbouring channels at a time: mostly it is the sum of one that cannot be trusted.
+    Some neighbouring channels at a time, or all of a grouped row: mostly it is the sum of one that cannot be trusted.
     """
-    cdef double again1[NEIGHBOURS]
-    cdef double again2[NEIGHBOURS]
+    cdef double again1[GROUPED]
+    cdef double again2[GROUPED]
     cdef const real *a = dy if gradient else x
-    cdef Work ungrouped = work[0]
     cdef Block some = block[0]
     cdef bint lost
     cdef double mean
-    cdef Py_ssize_t c, first, at
-    ungrouped.group = 1
-    for first from 0 <= first < block.channels by NEIGHBOURS:
-        some.channels = min(NEIGHBOURS, block.channels - first)
+    cdef Py_ssize_t c, first, at, together = block.channels if work.group > 1 else NEIGHBOURS
+    for first from 0 <= first < block.channels by together:
+        some.channels = min(together, block.channels - first)
         at = first * block.run
         lost = False
         for c in range(first, first + some.channels):
@@ -280,7 +278,7 @@ cdef void sum_again(const Work *work, const Block *block, const real *x, const r
                 if not gradient and mean - mean == 0:
                     pivot[c] = <real> mean
         if lost:
-            sum_block(&ungrouped, &some, x + at, dy + at, gradient, pivot + first, again1, again2, same_wide(0))
+            sum_block(work, &some, x + at, dy + at, gradient, pivot + first, again1, again2, same_wide(0))
             for c in range(first, first + some.channels):
                 if not trusted(sum1[c], sum2[c], n, gradient):
                     sum1[c], sum2[c] = again1[c - first], again2[c - first]
