@@ -385,4 +385,5 @@ def test_without_mpi4py_it_says_what_is_missing(tmp_path):
     code = "from batchnorm.mpi import SyncBatchNorm; SyncBatchNorm(3)"
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
-    assert "ImportError: batchnorm.mpi needs mpi4py and an MPI library: python -m pip install" in done.stderr
+    install = "python -m pip install 'mpi4py>=4' mpich"
+    assert done.stderr.endswith(f"ImportError: batchnorm.mpi needs mpi4py and an MPI library: {install}\n")

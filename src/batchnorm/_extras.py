@@ -16,12 +16,12 @@ def require(module: str, command: str) -> Any:
         return importlib.import_module(module)
     except ImportError:
         package = module.partition(".")[0]
-        install = f"python -m pip install {_requirements(package, command)}"
+        install = f"python -m pip install {requirements(package, command)}"
         raise SystemExit(f"python -m batchnorm {command}: {package} is missing, install it with {install}") from None
 
 
-def _requirements(package: str, extra: str) -> str:
-    """What pip is told: all of the extra that has the package, wherever batchnorm was installed from; else its name."""
+def requirements(package: str, extra: str) -> str:
+    """What to ask pip for: the requirements of the extra that lists the package; without such an extra, its name."""
     try:
         declared = metadata.requires("batchnorm") or []
     except metadata.PackageNotFoundError:

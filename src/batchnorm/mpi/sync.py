@@ -22,6 +22,7 @@ from numpy.typing import ArrayLike, DTypeLike
 
 from .. import _arrays, functional
 from .._arrays import Array
+from .._extras import requirements
 from ..functional import Gradients, Saved
 from ..layer import BatchNorm
 from ..moments import GradientSums, Moments, Numbers
@@ -36,9 +37,8 @@ def world() -> Any:
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
-        raise ImportError(
-            "batchnorm.mpi needs mpi4py and an MPI library: python -m pip install 'batchnorm[mpi]' mpich"
-        ) from error
+        install = f"python -m pip install {requirements('mpi4py', 'mpi')} mpich"
+        raise ImportError(f"batchnorm.mpi needs mpi4py and an MPI library: {install}") from error
     return MPI.COMM_WORLD
 
 
