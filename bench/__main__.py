@@ -4,8 +4,8 @@
   memory are shared with strangers, and a slow second must hit everybody. Rounds go on until the two best turns of each
   agree, or there were enough of them. The best time is reported, the median beside it in the JSON.
 - The limit takes its turns too, in batchnorm's process and on its very arrays, whose pages decide much.
-- Every result is held against the reference in float64 before it is timed.
-- `--build NAME=DIRECTORY` holds builds of batchnorm against each other (`pip install --target DIRECTORY`), which is how
+- Every result is compared with the reference in float64 before it is timed.
+- `--build NAME=DIRECTORY` compares builds of batchnorm with each other (`pip install --target DIRECTORY`), which is how
   a change of a kernel is measured. They visit all shapes twice, in new processes and so on new pages, minutes apart.
 - This is a command and not pytest-benchmark, because that one times its cases one after the other in one process.
 """
@@ -116,7 +116,7 @@ def teams(text):
 
 
 def build(text):
-    """The name and the directory of a build; without a name it is called as its directory."""
+    """The name and the directory of a build; without a name it is called like its directory."""
     name, equals, directory = text.rpartition("=")
     path = Path(directory)
     name = name if equals else path.resolve().name
@@ -144,7 +144,7 @@ def parse():
         action="append",
         default=[],
         metavar="NAME=DIRECTORY",
-        help="hold builds against the first that is named: the others that are named, or the batchnorm installed here",
+        help="compare builds with the first that is named: the others that are named, or the batchnorm installed here",
     )
     parser.add_argument("--output", type=Path, help="write to this Markdown file, the figures and a plot beside it")
     arguments = parser.parse_args()

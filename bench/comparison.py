@@ -1,4 +1,4 @@
-"""Builds held against the first of them, as Markdown."""
+"""Builds compared with the first of them, as Markdown."""
 
 import math
 import statistics
@@ -90,7 +90,7 @@ def cells(rows, labels):
 
 
 def markdown(rows, labels, versions):
-    """Everything about the builds; `labels` begins with the one that the others are held against."""
+    """Everything about the builds; `labels` begins with the one that the others are compared with."""
     base, *others = labels
     parts = ["\n".join(f"- {label}: {versions[label]}" for label in labels)]
     for label in others:

@@ -4,8 +4,8 @@
   ONNX Runtime, numba and NumPy allocate; the first two keep memory for it from one call to the next.
 - torch: `native_batch_norm` and its backward pass.
 - JAX: jitted. Its backward pass is the formula with saved statistics; differentiating the forward pass takes longer.
-- ONNX Runtime has inference alone, and that with the channels second.
-- numba: the loops one would write, parallel over channels, with its fast mathematics.
+- ONNX Runtime has inference alone, and only with the channels second.
+- numba: the loops that a user would write, parallel over channels, with its fast mathematics.
 - The limit is that of `batchnorm.profile`, on the arrays of batchnorm, in its process.
 """
 

@@ -1,8 +1,9 @@
 """`python -m bench.distributed`: what synchronising costs, measured on a few ranks and modelled for many.
 
-- Measured: a step (forward and backward) of `BatchNorm` and of `SyncBatchNorm` on each rank's part, one thread a rank,
-  and an Allgather by the bytes that each rank gives. Ranks are started with mpiexec; those of one machine talk through
-  its memory, and more ranks than processors wait for each other, so this is the latency of the software, not a network.
+- Measured: a step (forward and backward) of `BatchNorm` and of `SyncBatchNorm` on each rank's part, one thread per
+  rank, and an Allgather by the bytes that each rank sends. Ranks are started with mpiexec. Those of one machine talk
+  through its memory, and more ranks than processors wait for each other, so this is the latency of the software, not a
+  network.
 - Fitted: α, the time of a message without content, and β, the time of a byte, to the Allgathers of two ranks.
 - Modelled: an Allgather among P ranks by recursive doubling takes log₂P messages and receives (P − 1)·m bytes,
   log₂P·α + (P − 1)·m·β; one that could add up on the way, an Allreduce, log₂P·(α + m·β). Nothing is hidden behind
@@ -36,7 +37,7 @@ CLUSTER = (1.5e-6, 8 / 100e9)
 
 
 def _best(call: Callable[[], Any], barrier: Callable[[], Any]) -> float:
-    """Seconds a call takes, the median over rounds that begin together."""
+    """Seconds that a call takes, the median over rounds that begin together."""
     times = []
     call()
     for _ in range(ROUNDS):
@@ -108,7 +109,7 @@ def fit(gathers: dict[str, float]) -> tuple[float, float]:
 
 
 def packets(channels: int) -> tuple[int, int]:
-    """Bytes that a rank gives in the forward and the backward pass."""
+    """Bytes that a rank sends in the forward and the backward pass."""
     return 8 * (4 * channels + 2), 8 * (4 * channels + 1)
 
 
@@ -130,7 +131,7 @@ def network(ranks: int, alpha: float, beta: float, collective: Callable[..., flo
 
 def report(found: list[dict[str, Any]], alpha: float, beta: float) -> str:
     """The tables, in Markdown."""
-    lines = [f"{found[0]['mpi']}, one thread a rank, float32; µs of a step, forward and backward:", ""]
+    lines = [f"{found[0]['mpi']}, one thread per rank, float32; µs per step, forward and backward:", ""]
     lines += ["| a rank's x | ranks | BatchNorm | SyncBatchNorm | added |", "|---|---:|---:|---:|---:|"]
     for shape in found[0]["steps"]:
         for run in found:
@@ -138,12 +139,12 @@ def report(found: list[dict[str, Any]], alpha: float, beta: float) -> str:
             lines.append(
                 f"| {shape.replace('x', '×')} | {run['ranks']} | {local:.0f} | {sync:.0f} | {sync - local:.0f} |"
             )
-    lines += ["", "µs of an Allgather, by the bytes that each rank gives:", ""]
+    lines += ["", "µs of an Allgather, by the bytes that each rank sends:", ""]
     lines += [f"| ranks | {' | '.join(str(size) for size in BYTES)} |", "|---" * (len(BYTES) + 1) + "|"]
     for run in found:
         lines.append(f"| {run['ranks']} | {' | '.join(f'{1e6 * taken:.1f}' for taken in run['gathers'].values())} |")
     lines += ["", f"α = {1e6 * alpha:.1f} µs, 1/β = {1e-9 / beta:.1f} GB/s (two ranks).", ""]
-    lines += ["Modelled, ms a step for the 53 layers of ResNet-50:", ""]
+    lines += ["Modelled, ms per step for the 53 layers of ResNet-50:", ""]
     shown = [2, 8, 32, 128, 512, 4096]
     lines += [f"| | {' | '.join(f'{ranks} ranks' for ranks in shown)} |", "|---" * (len(shown) + 1) + "|"]
     for label, constants, collective in curves(alpha, beta):
@@ -174,7 +175,7 @@ def draw(alpha: float, beta: float, path: Path) -> None:
         axes.loglog(MODEL_RANKS, times, dashes, color=color, label=label, linewidth=2, base=10)
     axes.set_xscale("log", base=2)
     axes.set_xticks(MODEL_RANKS, [str(ranks) for ranks in MODEL_RANKS])
-    axes.set(xlabel="ranks", ylabel="ms a step", title="Synchronising the 53 batch norms of ResNet-50, modelled")
+    axes.set(xlabel="ranks", ylabel="ms per step", title="Synchronising the 53 batch norms of ResNet-50, modelled")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
