@@ -2,8 +2,8 @@
 
 - A command module has `add_arguments(parser)` and `run(arguments, error)`, where `error(message)` refuses an argument
   as argparse does and `run` returns the exit status. A new command is one more entry of `COMMANDS`.
-- Ctrl-C, a full disk and a closed pipe end a command with one line at most, and with the status 130 or 1. What standard
-  output cannot encode is printed as "?".
+- Ctrl-C, a full disk and a closed pipe end a command with one line at most, and with the status 130 or 1. A character
+  that standard output cannot encode is printed as "?".
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""What was built, what was chosen, and why: the first thing to ask for in a report of a problem."""
+"""What was built, what was chosen, and why: the first thing to ask for when somebody reports a problem."""
 
 import sys
 from typing import Any, Literal, overload

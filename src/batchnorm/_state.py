@@ -23,7 +23,7 @@ ARRAYS = ("running_mean", "running_var", "gamma", "beta")
 
 _COUNTER = struct.Struct("=q")
 MOST_BATCHES = 2**62
-"""The counter of a state that is loaded; from there it can go on for ever."""
+"""The largest counter that a loaded state may have, so that it does not overflow later."""
 
 
 class State:
@@ -83,7 +83,7 @@ class State:
             _COUNTER.pack_into(self._block.data, 0, counter)
 
     def snapshot(self) -> tuple[Array | None, Array | None, Array | None, Array | None]:
-        """Copies of running_mean, running_var, gamma and beta, of one moment."""
+        """Copies of running_mean, running_var, gamma and beta, all taken at one moment."""
         mean, var, gamma, beta = self._arrays
         with self.lock:
             return (

@@ -25,17 +25,17 @@ SERIAL_VALUES = 65_536
 """Arrays with fewer values are worked on by the calling thread (measured: bench/README.md)."""
 
 STACK = 96 << 10
-"""Bytes of stack that are enough for a thread in the kernels, whatever the level."""
+"""Bytes of stack that are enough for a thread in the kernels at any level."""
 
 _MOST = 4096
-"""Threads of a call. libgomp keeps a record of each on the stack of the caller."""
+"""The most threads of a call: libgomp keeps a record of each on the stack of the caller."""
 
 
 _locks: "weakref.WeakSet[threading.RLock]" = weakref.WeakSet()
 
 
 def new_lock() -> "threading.RLock":
-    """A reentrant lock that is open in a forked child if another thread held it, because that thread is not there."""
+    """A reentrant lock. It is open in a forked child, even if another thread held it, which does not exist there."""
     lock = threading.RLock()
     _locks.add(lock)
     return lock
@@ -141,7 +141,7 @@ def decide() -> tuple[int, str]:
 
 
 def considered() -> dict[str, int | None]:
-    """What every rule of `decide` has to say, in their order; None where it says nothing."""
+    """What every rule of `decide` says, in their order; None where it says nothing."""
     return {
         "set_num_threads": _asked,
         "BATCHNORM_NUM_THREADS": _named_at_import,
@@ -152,7 +152,7 @@ def considered() -> dict[str, int | None]:
 
 
 def threads_for(values: int, num_threads: int | None) -> int:
-    """Threads of a call on an array with so many values."""
+    """Threads of a call on an array with this many values."""
     if num_threads is not None:
         num_threads = _checked(num_threads)
     if values < SERIAL_VALUES or _small_stacks_at_import or runtime.forked():

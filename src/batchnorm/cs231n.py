@@ -3,15 +3,15 @@
     from batchnorm.cs231n import batchnorm_forward, batchnorm_backward, batchnorm_backward_alt
     from batchnorm.cs231n import spatial_batchnorm_forward, spatial_batchnorm_backward
 
-in place of one's own, and everything around them runs as before: same arguments, same `bn_param`, same results. What
-that course does differently from the rest of this package:
+Import these in place of your own, and everything around them runs as before: same arguments, same `bn_param`, same
+results. That course differs from the rest of this package in these points:
 
 - Running statistics are created at zero, the variance too, on the first call, and live in `bn_param`.
 - Its momentum, 0.9, is the weight of the OLD value: running ← momentum·running + (1 − momentum)·batch.
 - The running variance takes the biased variance of the batch.
 - `mode` is "train" or "test"; in test mode there is no cache.
 - Integers are taken everywhere and become float64, as in NumPy's own arithmetic.
-- Treat `cache` as opaque: it is what `batchnorm.forward` calls `saved`. So take both passes from here, or neither.
+- Treat `cache` as opaque: it is what `batchnorm.forward` calls `saved`. Take both passes from here, or neither.
 
 The course has two backward passes, one along the graph and one simplified on paper. They compute the same, and there
 is one kernel; `batchnorm.pathways` has the terms of the graph.
@@ -119,7 +119,7 @@ def batchnorm_backward_alt(dout: ArrayLike, cache: Cache) -> Gradients:
 def spatial_batchnorm_forward(
     x: ArrayLike, gamma: ArrayLike, beta: ArrayLike, bn_param: MutableMapping[str, Any]
 ) -> tuple[Array, Cache]:
-    """`batchnorm_forward` for x of shape (N, C, H, W), a channel's statistics taken over N, H and W.
+    """`batchnorm_forward` for x of shape (N, C, H, W): the statistics of a channel are taken over N, H and W.
 
     Parameters
     ----------

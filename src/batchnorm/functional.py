@@ -1,12 +1,12 @@
-"""Batch normalization as functions: they check, allocate and call one kernel; the arithmetic is in the kernels.
+"""Batch normalization as functions: they check, allocate and call a kernel; the arithmetic is in the kernels.
 
-Conventions, because frameworks differ in each of them:
+Frameworks differ in each of these conventions:
 
 - `axis=1` is the channel axis, as in PyTorch and ONNX; channels-last arrays take `axis=-1`.
 - The batch is normalized with the biased variance Σ(x−μ)²/n, and `eps` is added to the variance, under the root.
 - `momentum` is the weight of the *new* batch in the running statistics (PyTorch's direction, not that of Keras, Flax
-  and ONNX), and the running variance is unbiased, Σ(x−μ)²/(n−1), unless told otherwise.
-- Statistics have dtype float64 whatever that of x; y and dx have x's dtype, dgamma and dbeta those of gamma and beta.
+  and ONNX). The running variance is unbiased, Σ(x−μ)²/(n−1), by default.
+- Statistics have dtype float64 for any x. y and dx have x's dtype, dgamma and dbeta those of gamma and beta.
 """
 
 from collections.abc import Collection
@@ -59,7 +59,7 @@ class Gradients(NamedTuple):
 
 
 class InferenceGradients(Gradients):
-    """`Gradients` with two attributes more, with respect to the fixed mean and var; None where not asked for."""
+    """`Gradients` with two more attributes, with respect to the fixed mean and var; None where not asked for."""
 
     dmean: Array | None = None
     dvar: Array | None = None
@@ -72,8 +72,8 @@ class InferenceGradients(Gradients):
 class Saved:
     """What `forward` leaves for `backward`: a reference to x (not a copy) and a few float64 numbers per channel.
 
-    x must not change until `backward` has run: neither its values, which nobody checks, nor its shape, strides and
-    dtype, which are checked whenever x is used. The object itself cannot be changed.
+    x must not change until `backward` has run. Its values are not checked; its shape, strides and dtype are checked
+    whenever x is used. The object itself cannot be changed.
 
     Attributes
     ----------
@@ -83,7 +83,7 @@ class Saved:
         The channel axis, at least 0.
     eps : float
     count : int
-        Values of a channel that its statistics were made of, n.
+        n, the number of values per channel that the statistics are of.
     mean, var, rstd : ndarray of float64, shape (C,)
         Batch mean μ, biased variance σ² and 1/√(σ² + eps). Read-only.
     gamma : ndarray of float64, shape (C,)
@@ -165,7 +165,7 @@ class Saved:
         return self._row(MEAN_LOW)
 
     def __getitem__(self, item: object) -> NoReturn:
-        """Refuse to be taken apart, which an own backward pass would do."""
+        """Refuse to be unpacked, as a backward pass of one's own would do."""
         raise TypeError(
             "what forward left is for the backward pass of batchnorm and has no items: take x, mean, var, rstd and "
             "gamma from its attributes, or give a backward pass of your own the cache of a forward pass of your own"
@@ -181,7 +181,7 @@ def _restored(x: Array, eps: float, layout: Layout, *rest: Any) -> Saved:
 
 
 def _names(names: Collection[str], argument: str, known: tuple[str, ...]) -> Collection[str]:
-    """The names, of which one may come by itself."""
+    """The names; a single name may come as a string."""
     if isinstance(names, str):
         names = (names,)
     if not isinstance(names, Collection) or any(name not in known for name in names):
@@ -215,7 +215,8 @@ def forward(
 ) -> tuple[Array, Saved]:
     """Normalize with the statistics of this batch: y = gamma·(x − μ)/√(σ² + eps) + beta.
 
-    μ = Σx/n and σ² = Σ(x − μ)²/n over all axes but the channel axis, n values a channel. σ² is the biased variance.
+    μ = Σx/n and σ² = Σ(x − μ)²/n over all axes but the channel axis, with n values per channel. σ² is the
+    biased variance.
 
     Parameters
     ----------
@@ -229,7 +230,7 @@ def forward(
         Added to the variance, under the root; finite, at least 0. With eps = 0 a channel without spread gives beta.
     moments : Moments, optional
         Statistics to normalize with in place of x's own: those of a larger batch that x is a part of (`Moments.of`
-        each part, added up), or of any other set of values. With those of x, y is the same, bit for bit.
+        each part, added up), or of any other set of values. With the moments of x itself y is the same, bit for bit.
     out : ndarray, optional
         Where to write y; of x's shape and dtype, sharing no memory with the inputs.
     num_threads : int, optional
@@ -254,8 +255,8 @@ def forward(
     -----
     float32 is calculated in float32, float64 in float64. Sums are shifted by a value near the mean, gathered in float64
     and merged in a fixed order: the same input gives the same bits for any number of threads on any processor. Equal
-    values in a channel give var = 0 and y = beta exactly. A channel that holds NaN or infinity becomes NaN, the others
-    do not notice. An empty batch gives an empty y and statistics of 0.
+    values in a channel give var = 0 and y = beta exactly. A channel that holds NaN or infinity becomes NaN; the others
+    are not affected. An empty batch gives an empty y and statistics of 0.
 
     References
     ----------
@@ -343,7 +344,7 @@ def backward(
         From `forward`.
     through : {"mean", "variance"} or collection of them, optional
         The statistics through which the gradient goes, both by default. `through="mean"` treats the variance as a
-        constant, `through=()` both, which leaves the direct path.
+        constant. `through=()` treats both as constants and leaves the direct path.
     dmean, dvar : array_like, shape (C,), optional
         Upstream gradients of `saved.mean` and `saved.var` themselves, where a loss depends on them. They add
         dmean/n + dvar·2(x − μ)/n to dx, whatever `through` is.
@@ -373,9 +374,9 @@ def backward(
 
     Notes
     -----
-    Every value of x is taken for one of the n values of the statistics, so that it has a share in the paths through
-    them. Values of x that have none, because `forward` was given the `moments` of other values, have dx of the direct
-    path, `through=()`; dgamma and dbeta are right for all.
+    Every value of x is treated as one of the n values of the statistics, so it has a share in the paths through them.
+    A value has no share if `forward` was given the `moments` of other values. Its dx is that of the direct path,
+    `through=()`. dgamma and dbeta are right for all values.
 
     References
     ----------
@@ -460,7 +461,7 @@ def _backward(
     num_threads: int | None,
     summed: bool = False,
 ) -> Gradients:
-    """The gradients that are needed; all those of the channels are left in the table, which may hold the sums."""
+    """The gradients that are needed; the table, which may hold the sums, gets all gradients per channel."""
     x, layout, statistics, count = saved._unchanged_x(), saved._layout, saved._statistics, saved._count
     dtype, gamma_dtype, beta_dtype = saved._dtypes
     dy, size = like_x(dy, saved), x.size
@@ -494,8 +495,8 @@ def _backward(
 def grad_sums(dy: ArrayLike, saved: Saved, *, num_threads: int | None = None) -> GradientSums:
     """The sums that `backward` needs, Σdy and Σdy·(x − μ) over all axes but the channel axis.
 
-    Those of the parts of a batch are added up; `backward(dy, saved, sums=...)` goes on from there. With the sums of dy
-    alone it gives the same as without, bit for bit.
+    Add up the sums of the parts of a batch, and give them to `backward(dy, saved, sums=...)`. With the sums of dy alone
+    it gives the same as without them, bit for bit.
 
     Parameters
     ----------
@@ -540,7 +541,7 @@ def grad_sums(dy: ArrayLike, saved: Saved, *, num_threads: int | None = None) ->
 
 
 def own_parameters(sums: GradientSums, saved: Saved) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """dgamma and dbeta over the values that were summed, whatever part they are of those the statistics are of."""
+    """dgamma and dbeta over the values that were summed, which may be a part of those that the statistics are of."""
     table = np.empty((GRADIENT_ROWS, saved._layout.channels))
     table[SUM_DY : SUM_DY_XMU + 1] = sums._table
     _kernels.of_size[8].channel_gradients(saved._statistics, table)
@@ -557,14 +558,14 @@ def update_running(
 ) -> None:
     """Move the running statistics towards this batch, in place: r ← (1 − momentum)·r + momentum·batch.
 
-    `momentum` is the weight of the NEW batch, as in PyTorch; Keras, Flax and ONNX call the weight of the old value so.
+    `momentum` is the weight of the NEW batch, as in PyTorch; in Keras, Flax and ONNX it is that of the old value.
     The variance that is mixed in is σ²·n/(n − 1), the unbiased one, as in PyTorch and the paper, unless `unbiased` is
     false. An empty batch changes nothing.
 
     Parameters
     ----------
     running_mean, running_var : ndarray of float32 or float64, shape (C,)
-        Changed in place; the same dtype both. Calculated in float64 and rounded once.
+        Changed in place; both have the same dtype. Calculated in float64 and rounded once.
     saved : Saved
         From `forward`.
     momentum : float, default 0.1

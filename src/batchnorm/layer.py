@@ -8,7 +8,7 @@ Decisions:
 - The arrays of a layer are the same objects as long as it lives. What is assigned to them is copied into them, in the
   layer's dtype.
 - Threads that share a layer take turns at copying its O(C) numbers: batches are worked on at the same time.
-- Evaluation keeps no x unless asked to: only training usually goes back.
+- Evaluation keeps no x unless asked to, because `backward` usually follows training alone.
 - `save` writes only what `load` takes, so a diverged layer does not replace the file of a sound one.
 """
 
@@ -26,7 +26,7 @@ from ._state import ARRAYS, MOST_BATCHES, State
 from .functional import Gradients, Saved
 from .moments import Moments, population
 
-# What a file says of a layer besides its state: no momentum is None, the last two are there where they are false.
+# What a file says of a layer besides its state. A missing momentum means None; the last two are there only where false.
 _SETTINGS: dict[str, type[np.generic]] = {
     "num_features": np.int64,
     "axis": np.int64,
@@ -116,7 +116,7 @@ class BatchNorm:
     eps : float, default 1e-5
         Added to the variance, under the root.
     momentum : float or None, default 0.1
-        Weight of the NEW batch in the running statistics, as in PyTorch (Keras and Flax name the weight of the old
+        Weight of the NEW batch in the running statistics, as in PyTorch (in Keras and Flax it is that of the old
         value). None keeps the cumulative mean of all batches.
     affine : bool, default True
         Whether there are gamma (created as 1) and beta (as 0).
@@ -299,7 +299,7 @@ class BatchNorm:
         ------
         TypeError, ValueError
             As `forward` and `inference`; ValueError also if x has one value per channel where its own statistics are
-            needed. The layer is as it was then.
+            needed. Then the layer is as it was.
         """
         if not self.training:
             mean, var, gamma, beta = self._state.snapshot()
@@ -404,8 +404,8 @@ class BatchNorm:
     ) -> None:
         """Set the running statistics to those of a data set: running_mean ← μ, running_var ← Σ(x − μ)²/(n − 1).
 
-        Unlike the moving average that training leaves, these are the statistics of all of the data, for one set of
-        weights: the paper's inference. `num_batches_tracked` stays.
+        Unlike the moving average that training leaves, these are the statistics of all of the data for one set of
+        weights, as the paper uses them for inference. `num_batches_tracked` stays.
 
         Parameters
         ----------
@@ -419,8 +419,8 @@ class BatchNorm:
         RuntimeError
             If the layer has no running statistics.
         TypeError, ValueError
-            As `population`; ValueError also if there are not `num_features` channels or less than two values per
-            channel. The layer is as it was then.
+            As `population`; ValueError also if there are not `num_features` channels or fewer than two values per
+            channel. Then the layer is as it was.
 
         References
         ----------
@@ -507,14 +507,14 @@ class BatchNorm:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the settings and the state of the layer to an npz file, in which nothing is executable.
 
-        Only what `load` takes is written: a layer whose values are not finite any more does not replace the file of a
-        sound one (`state_dict` and pickle keep such values). The file appears in one step: interrupted anywhere, the
-        old file of that name is as it was. `np.load` reads it.
+        Only what `load` takes is written: a layer whose values are no longer finite does not replace the file of a good
+        one (`state_dict` and pickle keep such values). The file appears in one step: if it is interrupted anywhere, an
+        old file of that name stays as it was. `np.load` reads the file.
 
         Parameters
         ----------
         path : path-like
-            The name as it is; nothing is appended.
+            The name of the file; no suffix is appended.
 
         Raises
         ------
@@ -552,9 +552,9 @@ class BatchNorm:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, max_bytes: int = 1 << 28, **arguments: Any) -> Self:
-        """The layer that `save` wrote, in training mode, as every new layer: its first call moves its statistics.
+        """The layer that `save` wrote, in training mode like every new layer: a call moves its running statistics.
 
-        `BatchNorm.load(path).eval()` uses them.
+        For evaluation use `BatchNorm.load(path).eval()`.
 
         Parameters
         ----------
@@ -562,12 +562,12 @@ class BatchNorm:
         max_bytes : int, default 268435456
             The most data to read.
         **arguments
-            Those that a derived class has besides the settings of this one, as `comm` of `SyncBatchNorm`.
+            Arguments that a derived class has besides those of this one, such as `comm` of `SyncBatchNorm`.
 
         Raises
         ------
         ValueError
-            If the file is larger, truncated, or holds anything else than a layer: pickled objects, other names, dtypes
+            If the file is larger or truncated, or holds anything but a layer: pickled objects, other names, dtypes
             or shapes, values that are not finite, a negative variance.
         OSError
             If it cannot be read.
@@ -587,7 +587,7 @@ class BatchNorm:
 
     @classmethod
     def _restored(cls, found: Mapping[str, Array], **arguments: Any) -> Self:
-        """The layer of which a file holds this."""
+        """The layer whose file holds these arrays."""
         settings = _settings(found)
         state = {name: found[name] for name in found if name not in _SETTINGS}
         tracked = bool(settings["track_running_stats"])

@@ -4,8 +4,8 @@ Decisions:
 
 - The mean is a pair, `mean + mean_low`, as in the kernels: near a large mean one float64 would cost float64 data its
   last digits, and that mean is subtracted from every value later.
-- There is no arithmetic here but addition: the kernels make the numbers and merge them.
-- Immutable: a merge is a new object, so the order of merging is the caller's and nothing else's.
+- The only arithmetic here is addition: the kernels make the numbers and merge them.
+- Objects are immutable: a merge is a new object, so the caller alone decides the order of merging.
 - `population` cuts its stream anew, into blocks that depend on the shape of a sample alone. The same samples in the
   same order give the same bits, however they came.
 """
@@ -43,7 +43,7 @@ def _as_data(value: ArrayLike, name: str) -> Array:
 
 
 class _Mergeable:
-    """A count and a table with a column a channel, of some of the values; `+` is `merge`, and `sum` adds up."""
+    """A count and a table with one column per channel, of some of the values; `+` is `merge`, and `sum` adds up."""
 
     __slots__ = ("_count", "_table")
 
@@ -74,7 +74,7 @@ class _Mergeable:
         return self if type(other) is int and other == 0 else NotImplemented
 
     def merge(self, other: Self) -> Self:
-        """Of both parts together, as `+`.
+        """The object of both parts together, like `+`.
 
         Raises
         ------
@@ -87,10 +87,10 @@ class _Mergeable:
 
 
 class Moments(_Mergeable):
-    """Count, mean μ = Σx/n and m2 = Σ(x − μ)² of each channel, n values a channel; merged with `+`.
+    """Count, mean μ = Σx/n and m2 = Σ(x − μ)² of each channel, with n values per channel; merged with `+`.
 
     Two parts a and b of the data have together n = n_a + n_b, μ = μ_a + δ·n_b/n and m2 = m2_a + m2_b + δ²·n_a·n_b/n,
-    where δ = μ_b − μ_a. Part sizes may be anything, 0 too.
+    where δ = μ_b − μ_a. A part may have any size, also 0.
 
     Parameters
     ----------
@@ -209,7 +209,7 @@ class Moments(_Mergeable):
         Raises
         ------
         ValueError
-            If `ddof` is not less than the count of data that there are.
+            If `ddof` is not less than the count, where there are data.
         """
         if self._count and not 0 <= ddof < self._count:
             raise ValueError(f"ddof must be at least 0 and less than count = {self._count}, got {ddof}")
@@ -253,7 +253,7 @@ class Moments(_Mergeable):
     __hash__ = None  # type: ignore[assignment]
 
     def to_bytes(self) -> bytes:
-        """count, mean, mean_low and m2 as 3C + 1 little-endian float64 numbers one after the other."""
+        """count, mean, mean_low and m2, one after the other, as 3C + 1 little-endian float64 numbers."""
         return np.concatenate([[self._count], self._table.ravel()]).astype("<f8").tobytes()
 
     @classmethod
@@ -288,7 +288,7 @@ class GradientSums(_Mergeable):
     Parameters
     ----------
     count : int
-        Values of a channel that were summed.
+        Values per channel that were summed.
     sum_dy, sum_dy_xmu : array_like, shape (C,)
 
     Attributes
@@ -329,7 +329,7 @@ class GradientSums(_Mergeable):
         Parameters
         ----------
         count : int
-            Values of a channel in all of them.
+            Values per channel in all of them.
         tables : ndarray of float64, shape (P, 2, C)
             sum_dy and sum_dy_xmu of each part.
 
@@ -395,8 +395,8 @@ def population(
     Parameters
     ----------
     batches : iterable of array_like
-        Of what `Moments.of` takes, with the same number of channels along `axis` each: a list, a generator, chunks of
-        a memory-mapped file. Sizes may differ, also of the other axes.
+        Arrays that `Moments.of` takes, each with the same number of channels along `axis`: a list, a generator, chunks
+        of a memory-mapped file. All other sizes may differ.
     axis : int, default 1
         The channel axis. Samples are cut along the first other one.
     progress : bool, default True
@@ -413,7 +413,7 @@ def population(
     TypeError
         If a dtype is neither float32 nor float64.
     ValueError
-        If there is no batch, or one has another number of channels than the first.
+        If there is no batch, or one has a different number of channels from the first.
 
     References
     ----------

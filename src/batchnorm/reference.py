@@ -1,8 +1,8 @@
 """The textbook: batch normalization in plain NumPy, the baseline that everything is profiled and tested against.
 
 Nothing is clever here. The forward pass keeps a cache; the backward pass adds up the three terms through which x
-reaches the loss: directly, through the mean and through the variance. Work is done in the dtype of x, as people write
-it; note that NumPy adds float32 values along the first axes one after the other, so a large batch loses digits.
+reaches the loss: directly, through the mean and through the variance. It works in the dtype of x, as people write
+it. NumPy adds float32 values along the first axes one after the other, so a large batch loses digits.
 """
 
 import math
@@ -25,7 +25,7 @@ class Cache(NamedTuple):
 
     @property
     def n(self) -> Any:
-        """Values of one channel, in the dtype of x."""
+        """Number of values per channel, in the dtype of x."""
         return self.xmu.dtype.type(math.prod(self.xmu.shape[i] for i in self.axes))
 
 

@@ -1,4 +1,4 @@
-"""A few small arrays in an npz file: files are data, and a file is either the old or the new one.
+"""A few small arrays in an npz file: files are data, and a file is always the old or the new one.
 
 Decisions:
 
@@ -8,8 +8,8 @@ Decisions:
   all that it says it holds, the names, the dtypes, the shapes against the sizes. Products are Python integers, so none
   overflows.
 - A file is written beside its place and put there in one step, after its bytes have reached the disk. Interrupted
-  anywhere, the old file is as it was; of a process that was killed, a file that ends in `.part` remains, which nobody
-  may read who may not read the file itself. Only a regular file is replaced: no device, pipe or folder.
+  anywhere, it leaves the old file as it was. A killed process leaves a file that ends in `.part`, which only those may
+  read who may read the file itself. Only a regular file is replaced: no device, pipe or folder.
 - What the numbers mean is the layer's to check.
 """
 
@@ -37,7 +37,7 @@ _LONGEST_COMMENT = 65_557
 """Bytes at the end of a zip file that are searched for the record that says where its directory is."""
 
 _DAMAGED = (ValueError, zipfile.BadZipFile, zlib.error, struct.error, EOFError, RuntimeError, OverflowError)
-"""What zipfile raises of damaged bytes. No more: a signal handler's exception is not the file's fault."""
+"""What zipfile raises for damaged bytes, and no more: an exception of a signal handler is not the file's fault."""
 
 
 def write(path: str | os.PathLike[str], arrays: Mapping[str, NDArray[Any]]) -> None:
@@ -105,7 +105,7 @@ def _settle(folder: str) -> None:
 
 
 class _Rationed(io.BufferedReader):
-    """A file that gives out so many bytes and no more, where `left` is a number.
+    """A file that gives out at most `left` bytes, where that is a number.
 
     ZipFile reads a whole directory and makes an object of every entry before it can be asked how many there are.
     """

@@ -5,7 +5,7 @@
     worked_example ─────────────────────────────┘
 
 `pathways` takes the gradient apart. `right` has the right gradient, its parts, and what rounding may do to it. `slips`
-is the catalogue of mistakes in dx, `parameters` of those in dgamma and dbeta. `search` finds the formula that a given
-dx is; `diagnosis` asks both and answers in words. `worked_example` is `python -m batchnorm explain`. The public names
+is the catalogue of mistakes in dx, `parameters` of those in dgamma and dbeta. `search` finds the formula that gives a
+dx; `diagnosis` asks both and answers in words. `worked_example` is `python -m batchnorm explain`. The public names
 are those of `batchnorm` itself.
 """

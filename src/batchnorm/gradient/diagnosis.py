@@ -2,12 +2,12 @@
 
 Decisions:
 
-- `search` finds the formula that dx is, the right one or one of the catalogue. If none is near, the sum of pathways
-  that fits best is told.
+- `search` finds the formula that gives dx, the right one or one of the catalogue. If none is near, the answer is the
+  sum of pathways that fits best.
 - What is no gradient at all is named too: a wrong shape, NaN, 0 everywhere.
 - Some upstream gradients hide mistakes. A dy that is constant per channel or proportional to xhat makes the right dx
   vanish, and where gamma is 1 nobody sees that gamma is missing. The answer says what it could not have seen.
-- Nobody is accused of what is no mistake: neither of rounding (see `right`) nor of leaving out a term that is 0.
+- What is no mistake is not called one: neither rounding (see `right`) nor leaving out a term that is 0.
 """
 
 import math
@@ -43,12 +43,12 @@ class Diagnosis:
         The largest difference between dx and the right one, over the largest term of its channel; infinite where dx has
         another shape or is not finite.
     pathways : tuple of three floats
-        How often dx has the direct pathway and those through the mean and the variance in it, by least squares; 1, 1, 1
-        if it is right, NaN where `error` is infinite.
+        The factors with which dx contains the direct pathway and those through the mean and the variance, by least
+        squares; 1, 1, 1 if it is right, NaN where `error` is infinite.
     unseen : tuple of str
         Slips that would have given a correct dx with these data.
     dgamma, dbeta : str or None
-        As `slip`, of the gradients of the parameters; None where they were not given.
+        As `slip`, for the gradients of the parameters; None where they were not given.
     """
 
     slip: str
@@ -79,20 +79,20 @@ def diagnose(
     """Say which slip makes a hand-written gradient differ from the right one.
 
     The right one is dx = dxhat·rstd + dmean/n + dvar·2(x − μ)/n with dxhat = dy·gamma, dmean = −rstd·Σdxhat and
-    dvar = Σdxhat·(x − μ)·(−½)·rstd³. dx is compared with it and with every formula of a catalogue of slips; if none is
-    near, the sum of the three pathways that fits best is told.
+    dvar = Σdxhat·(x − μ)·(−½)·rstd³. dx is compared with it and with every formula of a catalogue of slips. If none is
+    near, the answer is the sum of the three pathways that fits best.
 
     Parameters
     ----------
     dx : array_like of float32 or float64
-        The result in question: of x's shape, or with its axes in another order, which is one of the slips.
+        The result in question, of x's shape. Axes in another order are one of the slips.
     dy : array_like
         Upstream gradient it was computed from, of x's shape and dtype. Take random numbers: where dy is constant per
         channel or proportional to xhat, as ones or y are, the right dx is 0 up to eps and hides mistakes.
     saved : Saved
         From `forward` of the same x, gamma, axis and eps.
     dgamma, dbeta : array_like of float32 or float64, optional
-        Gradients of the parameters, looked at too. A shape that is not (C,) is one of the slips.
+        Gradients of the parameters, which are checked too. A shape that is not (C,) is one of the slips.
 
     Returns
     -------
@@ -104,12 +104,12 @@ def diagnose(
     TypeError
         If `saved` is not from `forward`, or a dtype does not fit.
     ValueError
-        If dx has axes that x has not, x or dy is not finite, or a channel has fewer than two values.
+        If dx has other axes than x, x or dy is not finite, or a channel has fewer than two values.
 
     Notes
     -----
     A dx is right if rounding in its dtype explains its error. A plain formula knows the mean of a channel only to
-    eps·|x|, so float32 data far from 0 hide small slips; the answer says which.
+    eps·|x|, so float32 data far from 0 hides small slips; the answer says which.
 
     Every formula is worked out in float64 over the whole array: up to ten seconds for a million values.
 
@@ -242,7 +242,7 @@ def _transposed(dx: Array, right: Right, eps: float) -> tuple[str, str] | None:
 
 
 def _fit(dx: Array, right: Right, largest: Array) -> tuple[tuple[float, float, float], float]:
-    """How often each pathway is in dx, by least squares, and what that leaves (root mean square)."""
+    """The factor of each pathway in dx, by least squares, and what that leaves (root mean square)."""
     terms = np.broadcast_arrays(right.terms.direct, right.terms.mean, right.terms.variance)
     columns, values = np.stack([(term / largest).ravel() for term in terms], axis=1), (dx / largest).ravel()
     fitted = np.linalg.lstsq(columns, values, rcond=None)[0]

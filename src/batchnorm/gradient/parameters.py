@@ -1,4 +1,4 @@
-"""What is wrong with dgamma and dbeta: sums over a channel, of one thing or another, over these axes or those."""
+"""What is wrong with dgamma and dbeta: whether they sum the wrong values, or sum over the wrong axes."""
 
 from collections.abc import Callable, Iterator
 from itertools import combinations
@@ -80,7 +80,7 @@ WRONG_AXES = "sum over the wrong axes"
 
 
 class _Parameter:
-    """dgamma or dbeta, held against formulas."""
+    """dgamma or dbeta, compared with formulas."""
 
     def __init__(self, name: str, values: Array, right: Right) -> None:
         self.name, self.values, self.right = name, values, right

@@ -1,9 +1,9 @@
-"""The gradient taken apart: the three paths through which x reaches the loss, and the matrix that they are.
+"""The gradient taken apart: the three paths through which x reaches the loss, and the matrix that they form.
 
 Decisions:
 
 - The statistics are those that `forward` saved. The rest is the textbook of `reference` in float64, whatever the dtype
-  of x. Results are float64 too, because they are read and checked. For float64 data, pathways and moment gradients are
+  of x. Results are float64 too, because people read and check them. For float64 data, pathways and moment gradients are
   worked out in long double, so that their last digits are right.
 - Readable before fast: whole arrays are allocated. `backward` computes the same sum in two passes without them, or a
   part of it with `through=`.
@@ -32,7 +32,7 @@ class Pathways(NamedTuple):
 
 
 def textbook(saved: Saved, dtype: DTypeLike = np.float64) -> reference.Cache:
-    """What the textbook's backward pass reads; refuses what cannot be explained."""
+    """What the textbook's backward pass reads; an error where there is nothing to explain."""
     if not isinstance(saved, Saved):
         raise TypeError(f"saved must be what forward returned, got {type(saved).__name__}")
     if saved.count < 2:
@@ -79,10 +79,8 @@ def pathways(dy: ArrayLike, saved: Saved) -> Pathways:
 
     Parameters
     ----------
-    dy : array_like
-        Upstream gradient, of x's shape and dtype.
-    saved : Saved
-        From `forward`.
+    dy, saved
+        As in `backward`.
 
     Returns
     -------
@@ -91,14 +89,12 @@ def pathways(dy: ArrayLike, saved: Saved) -> Pathways:
 
     Raises
     ------
-    TypeError
-        If `saved` is not from `forward`, or dy has another dtype than x.
-    ValueError
-        If dy has another shape than x, or a channel has fewer than two values.
+    TypeError, ValueError
+        As `backward`; ValueError also if a channel has fewer than two values.
 
     See Also
     --------
-    backward : the sum; `through=` leaves the path through the mean or the variance out.
+    backward : the sum; `through=` leaves out the path through the mean or the variance.
 
     References
     ----------
@@ -128,10 +124,8 @@ def moment_gradients(dy: ArrayLike, saved: Saved) -> MomentGradients:
 
     Parameters
     ----------
-    dy : array_like
-        Upstream gradient, of x's shape and dtype.
-    saved : Saved
-        From `forward`.
+    dy, saved
+        As in `backward`.
 
     Returns
     -------
@@ -162,8 +156,8 @@ def moment_gradients(dy: ArrayLike, saved: Saved) -> MomentGradients:
 def centering_matrix(n: int, *, max_bytes: int = MAX_BYTES) -> Array:
     """∂(x − μ)/∂x = I − 11ᵀ/n: the matrix that takes the mean off n values.
 
-    It is why the gradient does not vanish: every x moves its own deviation by 1 − 1/n, not by 1 − 1 = 0, and all the
-    others by −1/n. It is symmetric, idempotent (the mean of deviations is 0) and of rank n − 1.
+    Because of it the gradient does not vanish: every x moves its own deviation by 1 − 1/n, not by 1 − 1 = 0, and all
+    the others by −1/n. It is symmetric, idempotent (the mean of deviations is 0) and of rank n − 1.
 
     Parameters
     ----------
@@ -207,8 +201,9 @@ def jacobian(
 ) -> Array:
     """Every derivative of y by x: ∂y_j/∂x_i = gamma·rstd·(δ_ij − 1/n − xhat_j·xhat_i/n), one matrix per channel.
 
-    Contracted with dy it is dx, dx_i = Σ_j dy_j·∂y_j/∂x_i; `backward` never builds it. Each row and each column adds up
-    to 0 (moving all values of a channel moves nothing), and for eps = 0 it maps xhat to 0 too (nor does stretching).
+    Its product with dy is dx, dx_i = Σ_j dy_j·∂y_j/∂x_i; `backward` never builds it. Each row and each column adds up
+    to 0, because moving all values of a channel does not change y. For eps = 0 it maps xhat to 0 too, because
+    stretching x does not change y.
 
     Parameters
     ----------

@@ -1,8 +1,8 @@
 """The right gradient of one batch in float64, what wrong ones are made of, and how far rounding may take it.
 
-Rounding: a plain sum of n values loses some √n eps, and μ is known only to so many eps·|x|. That moves x̂ by the same
-amount everywhere, so dx by a constant and a multiple of x̂ in each channel, by far the most of what rounding does to
-data far from 0. The rest is a few eps of the largest term. A gradient that is off by no more is nobody's mistake. The
+Rounding: a plain sum of n values loses some √n eps, so μ is known only to that many eps·|x|. This moves x̂ by the same
+amount everywhere, and dx by a constant and a multiple of x̂ in each channel. For data far from 0 that is most of the
+rounding. The rest is a few eps of the largest term. A gradient that is off by no more is not called wrong. The
 constants are twice what was measured on the published ways of writing the gradient, in float32, at offsets of up to
 10⁵ σ, with 4 to 20,000 values per channel. Sums of values that are nearly equal round the same way every time, so the
 plain mean of x is worked out too, to see how far off it is.
@@ -20,7 +20,7 @@ from ..reference import Array, Cache
 from . import pathways
 
 ROUNDING = 4
-"""So many eps of the largest term may be lost where x is not far from 0 and n is small."""
+"""How many eps of the largest term may be lost where x is not far from 0 and n is small."""
 
 
 class Rounding(NamedTuple):
@@ -61,7 +61,7 @@ class Right:
         return furthest
 
     def rounding(self, eps: float) -> Rounding:
-        """What somebody may lose who has so many digits: as a shift of x̂, and besides."""
+        """What may be lost in arithmetic with this eps: as a shift of x̂, and besides."""
         axes, dtype = self.cache.axes, np.float32 if eps > np.finfo(np.float64).eps else np.float64
         mean = (self.x - self.cache.xmu).mean(axes, keepdims=True)
         seen = abs(self.x.astype(dtype).mean(axes, keepdims=True) - mean) * self.cache.rstd
@@ -75,7 +75,7 @@ class Right:
         return lost
 
     def paths(self, direct: float, mean: float, variance: float) -> Array:
-        """The three pathways, each so many times."""
+        """The sum of the three pathways, each times a factor."""
         dx: Array = direct * self.terms.direct + mean * self.terms.mean + variance * self.terms.variance
         return dx
 
@@ -117,7 +117,7 @@ class Right:
             yield from self.with_rstd(rstd)
 
     def with_unbiased_variance(self) -> Iterator[Array]:
-        """n − 1 in the variance, and in its derivative or not."""
+        """n − 1 in the variance, with and without n − 1 in its derivative."""
         rstd = self.unbiased_rstd()
         yield from self.with_rstd(rstd)
         yield from self.with_rstd(rstd, of_variance=self.correction)

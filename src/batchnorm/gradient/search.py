@@ -1,11 +1,11 @@
-"""Which formula a given dx is: the right one, a slip of the catalogue, or one of them times a constant.
+"""Which formula gives a dx: the right one, a slip of the catalogue, or one of them times a constant.
 
 Decisions:
 
-- What rounding explains is right, whatever would explain it better.
+- A dx whose error rounding explains is right, even if something else explains the error better.
 - Simple explanations come first: one slip; gamma forgotten as well; one factor for all of dx, if it is a number that
-  people forget or add; another eps; a variance that was lost to cancellation; any factor. Within a step the nearest
-  formula is named, and the first of those that are alike.
+  people forget or add; another eps; a variance that was lost to cancellation; any factor. Within a step the closest
+  formula is named; ties go to the first.
 - A difference is a fraction of the largest term of its channel, so that small channels count, and every channel has to
   be explained.
 """
@@ -30,7 +30,7 @@ NEARLY = 1e-3
 """What a slip may leave of the difference that it explains."""
 
 FAR = 10
-"""So many σ from 0 it is likelier that E[x²] − μ² lost digits than that eps is another one."""
+"""From this many σ from 0 on, E[x²] − μ² has more likely lost digits than that eps is another one."""
 
 ALIKE = 1 - 1e-12
 """cos² of two arrays that are multiples of each other."""
@@ -59,7 +59,7 @@ class Candidate(NamedTuple):
 
 
 class Search:
-    """dx, held against formulas."""
+    """dx, compared with formulas."""
 
     def __init__(self, dx: Array, right: Right, eps: float) -> None:
         self.dx, self.right, self.eps = dx, right, eps
@@ -107,7 +107,7 @@ class Search:
         return known or self.another_eps() or self.lost_variance() or scaled
 
     def without_gamma(self) -> Iterator[Candidate]:
-        """gamma forgotten, and a slip beside."""
+        """gamma forgotten, and a slip besides."""
         right = self.right.without_gamma()
         for name, remedy, form in candidates(right):
             if "gamma" not in name:
@@ -148,7 +148,7 @@ class Search:
         return None, best
 
     def _factor(self, form: Array, dx: Array) -> tuple[float, float]:
-        """How many times the form dx is, by least squares, and cos² between them, 0 where it is small."""
+        """The factor that makes dx of the form, by least squares, and cos² between them, 0 where it is small."""
         form, dx = (form / self.right.largest).ravel(), (dx / self.right.largest).ravel()
         product, square = float(form @ dx), float(form @ form)
         alike = product**2 / (square * float(dx @ dx) or math.inf)
@@ -175,7 +175,7 @@ class Search:
         return self.nearest(_named("variance lost to cancellation", remedy, self.right.with_rstd(rstd)))
 
     def _rstd(self, right: Right) -> Array:
-        """rstd as it is in the direct pathway: what dx has of that part of dy which no pathway takes off."""
+        """rstd as it is in the direct pathway: the factor of that part of dy which the other pathways do not touch."""
         dy, (_, xhat, rstd, gamma, axes) = right.dy, right.cache
         norm = (xhat * xhat).sum(axes, keepdims=True)
         rest = dy - dy.mean(axes, keepdims=True)
@@ -190,7 +190,7 @@ def of_another_eps(eps: float, right: Right) -> str:
 
 
 def eps_of(ratio: Array, right: Right, noise: Array) -> float | None:
-    """The eps that makes rstd so many times what it is in each channel; None if there is none."""
+    """The eps that changes rstd by these ratios, one per channel; None if there is none."""
     exact = right.var + right.eps
     weight = 1 / (exact * noise) ** 2
     eps = float(((exact / ratio**2 - right.var) * weight).sum() / weight.sum())

@@ -1,7 +1,7 @@
 """The mistakes that people make with dx: a slip is a formula.
 
-The catalogue holds each slip once: its name, the remedy, and the wrong dx made of right parts, in the ways in which
-people write it. Of slips that are alike with some data, the first is the likeliest.
+The catalogue has each slip once: its name, the remedy, and the wrong dx made of right parts, in the ways in which
+people write it. If some data cannot tell slips apart, the first is the most likely.
 """
 
 from collections.abc import Callable, Iterable, Iterator

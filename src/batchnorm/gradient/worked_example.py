@@ -1,4 +1,4 @@
-"""`python -m batchnorm explain`: batch normalization of four values, every number of it, in the terminal.
+"""`python -m batchnorm explain`: batch normalization of four values, with all its numbers, in the terminal.
 
 - The numbers come from the library: `forward`, `moment_gradients`, `pathways` and `backward`. Beside each gradient
   stands a central difference of the loss Σ y·dy, so that it can be checked at once.

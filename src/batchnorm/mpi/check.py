@@ -18,7 +18,7 @@ from .sync import SyncBatchNorm, world
 
 CHANNELS = 6
 LIMIT = 8.0
-"""Ulps: the parts of a batch round otherwise than the whole."""
+"""Ulps: parts of a batch round differently from the whole."""
 
 SPLITS: dict[str, Callable[[int], list[int]]] = {
     "even": lambda ranks: [8] * ranks,
@@ -55,7 +55,7 @@ def _ulps(got: Any, expected: Any, largest: Any, axis: int | None = None) -> flo
 
 
 def _terms(x: Array, dy: Array, gamma: Array, axis: int) -> dict[str, Array]:
-    """The largest terms of each channel, of the sums the sum of absolute terms."""
+    """The largest terms of each channel; for sums, the sum of absolute terms."""
     _, saved = functional.forward(x, gamma, axis=axis)
     cache, paths = pathways.textbook(saved), pathways.pathways(dy, saved)
     return {
@@ -69,7 +69,7 @@ def _terms(x: Array, dy: Array, gamma: Array, axis: int) -> dict[str, Array]:
 
 
 def check(case: Case, comm: Any) -> tuple[dict[str, float], bytes]:
-    """Differences by what they are in, and the bytes that ought to be the same on all ranks."""
+    """Differences by result, and the bytes that must be the same on all ranks."""
     rng = np.random.default_rng(7)
     sizes = SPLITS[case.split](comm.Get_size())
     stop = sum(sizes[: comm.Get_rank() + 1])

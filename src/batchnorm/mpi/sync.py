@@ -4,10 +4,10 @@ Decisions:
 
 - Statistics are merged, not averaged: each rank sends count, mean and Σ(x − μ)² of its part. Parts may differ in size,
   be empty or hold one sample.
-- Two collectives a step, both Allgather: the parts are added up by every rank in the order of ranks, so that all get
-  the same bits, on every run. A reduction would be free to choose its order.
+- A step has two collectives, both Allgather. Every rank adds up the parts in the order of ranks, so that all get the
+  same bits on every run. A reduction would be free to choose its order.
 - A rank whose arguments are wrong takes part nevertheless and says so in its packet. It raises its own error, the
-  others one that names it, and nobody waits.
+  others raise one that names it, and no rank is left waiting.
 - What can fail on one rank alone, such as finding room for y, comes before the exchange; layers move after it.
 - The mean travels as a pair, as it is in the kernels: without its low-order part float64 data at 1e6 would lose five
   digits of it.
@@ -53,9 +53,9 @@ def _merged(packets: Numbers) -> Moments:
 class SyncBatchNorm(BatchNorm):
     """`BatchNorm` with the statistics of all ranks: y = gamma·(x − μ)/√(σ² + eps) + beta.
 
-    In training, μ = Σx/n and σ² = Σ(x − μ)²/n over the x of all ranks, n values a channel in all, and the running
-    statistics take the variance times n/(n − 1). Every rank has to call the layer, and its `backward`, in every step,
-    also with an x of no samples. In evaluation the running statistics are used and nothing is sent.
+    In training, μ = Σx/n and σ² = Σ(x − μ)²/n over the x of all ranks, with n values per channel in all. The
+    running statistics take the variance times n/(n − 1). Every rank has to call the layer, and its `backward`, in every
+    step, also with an x of no samples. In evaluation the running statistics are used and nothing is sent.
 
     Parameters
     ----------
@@ -64,8 +64,8 @@ class SyncBatchNorm(BatchNorm):
     comm : mpi4py.MPI.Comm, optional
         The ranks that share a batch; COMM_WORLD where None. Creating the layer is a collective call, too.
     reduce : {"local", "sum"}, default "local"
-        What `dgamma` and `dbeta` are: the sums over this rank's values, to be added up over the ranks with the other
-        gradients of the network, or over all values already. Adding up what is summed already is the classic mistake.
+        What `dgamma` and `dbeta` are. "local": the sums over this rank's values, to be added up over the ranks like the
+        other gradients of the network. "sum": the sums over all values, which must not be added up again.
     axis, eps, momentum, affine, bias, track_running_stats, unbiased, dtype
         As for `BatchNorm`.
 
@@ -146,7 +146,8 @@ class SyncBatchNorm(BatchNorm):
         Parameters
         ----------
         x : array_like of float32 or float64
-            This rank's part, with `num_features` channels along `axis`, possibly no samples; of one dtype on all ranks.
+            This rank's part, with `num_features` channels along `axis` and possibly no samples. All ranks need the same
+            dtype.
         out, num_threads
             As in `forward`.
 
@@ -156,7 +157,7 @@ class SyncBatchNorm(BatchNorm):
             As `BatchNorm`, on the rank whose argument is wrong; on every rank if dtypes differ or there is one value
             per channel in all.
         RuntimeError
-            On the other ranks if one raises an error of its own. The layers are as they were then.
+            On the other ranks if one raises an error of its own. Then the layers are as they were.
         """
         if not self.training and self.running_mean is not None:
             return super().__call__(x, out=out, num_threads=num_threads)
@@ -188,7 +189,7 @@ class SyncBatchNorm(BatchNorm):
         return y if out is None else _arrays.deliver(y, out)
 
     def _population(self, batches: Iterable[ArrayLike], progress: bool, num_threads: int | None) -> Moments:
-        """Of the batches of all ranks, for `recalibrate`, which all have to call."""
+        """The moments of the batches of all ranks, for `recalibrate`, which all ranks have to call."""
 
         def own() -> tuple[float, Numbers, None]:
             return 0.0, _packed(super(SyncBatchNorm, self)._population(batches, progress, num_threads)), None
@@ -197,7 +198,7 @@ class SyncBatchNorm(BatchNorm):
         return _merged(packets)
 
     def _exchange(self, own: Callable[[], tuple[float, Numbers, Any]], size: int) -> tuple[Numbers, Any]:
-        """The packets of all ranks in their order, and what this one made beside its own."""
+        """The packets of all ranks in their order, and what this rank made besides its own."""
         packet, made, error = np.zeros(1 + size), None, None
         packets = np.empty((self.comm.Get_size(), packet.size))
         packet[0] = _REFUSED

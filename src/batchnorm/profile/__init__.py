@@ -1,4 +1,4 @@
-"""`python -m batchnorm profile`: how long the three passes take, how long they must take, and what they get wrong.
+"""`python -m batchnorm profile`: how long the three passes take, how long they must take, and how large errors are.
 
 - `networks`: the layer shapes of real networks.
 - `measure`: passes, contestants, the copy limit, and turns of calls. `bench/` measures with it too.

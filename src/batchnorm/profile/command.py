@@ -86,7 +86,7 @@ def _layers(arguments: argparse.Namespace) -> dict[Shape, int]:
 
 
 def _free_memory() -> int:
-    """Bytes that can be had without swapping."""
+    """Bytes that are free without swapping."""
     meminfo = Path("/proc/meminfo")
     fields = dict(line.split(":") for line in meminfo.read_text().splitlines()) if meminfo.exists() else {}
     if "MemAvailable" in fields:
@@ -95,7 +95,7 @@ def _free_memory() -> int:
 
 
 def _check(arguments: argparse.Namespace, layers: dict[Shape, int], error: Callable[[str], NoReturn]) -> None:
-    """Refuse what argparse cannot see."""
+    """Refuse what argparse cannot check."""
     axis, free = arguments.axis, _free_memory()
     for shape in layers:
         label = "x".join(map(str, shape))

@@ -1,15 +1,15 @@
 """What is measured, and how.
 
 - The yardstick is the copy limit: a pass cannot be quicker than reading its inputs and writing its output, which
-  `np.copyto` and `np.add` do in pieces on as many threads, or on one where that is quicker. Time over limit survives
-  a change of machine or of hour; times do not.
+  `np.copyto` and `np.add` do in pieces on as many threads, or on one where that is quicker. Time over limit can be
+  compared between machines and hours; times cannot.
 - Contestants take turns, because cache and memory are shared with strangers and a busy second must hit all of them.
-  A turn is many calls, so that a small array is warm, and it starts after a rest, because the threads of an OpenMP
-  runtime spin for milliseconds after their last call and would sit on the processors of the next contestant.
+  A turn is many calls, so that a small array is in the cache. It starts after a rest, because threads of an OpenMP
+  runtime may spin for milliseconds after their last call and would occupy the processors of the next contestant.
 - The best time counts: whatever disturbs a call makes it longer.
 - batchnorm writes to `out=`, allocated before; NumPy and torch allocate their results, as their users do.
-- A team of threads that is slower than one thread was waiting for a processor that others had: it stalled. Such a row
-  is measured again, and says so if that does not help.
+- A team of threads that is slower than one thread was waiting for a processor that other work had: it stalled. Such a
+  row is measured again, and says so if that does not help.
 - Exact results are the textbook's in the next wider dtype, for the first channels only: channels do not depend on
   each other.
 """
@@ -58,12 +58,12 @@ class Problem(NamedTuple):
     axis: int
 
     def first_channels(self, array: Array) -> Array:
-        """Few enough channels to be exact about."""
+        """The first channels, few enough to calculate exactly."""
         channels = max(1, EXACT_VALUES * self.gamma.size // self.x.size)
         return array[(slice(None),) * (self.axis if array.ndim > 1 else 0) + (slice(channels),)]
 
     def widened(self) -> "Problem":
-        """The first channels in a dtype that has digits to spare."""
+        """The first channels in the next wider dtype."""
         dtype: Any = np.float64 if self.x.dtype == np.float32 else np.longdouble
         x, dy, gamma, beta, mean, var = (self.first_channels(array).astype(dtype) for array in self[:6])
         return Problem(x, dy, gamma, beta, mean, var, self.out, self.axis)
@@ -79,7 +79,7 @@ class Problem(NamedTuple):
 
 
 def activations(shape: Shape, axis: int, dtype: str) -> Problem:
-    """Random numbers that look like the inside of a network: each channel has an offset and a spread of its own."""
+    """Random numbers like the activations of a network: each channel has an offset and a spread of its own."""
     rng = np.random.default_rng(0)
     channels, column = shape[axis], (shape[axis],) + (1,) * (len(shape) - axis - 1)
     x, dy = (rng.standard_normal(shape, np.dtype(dtype)) for _ in range(2))
@@ -142,7 +142,7 @@ CONTESTANTS = {
 
 
 def limit(problem: Problem, threads: int) -> Calls:
-    """Each pass with no arithmetic, cut for so many threads."""
+    """Each pass without its arithmetic, cut for this many threads."""
     others = ThreadPoolExecutor(max(1, threads - 1))
     x, dy, out = (np.array_split(array.reshape(-1), threads) for array in (problem.x, problem.dy, problem.out))
 
@@ -178,7 +178,7 @@ class Timing(NamedTuple):
 
 
 def turn(call: Callable[[], Any], seconds: float = TURN) -> list[float]:
-    """The seconds of each call, for so many seconds after a rest."""
+    """The seconds of each call, called after a rest until `seconds` are over."""
     time.sleep(REST)
     taken = []
     stop, end = 0.0, time.perf_counter() + seconds
@@ -225,7 +225,7 @@ class Result(NamedTuple):
     stalled: tuple[str, ...] = ()
 
     def figures(self, contestant: str) -> dict[str, float]:
-        """All that is said about one contestant."""
+        """All figures about one contestant."""
         timing = self.timings[contestant]
         return {
             **timing._asdict(),
@@ -275,7 +275,7 @@ def totals(results: Sequence[Result]) -> list[Result]:
 
 
 def _stalled(problem: Problem, name: str, timings: Mapping[str, Timing]) -> tuple[str, ...]:
-    """The contestants that a single thread of theirs would have beaten."""
+    """The contestants that were slower than a single thread of their own."""
     alone = {rival: min(turn(CONTESTANTS[rival].prepare(problem, 1)[name])) for rival in timings}
     return tuple(rival for rival, timing in timings.items() if timing.best > STALLED * alone[rival])
 
@@ -318,7 +318,7 @@ def _processor() -> str:
 
 
 def machine_facts() -> dict[str, Any]:
-    """The processor, what else it does, and the configuration."""
+    """The processor, its load, and the configuration."""
     return {"processor": _processor(), "load": os.getloadavg()[0], **show_config(mode="dicts")}
 
 

@@ -1,6 +1,6 @@
 """The table and the plot.
 
-- What stalled is marked in both, and does not stretch the axis of the plot: it stands at its edge.
+- A row that stalled is marked in both. In the plot it stands at the edge, so it does not stretch the axis.
 - The layers of a network are added up, each as often as the network has it.
 """
 
@@ -39,7 +39,7 @@ def _groups(results: Iterable[Result]) -> Iterator[tuple[str, list[Result]]]:
 
 
 def _cells(row: Result, names: Sequence[str]) -> Iterator[str]:
-    """What the table says about one pass; nothing that a stalled time would decide."""
+    """What the table says about one pass, without figures that a stalled time would spoil."""
     figures = {name: row.figures(name) for name in names}
     ours = OURS not in row.stalled
     for name in names:
