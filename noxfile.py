@@ -1,6 +1,6 @@
 """What CI does, on any machine: `nox -l` lists it, `nox -s wheel` rehearses a release.
 
-Each session has a virtual environment of its own. A Python that is not there is passed over, unless it is asked for.
+Each session has a virtual environment of its own. A Python that is not installed is skipped, unless it is asked for.
 """
 
 import re
@@ -87,7 +87,7 @@ def sanitize(session, kind):
 
 @nox.session
 def bench(session):
-    """That the benchmarks work, in small, against all that PyPI has for this Python."""
+    """Check that the benchmarks work, on small shapes, against all contestants that PyPI has for this Python."""
     session.install(".[bench,mpi]", "mpich")
     folder = Path(session.create_tmp())
     rivals = "numpy,jax,onnxruntime,numba"
@@ -101,7 +101,7 @@ def bench(session):
 
 @nox.session
 def wheel(session):
-    """sdist → wheel from the sdist, twice → auditwheel → audit; then `installed` on every Python that is here.
+    """sdist → wheel from the sdist, twice → auditwheel → audit; then `installed` on every Python that is installed.
 
     On Linux. `-- --only 3.12` leaves it at that Python, `-- --only none` at the audit.
     """
@@ -178,7 +178,7 @@ def without_libgomp(session):
 
 @nox.session(venv_backend="none")
 def release(session):
-    """That a tag is the version of the package, and has its section in CHANGELOG: `-- v0.2.0`."""
+    """Check that a tag is the version of the package and has its section in CHANGELOG: `-- v0.2.0`."""
     (tag,) = session.posargs
     version = re.search(r'__version__ = "(.+)"', Path("src/batchnorm/_version.py").read_text())[1]
     if tag != f"v{version}":

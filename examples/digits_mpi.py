@@ -5,7 +5,7 @@
 The network of digits.py with `SyncBatchNorm`, and beside it, on rank 0, the same network on whole batches in one
 process. After every step all parameters of the two are compared. Decisions:
 
-- float64, so that what differs is rounding and nothing else.
+- float64, so that the only difference is a small rounding.
 - Gradients of all parameters are added up over the ranks in one Allreduce, those of gamma and beta too, which
   `SyncBatchNorm` therefore leaves local. The loss is a mean over the batch, so each rank divides by its size, not by
   that of its part.
@@ -63,7 +63,7 @@ def add_up_gradients(network: Network, comm: MPI.Comm) -> None:
 
 
 def step(network: Network, sgd: SGD, x: Array, labels: Labels, samples: int, comm: MPI.Comm) -> float:
-    """One step of all ranks, each with its part of a batch of so many samples; the loss of the batch."""
+    """One step of all ranks, each with its part of a batch of this many samples; the loss of the batch."""
     loss, dy = softmax_cross_entropy(network.forward(x), labels)
     network.backward(dy * (len(labels) / samples))
     add_up_gradients(network, comm)

@@ -8,8 +8,8 @@ through the mean, and without both, as if the batch's statistics were constants.
 - Several seeds, because two runs of one network differ too: curves are means over them, bands reach from the least to
   the greatest.
 - A small learning rate, at which the full gradient has no difficulty, so that what goes wrong is the gradient's fault.
-- Besides loss and accuracy, the offset of what the first batch norm is given, |μ|/σ over its channels: batch norm takes
-  it away, so only a wrong gradient can have a reason to change it.
+- Besides loss and accuracy the offset of the first batch norm's input is shown, |μ|/σ over its channels. Batch norm
+  removes the offset, so only a wrong gradient has a reason to change it.
 """
 
 from itertools import islice

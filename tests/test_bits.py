@@ -106,7 +106,7 @@ def digests():
 
 
 def test_any_platform():
-    """What x86-64, aarch64, glibc and musl, GCC and Clang, and versions of Python and NumPy have to agree on."""
+    """x86-64 and aarch64, glibc and musl, GCC and Clang, and all versions of Python and NumPy have to agree."""
     expected = json.loads(GOLDEN.read_text())
     found = digests()
     assert [name for name in expected if found.get(name) != expected[name]] == []

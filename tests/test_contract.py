@@ -1,4 +1,4 @@
-"""The contract of docs/numerics.md: what was found by the oracle, on data that is easy to lose digits on."""
+"""The contract of docs/numerics.md, checked with the oracle on data that is easy to lose digits on."""
 
 from pathlib import Path
 
@@ -107,7 +107,7 @@ def test_two_opposite_values(n, a, dtype, rng):
 @pytest.mark.parametrize("value", [0.0, 0.1, -12345.678, 1e6 + 1 / 3])
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_constant_channels(layout, value, dtype, rng):
-    """Mean, variance and y are exact; beside a channel that is not constant."""
+    """Mean, variance and y are exact, also beside a channel that is not constant."""
     (N, C, S), last = layout
     x = np.full((N, C + 1, S), value, dtype)
     x[:, C] = rng.standard_normal((N, S))

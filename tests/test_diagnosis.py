@@ -369,7 +369,7 @@ def test_the_gradient_that_is_one_minus_one():
 
 @pytest.mark.parametrize("style", [hand_written.graph, hand_written.paper], ids=["without", "with"])
 def test_the_second_term_of_dmean_is_nobodys_business(style):
-    """It is 0: the right answer is not told what it left out."""
+    """It is 0: a gradient without it is right, and the answer does not mention it."""
     dy, saved, pieces = problem((24, 5), 1, "float64")
     words = str(bn.diagnose(style(dy, pieces), dy, saved))
     assert words.startswith("correct: dx agrees with the exact gradient to ")

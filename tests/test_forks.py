@@ -1,4 +1,4 @@
-"""A child gets the bits of its parent, serially, however it came to be; nobody waits for threads that do not exist."""
+"""A child gets the bits of its parent, serially, however it was made; nothing waits for threads that do not exist."""
 
 import os
 import sys
@@ -147,7 +147,7 @@ def test_a_fork_after_parallel_use_takes_no_time(level):
 
 @pytest.mark.parametrize("method", ["spawn", "forkserver", "loky"])
 def test_new_processes_are_like_the_first(method, level, tmp_path):
-    """Not children of a fork that lost threads: they may use as many as anybody."""
+    """They are not children of a fork that lost threads, so they may use threads as the first process does."""
     if method == "loky":
         pytest.importorskip("loky")
     (tmp_path / "worker.py").write_text(

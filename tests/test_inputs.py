@@ -1,4 +1,4 @@
-"""Bad input: an error that says which argument, what was wanted and what came, or the right answer. Nothing written."""
+"""Bad input: an error that names the argument, what was wanted and what came; or the right answer. Nothing written."""
 
 import re
 
@@ -397,7 +397,7 @@ def test_lists_and_mixed_precision_are_right():
 
 @pytest.mark.parametrize("dtype", ["int64", "int8", "uint16", "bool"])
 def test_parameters_of_integers_are_those_of_float64(dtype):
-    """Values of x must be floats; what there is one of per channel may be integers, and has gradients of float64."""
+    """Values of x must be floats. Numbers per channel may be integers, and have gradients of float64."""
     a, b = np.array([[1, 0, 1], [1, 1, 0]]).astype(dtype)
     exact_a, exact_b = a.astype(np.float64), b.astype(np.float64)
     y, saved = bn.forward(X, a, b)

@@ -1,4 +1,4 @@
-"""The layer: PyTorch's semantics, its state dict, and state that changes only when everything went well."""
+"""The layer: PyTorch's semantics, its state dict, and state that changes only if everything succeeds."""
 
 import copy
 import pickle

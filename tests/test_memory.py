@@ -202,7 +202,7 @@ def test_more_than_two_to_the_31_values(level):
 
 @pytest.mark.large
 def test_forward_and_backward_of_more_than_two_to_the_31_values():
-    """17 GiB; a sample that repeats has the statistics and, at every place, the results of one."""
+    """17 GiB. All samples are equal, so the statistics, and the results at every place, are those of one sample."""
     sample = np.random.default_rng(0).standard_normal((2, 1 << 14)).astype(np.float32)
     x = np.empty(((1 << 16) + 1, 2, 1 << 14), np.float32)
     x[...] = sample

@@ -149,7 +149,7 @@ def test_merging(sizes, offset, seed):
 @pytest.mark.parametrize("dtype", ["uint8", "int32", "int64", "bool", "float32", ">f8"])
 @pytest.mark.parametrize("shape", [(50,), (50, 3), (5, 3, 7), ()], ids=str)
 def test_what_numpy_takes_the_mean_of(shape, dtype, rng):
-    """Integers as float64, 1-D data as one channel, a number as one value of it; the stream of a data set likewise."""
+    """Integers as float64, 1-D data as one channel, a number as one value; in the stream of a data set too."""
     x = rng.integers(0, 2 if dtype == "bool" else 200, shape).astype(dtype)
     axes = tuple(i for i in range(max(x.ndim, 1)) if i != 1)
     numbers = np.atleast_1d(x).astype(float)
@@ -196,7 +196,7 @@ def textbook(x, mean, var, gamma, beta):
 
 
 def test_statistics_of_some_samples(rng):
-    """y, and the gradient, which goes through the statistics for the samples they are of and for no other."""
+    """y and the gradient, which goes through the statistics only for the samples that they are of."""
     x, dy = rng.standard_normal((2, 7, 3)) + np.array([2.0, 0.0]).reshape(2, 1, 1)
     gamma, beta = rng.standard_normal((2, 3))
     mask = np.array([1, 0, 1, 1, 0, 0, 1], bool)
@@ -217,7 +217,7 @@ def test_statistics_of_some_samples(rng):
 
 
 def test_statistics_of_some_samples_of_every_part(rng):
-    """Parts with masks of their own: the sums are over all samples, more than the statistics are of."""
+    """Parts with masks of their own: the sums are over all samples, the statistics over fewer."""
     x, dy = rng.standard_normal((2, 8, 3)) + np.array([2.0, 0.0]).reshape(2, 1, 1)
     mask = np.array([1, 0, 1, 1, 0, 0, 1, 0], bool)
     whole = bn.forward(x, moments=bn.Moments.of(x[mask]))[1]

@@ -42,7 +42,7 @@ def program(tmp_path, text):
     path.write_text(
         "import os\nimport numpy as np\nfrom mpi4py import MPI\nfrom batchnorm.mpi import SyncBatchNorm\n"
         "comm = MPI.COMM_WORLD\nrank, ranks = comm.rank, comm.size\n"
-        # One write a line, or the lines of ranks get mixed.
+        # One write per line, or the lines of ranks get mixed.
         "def say(*words): os.write(1, (' '.join(map(str, words)) + '\\n').encode())\n" + textwrap.dedent(text)
     )
     return str(path)
@@ -60,7 +60,7 @@ def test_the_self_check(ranks):
 
 @needs_mpiexec
 def test_the_self_check_sees_a_difference(tmp_path):
-    """A layer that averages the variances of ranks, as others do, is found out."""
+    """A layer that averages the variances of ranks, as others do, is detected."""
     path = program(
         tmp_path,
         """
@@ -121,7 +121,7 @@ def test_ranks_that_disagree_all_raise(tmp_path, arguments, message):
     ],
 )
 def test_a_bad_x_on_one_rank_is_an_error_on_all(tmp_path, x, own, others):
-    """And nothing has changed: the next step is right."""
+    """Nothing has changed then: the next step is right."""
     path = program(
         tmp_path,
         f"""
@@ -251,7 +251,7 @@ def test_recalibrating_from_the_batches_of_all_ranks(tmp_path):
 
 @needs_mpiexec
 def test_a_rank_that_dies_ends_the_others(tmp_path):
-    """As documented: with `-m mpi4py` an exception on one rank ends all, which would wait for it otherwise."""
+    """As documented: with `-m mpi4py` an exception on one rank ends all ranks, which would wait for it otherwise."""
     path = program(
         tmp_path,
         """

@@ -1,4 +1,4 @@
-"""The package as a user meets it: what it exports, how it chooses its kernels, what it prints and documents."""
+"""The package as a user sees it: what it exports, how it chooses its kernels, what it prints and documents."""
 
 import ast
 import doctest
@@ -215,7 +215,7 @@ def test_the_runtime_is_what_its_stub_says():
 
 @pytest.mark.skipif(shutil.which("readelf") is None, reason="needs readelf")
 def test_modules_bind_when_they_are_loaded(level):
-    """So nothing that a program can write to later says where a call goes."""
+    """The addresses of calls are read-only afterwards, so a program cannot overwrite them."""
     for module in (runtime, *_kernels.of_size.values()):
         shown = subprocess.run(["readelf", "-dlW", module.__file__], capture_output=True, text=True, check=True).stdout
         assert "GNU_RELRO" in shown, module

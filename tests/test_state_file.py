@@ -230,7 +230,7 @@ def test_size_is_limited_before_anything_is_read(members, tmp_path):
 
 
 def directory(entries, zip64):
-    """A zip file of so many entries of no bytes, all of them in one place."""
+    """A zip file of this many empty entries, all in one place."""
     local = struct.pack("<4s5H3L2H", b"PK\3\4", 20, 0, 0, 0, 0, 0, 0, 0, 1, 0) + b"x"
     entry = struct.pack("<4s6H3L5H2L", b"PK\1\2", 20, 20, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0) + b"x"
     size, start = entries * len(entry), len(local)

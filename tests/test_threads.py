@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(runtime.openmp() == 0, reason="a serial build ha
 
 @pytest.fixture
 def undecided(monkeypatch):
-    """No number from the environment, from an earlier call or from a quota."""
+    """No number is set by the environment, an earlier call or a quota."""
     monkeypatch.setattr(_threads, "_asked", None)
     monkeypatch.setattr(_threads, "_named_at_import", None)
     monkeypatch.setattr(_threads, "_omp_named_at_import", False)

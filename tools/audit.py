@@ -1,4 +1,4 @@
-"""What a wheel has to be: `python tools/audit.py WHEEL`, with what `pip install '.[wheel]'` brings.
+"""What a wheel has to be: `python tools/audit.py WHEEL`, with what `pip install '.[wheel]'` installs.
 
 - Its tag is one that pip takes, its modules keep to the stable ABI that the tag names (abi3audit).
 - Nothing is grafted but libgomp, whose licence and origin are in the wheel; nothing newer than OpenMP 4.5 is asked of
@@ -20,7 +20,7 @@ OPENMP_4_5 = re.compile(r"G?OMP_([1-3]\.\d|4\.[05](\.\d)?)")
 
 
 def tool(*command):
-    """Run a tool of the environment this runs in; its output, or the end of everything."""
+    """Run a tool of this environment and return its output, or end the audit."""
     done = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(f"{' '.join(command)}\n{done.stdout}{done.stderr}")

@@ -1,9 +1,9 @@
-"""The largest errors that a search finds: of data of many kinds the worst is changed a little, again and again.
+"""The largest errors that a search finds: it changes the worst of many kinds of data a little, again and again.
 
     python tests/fuzz/accuracy.py float32 600 --seed 7
 
-An input is a few bytes, every decision is taken from them, and a mutation that makes an error larger replaces its
-parent. What is printed is in the units of docs/numerics.md; the exit status is 1 where a limit does not hold.
+An input is a few bytes, from which every decision is taken. A mutation that makes an error larger replaces its parent.
+Errors are printed in the units of docs/numerics.md; the exit status is 1 if a limit does not hold.
 """
 
 import argparse
@@ -30,7 +30,7 @@ VALUES = 12_000
 
 
 def view_of(source):
-    """(N, C, S) of every way through the kernels, from two values of a channel on."""
+    """(N, C, S) of every way through the kernels, with at least two values per channel."""
     S = choose(source, [1, 1, 1, 2, 4, 7, 9, 16, 25, 49, 63, 64, 65, 100, 196, 700, 8193])
     C = choose(source, [1, 2, 3, 5, 8, 17, 40])
     N = choose(source, [1, 2, 3, 4, 5, 7, 8, 9, 12, 16, 17, 24, 33, 64, 100, 257, 1000, 2956])

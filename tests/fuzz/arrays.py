@@ -150,7 +150,7 @@ def judge(call, x, dy, y, saved, gradients, special):
             *(None if g is None else g[ok] for g in (gradients.dgamma, gradients.dbeta)),
         ),
     )
-    # Where one value is all of a float64 variance, its rounding does not average out.
+    # If one value is all of a float64 variance, its rounding does not average out.
     oracle.assert_close(errors, x.dtype, times=2 if x.dtype == np.float64 and spread > 1e30 else 1)
 
 

@@ -4,7 +4,7 @@ import numpy as np
 
 
 def sparse(rng, view):
-    """One value a channel in zeros."""
+    """One value per channel, and zeros."""
     N, C, S = view
     x = np.zeros(view)
     for c in range(C):

@@ -1,4 +1,4 @@
-"""Signals, kills and forks while a layer works: every scenario in a process of its own, as often as is said.
+"""Signals, kills and forks while a layer works: every scenario in a process of its own, as often as the caller says.
 
     python tests/support/interruptions.py 200            # all scenarios, each 200 times
     python tests/support/interruptions.py 200 --only kill
@@ -44,7 +44,7 @@ def numbered(k):
 
 
 def number(state):
-    """The k of a numbered state, which has to be whole."""
+    """The k of a numbered state, which must not be a mixture."""
     found = {float(value) for array in state.values() for value in np.unique(array)}
     assert len(found) == 1, f"a mixture of the states {sorted(found)}"
     return found.pop()
@@ -56,7 +56,7 @@ def statistics(layer):
 
 
 def followed(count):
-    """What the running statistics are after so many batches."""
+    """What the running statistics are after this many batches."""
     layer = bn.BatchNorm(CHANNELS)
     expected = {0: statistics(layer)}
     for k in range(1, count + 1):
@@ -72,7 +72,7 @@ def until(seconds=LONG_ENOUGH):
 
 
 def signals(handler):
-    """Let the handler run again and again, some 10 to 300 µs after it ran last."""
+    """Let the handler run again and again, 10 to 300 µs after its last run."""
 
     def again(*_):
         try:
@@ -295,7 +295,7 @@ SCENARIOS = {
 
 
 def run(scenario, seed):
-    """The exit status of a scenario: 0 if what it says holds."""
+    """The exit status of a scenario: 0 if its promise holds."""
     child = os.fork()
     if child:
         return os.waitpid(child, 0)[1]

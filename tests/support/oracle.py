@@ -1,4 +1,4 @@
-"""What the results ought to be, in long double, written without a look at the package; and how far off they may be.
+"""What the results must be, in long double, written without a look at the package; and how far off they may be.
 
 Deviations are taken from the first value before anything is added up, so that the oracle keeps its digits at any
 offset.
@@ -44,7 +44,7 @@ class Truth(NamedTuple):
 
 
 def rows(array, axis):
-    """One row of long doubles a channel."""
+    """One row of long doubles per channel."""
     return np.moveaxis(np.asarray(array), axis, 0).reshape(array.shape[axis], -1).astype(np.longdouble)
 
 
@@ -138,7 +138,7 @@ def gradient_errors(gradients, exact, t, axis):
 
 
 def errors_by_name(y, saved, gradients, t, axis):
-    """Errors by what they are errors of; to be held against ULPS."""
+    """Errors by the result that they belong to, for comparison with ULPS."""
     return {
         "y": ulps(y, t.y, t.y_terms, axis),
         "mean": mean_error(saved, t, y.dtype),

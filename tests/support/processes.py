@@ -20,7 +20,7 @@ def results(threads=2):
 
 
 def python(program, *flags, timeout=60, **environment):
-    """Run a program; the environment is this one's, where a value of None takes a variable away."""
+    """Run a program in this environment with these changes; a value of None removes a variable."""
     merged = {name: value for name, value in {**os.environ, **environment}.items() if value is not None}
     return subprocess.run(
         [sys.executable, *flags, "-c", program], env=merged, capture_output=True, text=True, timeout=timeout
@@ -28,7 +28,7 @@ def python(program, *flags, timeout=60, **environment):
 
 
 def succeeds(program, *flags, timeout=60, **environment):
-    """What a program prints that has to end well."""
+    """What a program prints, which must end without an error."""
     run = python(program, *flags, timeout=timeout, **environment)
     assert run.returncode == 0, f"exit status {run.returncode}\n{run.stdout}{run.stderr}"
     return run.stdout.strip()
