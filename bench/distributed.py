@@ -110,7 +110,7 @@ def fit(gathers: dict[str, float]) -> tuple[float, float]:
 
 def packets(channels: int) -> tuple[int, int]:
     """Bytes that a rank sends in the forward and the backward pass."""
-    return 8 * (4 * channels + 2), 8 * (4 * channels + 1)
+    return 8 * (3 * channels + 2), 8 * (2 * channels + 1)
 
 
 def allgather(ranks: int, size: int, alpha: float, beta: float) -> float:
