@@ -120,7 +120,7 @@ class Saved:
 
     def _unchanged_x(self) -> Array:
         x, layout, dtype = self._x, self._layout, self._dtypes[0]
-        if x.dtype is not dtype or x.shape != layout.shape or x.strides != self._strides:
+        if x.dtype != dtype or x.shape != layout.shape or x.strides != self._strides:
             raise ValueError(
                 f"x must stay what forward saw, <{dtype} {layout.shape}>, until backward has run; "
                 f"it is now {_shape_and_dtype(x)}"
