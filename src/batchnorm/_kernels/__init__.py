@@ -7,9 +7,9 @@
 The best level that this processor runs and this build has is taken, or the one named by `BATCHNORM_ISA`. A level that
 is named and cannot be had is an error: falling back would hide a broken build and spoil a measurement.
 
-Idle threads of libgomp wait busily before they sleep, by default for milliseconds, in which they keep a processor from
-the very thread that they wait for, if others want it too. Here it is a fraction of a millisecond, which costs nothing
-on a quiet machine (bench/experiments.md). libgomp reads that once, from the environment, when it is loaded.
+Idle threads of libgomp spin before they sleep, by default for milliseconds. If other programs want the processors too,
+they keep one from the very thread that they wait for. Here they spin for a fraction of a millisecond, which costs
+nothing on a quiet machine (bench/experiments.md). libgomp reads that once, from the environment, when it is loaded.
 """
 
 import contextlib
@@ -26,12 +26,12 @@ if importlib.util.find_spec(f"{__name__}.runtime") is None:
     )
 
 SPINS = 10_000
-"""Turns that an idle thread of libgomp waits busily, where the environment says nothing about it."""
+"""Turns that an idle thread of libgomp spins, where the environment says nothing about it."""
 
 
 @contextlib.contextmanager
 def _short_waits() -> Iterator[None]:
-    """An environment in which a libgomp that is loaded learns of `SPINS`."""
+    """While libgomp is loaded, the environment tells it `SPINS`, unless the user has set how threads wait."""
     if "OMP_WAIT_POLICY" in os.environ or "GOMP_SPINCOUNT" in os.environ:
         yield
         return

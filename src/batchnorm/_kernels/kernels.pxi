@@ -5,7 +5,7 @@ Words:
 - The *view*: any array is seen as (N, C, S), N the product of the dimensions before the channel axis, S of those
   after.
 - A *row* is what lies side by side in memory: the S values of one channel, or all C·S values of one of the N.
-- *Lanes* are LANES sums side by side along a row of one channel. *Columns* are sums down the rows, one a place: a
+- *Lanes* are LANES sums side by side along a row of one channel. *Columns* are sums down the rows, one per place: a
   column is a channel when S = 1, one of S columns of a channel when rows are short, and one of `group` copies of the
   channels when channels are few. The columns of a channel are added up at the end of the block.
 - A *tile* is some neighbouring channels, a *block* some rows of a tile, a *segment* a piece of a long row.

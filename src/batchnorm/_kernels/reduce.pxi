@@ -1,5 +1,5 @@
 # ---- Reduce: what one block tells of its channels -------------------------------------------------------------------
-# Two loops sum. Lanes run along the rows of one channel; columns run down the rows, one sum for every column.
+# Two loops sum. Lanes run along the rows of one channel; columns run down the rows, one sum per column.
 
 cdef enum:
     PIVOT, SUM, SUM_D, PARTIAL_ROWS     # rows of a block's partial table: the pivot, Σa and Σa·d

@@ -1,6 +1,6 @@
 """What every kernel module shares: the rows of the tables, and how many threads a call may start."""
 
-# Statistics of a channel, one column a channel. The mean is a pair, `mean + mean_low`; m2 is Σ(x − μ)².
+# Statistics of a channel, one column per channel. The mean is a pair, `mean + mean_low`; m2 is Σ(x − μ)².
 cpdef enum:
     MEAN
     MEAN_LOW
