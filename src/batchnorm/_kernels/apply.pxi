@@ -19,38 +19,43 @@ cdef inline void write(real *p, number v, Py_ssize_t count, bint stream) noexcep
         store_first(p, rounded, count)
 
 
-cdef inline void apply_vector(const real *x, const real *dy, bint gradient, real *out, Py_ssize_t j, Py_ssize_t count,
-                              number centre, number scale, number slope, number shift, const Coefficients *column,
-                              bint stream) noexcept nogil:
+cdef inline number applied(const real *x, const real *dy, bint gradient, Py_ssize_t j, Py_ssize_t count,
+                           number centre, number scale, number slope, number shift,
+                           const Coefficients *column) noexcept nogil:
     """y, or dx, at `count` places from j on; each column has coefficients of its own where they are given."""
     cdef number value = load(x + j, count, centre)
     if column != NULL:
         centre, scale = load(column.centre.at + j, VEC, centre), load(column.scale.at + j, VEC, centre)
         slope, shift = load(column.slope.at + j, VEC, centre), load(column.shift.at + j, VEC, centre)
     if gradient:
-        value = dx_of(load(dy + j, count, centre), value, centre, scale, slope, shift)
-    else:
-        value = y_of(value, centre, scale, shift)
-    write(out + j, value, count, stream)
+        return dx_of(load(dy + j, count, centre), value, centre, scale, slope, shift)
+    return y_of(value, centre, scale, shift)
 
 
 cdef inline void apply_rows(const real *x, const real *dy, bint gradient, real *out, Py_ssize_t rows,
                             Py_ssize_t stride, Py_ssize_t length, number centre, number scale, number slope,
                             number shift, const Coefficients *column, bint stream) noexcept nogil:
     cdef Py_ssize_t r, j, first, whole
+    cdef bint overlaps = not stream and length > VEC and length % VEC
+    cdef number last = centre
     for r in range(rows):
         first = min(to_piece(out), length) if stream else 0
         whole = length - (length - first) % VEC
+        if overlaps:        # the last vector ends with the row: it is read before its first places are written
+            last = applied(x, dy, gradient, length - VEC, VEC, centre, scale, slope, shift, column)
         if first:
-            apply_vector(x, dy, gradient, out, 0, first, centre, scale, slope, shift, column, False)
+            write(out, applied(x, dy, gradient, 0, first, centre, scale, slope, shift, column), first, False)
         if stream:
             for j from first <= j < whole by VEC:
-                apply_vector(x, dy, gradient, out, j, VEC, centre, scale, slope, shift, column, True)
+                write(out + j, applied(x, dy, gradient, j, VEC, centre, scale, slope, shift, column), VEC, True)
         else:
             for j from 0 <= j < whole by VEC:
-                apply_vector(x, dy, gradient, out, j, VEC, centre, scale, slope, shift, column, False)
-        if whole < length:
-            apply_vector(x, dy, gradient, out, whole, length - whole, centre, scale, slope, shift, column, stream)
+                write(out + j, applied(x, dy, gradient, j, VEC, centre, scale, slope, shift, column), VEC, False)
+        if overlaps:
+            write(out + length - VEC, last, VEC, False)
+        elif whole < length:
+            write(out + whole, applied(x, dy, gradient, whole, length - whole, centre, scale, slope, shift, column),
+                  length - whole, stream)
         x += stride
         dy += stride
         out += stride
