@@ -7,12 +7,11 @@ it anew: a change users see, so CHANGELOG has to name it.
 import contextlib
 import hashlib
 import json
-import os
 from pathlib import Path
 
 import numpy as np
 import pytest
-from processes import succeeds
+from processes import search_path, succeeds
 from shapes import VIEWS
 
 import batchnorm as bn
@@ -117,7 +116,7 @@ def digest(environment, before=""):
     """Digest of all results, calculated by a new process."""
     program = f"{before}\nimport test_bits\nprint(test_bits.digest_here())"
     here = Path(__file__).parent
-    return succeeds(program, timeout=300, PYTHONPATH=f"{here}{os.pathsep}{here / 'support'}", **environment)
+    return succeeds(program, timeout=300, PYTHONPATH=search_path(here, here / "support"), **environment)
 
 
 def digest_here():

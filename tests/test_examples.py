@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from processes import search_path
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SCRIPTS = ["digits.py", "stop_gradient.py"]
@@ -71,7 +72,7 @@ def test_it_is_repeatable(tmp_path, script):
 def test_it_names_the_command_for_what_is_missing(tmp_path, missing, script):
     (tmp_path / missing).mkdir()
     (tmp_path / missing / "__init__.py").write_text(f"raise ImportError('no {missing}')\n")
-    done = run(script, cwd=tmp_path, PYTHONPATH=str(tmp_path))
+    done = run(script, cwd=tmp_path, PYTHONPATH=search_path(tmp_path))
     assert done.returncode == 1
     assert done.stdout == ""
     assert done.stderr == f"{script} needs scikit-learn and matplotlib: python -m pip install '.[examples]'\n"

@@ -4,7 +4,7 @@ import os
 import sys
 
 import pytest
-from processes import WORKLOAD, succeeds
+from processes import WORKLOAD, search_path, succeeds
 
 from batchnorm._kernels import runtime
 
@@ -176,7 +176,7 @@ if __name__ == "__main__":
     printed = succeeds(
         f"import runpy; runpy.run_path({str(path)!r}, run_name='__main__')",
         BATCHNORM_ISA=level,
-        PYTHONPATH=str(tmp_path),
+        PYTHONPATH=search_path(tmp_path),
     )
     assert printed
     assert "forked child" not in printed or (method == "forkserver" and not runtime.safe_forks())

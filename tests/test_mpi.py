@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from processes import search_path
 
 import batchnorm as bn
 
@@ -383,7 +384,7 @@ def test_bad_arguments():
 def test_without_mpi4py_it_says_what_is_missing(tmp_path):
     (tmp_path / "mpi4py.py").write_text("raise ImportError('no mpi4py')\n")
     code = "from batchnorm.mpi import SyncBatchNorm; SyncBatchNorm(3)"
-    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    environment = os.environ | {"PYTHONPATH": search_path(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
     install = "python -m pip install 'mpi4py>=4' mpich"
     assert done.stderr.endswith(f"ImportError: batchnorm.mpi needs mpi4py and an MPI library: {install}\n")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from processes import search_path
 
 import batchnorm as bn
 from batchnorm import __main__
@@ -25,7 +26,7 @@ def level():
 
 
 def run(*arguments, path=None, stdout=subprocess.PIPE, **environment):
-    environment = os.environ | {"COLUMNS": "80"} | ({"PYTHONPATH": str(path)} if path else {}) | environment
+    environment = os.environ | {"COLUMNS": "80"} | ({"PYTHONPATH": search_path(path)} if path else {}) | environment
     environment.pop("PYTHONUNBUFFERED", None)
     pipes = {"stdout": stdout, "stderr": subprocess.PIPE, "encoding": environment.get("PYTHONIOENCODING")}
     return subprocess.run([*COMMAND, *arguments], text=True, env=environment, timeout=60, **pipes)

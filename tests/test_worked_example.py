@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+from processes import search_path
 
 NUMBER = re.compile(r"-?\d+\.\d+")
 
@@ -79,7 +80,7 @@ def test_a_bad_seed_is_refused(seed):
 
 def test_without_rich_it_names_the_command(tmp_path):
     (tmp_path / "rich.py").write_text("raise ImportError('no rich')\n")
-    done = run(PYTHONPATH=str(tmp_path))
+    done = run(PYTHONPATH=search_path(tmp_path))
     assert done.returncode == 1
     assert done.stdout == ""
     assert done.stderr == (

@@ -19,6 +19,11 @@ def results(threads=2):
 """
 
 
+def search_path(*folders):
+    """PYTHONPATH with these folders first. What is on it already stays, as a build of the package with sanitizers."""
+    return os.pathsep.join([*map(str, folders), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
 def python(program, *flags, timeout=60, **environment):
     """Run a program in this environment with these changes; a value of None removes a variable."""
     merged = {name: value for name, value in {**os.environ, **environment}.items() if value is not None}
