@@ -131,6 +131,7 @@ def test_a_process_of_its_own(level):
     assert digest({"BATCHNORM_ISA": level, "BATCHNORM_NUM_THREADS": "3", "OMP_DYNAMIC": "true"}) == expected
 
 
+@pytest.mark.measures
 def test_the_smallest_stacks(level):
     """A kernel that needs more would end the process; musl's threads have 128 KiB, and smaller ones are not used."""
     always = "from batchnorm import _threads; _threads.SERIAL_VALUES = 0"
