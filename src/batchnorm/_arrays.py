@@ -34,8 +34,11 @@ class Layout:
     axis: int
     view: tuple[int, int, int]
     order: tuple[int, ...] | None
-    channels: int
-    values: int  # per channel
+
+    @property
+    def values(self) -> int:
+        """Values per channel."""
+        return self.view[0] * self.view[2]
 
     def fits(self, array: Array) -> bool:
         """Whether the array lies in memory as this layout says."""
@@ -85,8 +88,8 @@ def layout_of(shape: tuple[int, ...], axis: int, order: tuple[int, ...] | None =
     channel = axis % len(shape)
     where = channel if order is None else order.index(channel)
     lengths = shape if order is None else tuple(shape[i] for i in order)
-    before, channels, after = math.prod(lengths[:where]), lengths[where], math.prod(lengths[where + 1 :])
-    return Layout(shape, channel, (before, channels, after), order, channels, before * after)
+    view = (math.prod(lengths[:where]), lengths[where], math.prod(lengths[where + 1 :]))
+    return Layout(shape, channel, view, order)
 
 
 def as_float(value: ArrayLike, name: str, integers: bool = False) -> Array:

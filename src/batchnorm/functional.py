@@ -18,7 +18,6 @@ from numpy.typing import ArrayLike, NDArray
 from . import _arrays, _kernels, _threads
 from ._arrays import Array, Layout
 from ._kernels.runtime import (
-    DGAMMA,
     DMEAN,
     DVAR,
     GAMMA,
@@ -275,7 +274,7 @@ def forward(
     """
     given = _arrays.as_float(x, "x")
     x, layout = _arrays.lay_out(given, axis)
-    dtype, channels = x.dtype, layout.channels
+    dtype, channels = x.dtype, layout.view[1]
     if gamma is not None:
         gamma = _arrays.as_channels(gamma, "gamma", channels, layout)
     if beta is not None:
@@ -311,8 +310,8 @@ def forward(
 def _check_moments(moments: Moments, layout: Layout) -> None:
     if not isinstance(moments, Moments):
         raise TypeError(f"moments must be Moments, got {type(moments).__name__}")
-    if moments.mean.size != layout.channels:
-        raise ValueError(f"moments must have {layout.channels} channels, got {moments.mean.size}")
+    if moments.mean.size != layout.view[1]:
+        raise ValueError(f"moments must have {layout.view[1]} channels, got {moments.mean.size}")
     if moments.count == 0 and layout.values:
         raise ValueError("moments must be of at least one value, got count = 0")
 
@@ -408,7 +407,7 @@ def backward(
     """
     if not isinstance(saved, Saved):
         raise TypeError(f"saved must be what forward returned, got {type(saved).__name__}")
-    channels = saved._layout.channels
+    channels = saved._layout.view[1]
     table = np.empty((GRADIENT_ROWS, channels))
     paths = THROUGH_MEAN | THROUGH_VARIANCE
     if through is not _THROUGH:
@@ -430,8 +429,8 @@ def backward(
 def _check_sums(sums: GradientSums, saved: Saved) -> None:
     if not isinstance(sums, GradientSums):
         raise TypeError(f"sums must be GradientSums, got {type(sums).__name__}")
-    if sums.sum_dy.size != saved._layout.channels:
-        raise ValueError(f"sums must have {saved._layout.channels} channels, got {sums.sum_dy.size}")
+    if sums.sum_dy.size != saved._layout.view[1]:
+        raise ValueError(f"sums must have {saved._layout.view[1]} channels, got {sums.sum_dy.size}")
     wanted = max(saved.count, saved._layout.values)
     if sums.count < wanted:
         raise ValueError(f"sums must be over all values that were normalized, at least {wanted}, got {sums.count}")
@@ -472,13 +471,14 @@ def _backward(
     if "dx" in need:
         dx = layout.empty(dtype) if out is None else layout.room(out, dtype)
     if "dgamma" in need and gamma_dtype is not None:
-        dgamma = np.empty(layout.channels, gamma_dtype)
+        dgamma = np.empty(layout.view[1], gamma_dtype)
     if "dbeta" in need and beta_dtype is not None:
-        dbeta = np.empty(layout.channels, beta_dtype)
+        dbeta = np.empty(layout.view[1], beta_dtype)
     kernels = _kernels.of_size[x.itemsize]
     views = layout.seen(layout.bring(dy)), layout.seen(x)
     if not size and not summed:
-        table[...], summed = 0, True
+        table[...] = 0  # the sums over nothing
+        summed = True
     if summed:
         kernels.channel_gradients(statistics, table, dgamma, dbeta)
         if dx is not None and size:
@@ -531,7 +531,7 @@ def grad_sums(dy: ArrayLike, saved: Saved, *, num_threads: int | None = None) ->
         raise TypeError(f"saved must be what forward returned, got {type(saved).__name__}")
     x, layout = saved.x, saved._layout
     dy = like_x(dy, saved)
-    table = np.zeros((GRADIENT_ROWS, layout.channels))
+    table = np.zeros((GRADIENT_ROWS, layout.view[1]))
     if x.size:
         threads = _threads.threads_for(x.size, num_threads)
         kernels = _kernels.of_size[x.itemsize]
@@ -540,12 +540,15 @@ def grad_sums(dy: ArrayLike, saved: Saved, *, num_threads: int | None = None) ->
     return GradientSums(layout.values, table[SUM_DY], table[SUM_DY_XMU])
 
 
-def own_parameters(sums: GradientSums, saved: Saved) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def own_parameters(sums: GradientSums, saved: Saved) -> tuple[Array | None, Array | None]:
     """dgamma and dbeta over the values that were summed, which may be a part of those that the statistics are of."""
-    table = np.empty((GRADIENT_ROWS, saved._layout.channels))
+    channels = saved._layout.view[1]
+    table = np.empty((GRADIENT_ROWS, channels))
     table[SUM_DY : SUM_DY_XMU + 1] = sums._table
-    _kernels.of_size[8].channel_gradients(saved._statistics, table)
-    return table[DGAMMA], table[SUM_DY]
+    _, *dtypes = saved._dtypes
+    dgamma, dbeta = (None if dtype is None else np.empty(channels, dtype) for dtype in dtypes)
+    _kernels.of_size[8].channel_gradients(saved._statistics, table, dgamma, dbeta)
+    return dgamma, dbeta
 
 
 def update_running(
@@ -596,7 +599,7 @@ def update_running(
     """
     if not isinstance(saved, Saved):
         raise TypeError(f"saved must be what forward returned, got {type(saved).__name__}")
-    channels = saved._layout.channels
+    channels = saved._layout.view[1]
     for name, array in (("running_mean", running_mean), ("running_var", running_var)):
         if not isinstance(array, np.ndarray):
             raise TypeError(f"{name} must be a numpy array, because it is changed in place, got {type(array).__name__}")
@@ -638,7 +641,7 @@ def _fixed_statistics(
     array = _arrays.as_float(x, "x")
     x, layout = _arrays.lay_out(array, axis)
     kernels = _kernels.of_size[x.itemsize]
-    channels = layout.channels
+    channels = layout.view[1]
     mean = _arrays.as_channels(mean, "mean", channels, layout)
     var = _arrays.as_channels(var, "var", channels, layout)
     gamma = None if gamma is None else _arrays.as_channels(gamma, "gamma", channels, layout)
@@ -772,7 +775,7 @@ def inference_backward(
         _arrays.check_overlap(out, given)
     dtype = x.dtype if given["gamma"] is None else given["gamma"].dtype
     saved = Saved(x, eps, layout, statistics, (x.dtype, dtype, dtype), layout.values)
-    table = np.empty((GRADIENT_ROWS, layout.channels))
+    table = np.empty((GRADIENT_ROWS, layout.view[1]))
     if need is not _NEED:
         need = _names(need, "need", _INFERENCE_NEED)
     gradients = InferenceGradients(*_backward(dy, saved, 0, need, table, out, num_threads))

@@ -186,7 +186,7 @@ class Moments(_Mergeable):
         """
         x, layout = _arrays.lay_out(_as_data(x, "x"), axis)
         threads = _threads.threads_for(x.size, num_threads)
-        table = np.zeros((STATISTICS_ROWS, layout.channels))
+        table = np.zeros((STATISTICS_ROWS, layout.view[1]))
         if x.size:
             _kernels.of_size[x.itemsize].moments(layout.seen(x), table, 0.0, threads)
         return cls(layout.values, table[MEAN], table[M2], table[MEAN_LOW])

@@ -235,9 +235,7 @@ class SyncBatchNorm(BatchNorm):
             gradients = gradients._replace(dx=_arrays.deliver(dx, out))
         if self.reduce == "sum":
             return gradients
-        own_dgamma, own_dbeta = functional.own_parameters(local, saved)
-        return Gradients(
-            gradients.dx,
-            None if gradients.dgamma is None else own_dgamma.astype(gradients.dgamma.dtype),
-            None if gradients.dbeta is None else own_dbeta.astype(gradients.dbeta.dtype),
+        dgamma, dbeta = functional.own_parameters(local, saved)
+        return gradients._replace(
+            dgamma=None if gradients.dgamma is None else dgamma, dbeta=None if gradients.dbeta is None else dbeta
         )
