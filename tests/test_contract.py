@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from batches import GRADIENTS, KINDS
+from fuzz.accuracy import Case, errors_of
 from oracle import ULPS, assert_close, errors_by_name, parts_error, truth
 
 import batchnorm as bn
@@ -24,7 +25,8 @@ LAYOUTS = {
     "channels last": ((4, 6, 35), True),
     "few channels": ((1500, 2, 1), False),
     "few channels, short rows": ((150, 2, 4), False),
-    "one channel": ((9000, 1, 1), False),
+    "columns of many channels": ((40, 50, 1), False),
+    "lanes of many channels": ((2, 320, 20), False),
     "few values": ((12, 3, 1), False),
 }
 
@@ -101,6 +103,49 @@ def test_two_opposite_values(n, a, dtype, rng):
     for slope in GRADIENTS.values():
         dy = slope(rng, x[:, :, None])[:, :, 0].astype(dtype)
         check(x, dy, *parameters(rng, 5, dtype), 1, 1e-5, [n // 2])
+
+
+# Inputs that tests/fuzz/accuracy.py found over a limit, by what was wrong in the kernels: type, bytes and their meaning.
+FOUND = {
+    "a pivot 1.5 deviations off: y": (
+        "float32",
+        "521f16ac1a3b26ad1b53b73c36769a8b665a80425a6bae0325e13f146a27a526ccd01e5a83dc58b77848d0f28b5a65752c7e"
+        "dde18a9cf6b8f4c5157e42680993",
+        "(4, 40, 63) axis 1, two levels, dy sparse, offset 0, scale 0.001461, eps 0.0, cuts []",
+    ),
+    "a pivot 1.5 deviations off: mean": (
+        "float32",
+        "521f16ac1a3b26ad1b53b73c570d9a8b906f33425a6aae0325e13f286a27a508de861e5a0adcd0b77848d0f28b5a65752c7e"
+        "dde18a9cf6b8f4c5157e42680993",
+        "(4, 40, 63) axis 1, two levels, dy along xhat, offset 0, scale 0.001051, eps 1e-12, cuts []",
+    ),
+    "long blocks: y": (
+        "float64",
+        "9b33a1dd2ea25a1340a467e88209c9ae720f7ad460c8e7a307c3abaea217f955995045ceae5b7650a8e2f2dddb6aa87f733f"
+        "46f395af9c23febcb1ec20c9500a",
+        "(64, 1, 100) axis 1, two levels, one rare, dy near the mean, offset 1.035, scale 1.035e+15, eps 0.0, cuts []",
+    ),
+    "long blocks: dx": (
+        "float64",
+        "32b68fd3534e880f40a4e59a5e62c9ae5acf7ad4b2f93fa7c5e39eae3417165512506edfae5b7603a8e2f2dddb6aa87f733f"
+        "46f395af9c23febcb1ec20c9500a",
+        "(64, 1, 100) axis 1, ±a, dy along xhat, offset 1.383, scale 1.383e+15, eps 0.0, cuts [54]",
+    ),
+    "few channels summed again one by one": (
+        "float64",
+        "183aa39a216216d4769d9fcf252e34556751fb232f27006fbd1d17f4272c274809d178e3ebf93896a5a5d8ad590f23183b5b"
+        "6b67221c20f74ec915abf4d76abf",
+        "(1, 8193, 1) axis -1, some padding first, dy constant, offset 1.18e+04, scale 1.18e-30, eps 1.0, "
+        "cuts [0, 1, 1]",
+    ),
+}
+
+
+@pytest.mark.parametrize(("dtype", "data", "meaning"), FOUND.values(), ids=FOUND)
+def test_the_worst_that_was_found(dtype, data, meaning):
+    case = Case(bytes.fromhex(data), dtype)
+    assert str(case) == meaning
+    assert_close(errors_of(case), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
