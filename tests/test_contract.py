@@ -105,7 +105,7 @@ def test_two_opposite_values(n, a, dtype, rng):
         check(x, dy, *parameters(rng, 5, dtype), 1, 1e-5, [n // 2])
 
 
-# Inputs that tests/fuzz/accuracy.py found over a limit, by what was wrong in the kernels: type, bytes and their meaning.
+# Inputs that tests/fuzz/accuracy.py found over a limit, by what was wrong in the kernels: type, bytes and meaning.
 FOUND = {
     "a pivot 1.5 deviations off: y": (
         "float32",
