@@ -25,6 +25,7 @@ VIEWS = {
     "lanes of neighbours": (13, 150, 70),
     "lanes of neighbours, blocks of rows": (190, 33, 101),
     "lanes near at hand": (16, 40, 196),
+    "lanes near at hand, rows of some vectors and a half": (8, 40, 300),
     "few channels in lanes": (300, 3, 100),
     "one channel in lanes": (3, 1, 5000),
     "segments": (2, 3, 20011),

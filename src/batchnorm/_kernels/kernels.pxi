@@ -38,7 +38,7 @@ from batchnorm._kernels.runtime cimport (
 
 cdef extern from "vector.h" nogil:
     enum:
-        VEC, LANES, VECS, UNROLLED, TOTALS, WIDEST, LINE
+        VEC, LINE, LANES, VECS, CARRIED, UNROLLED, TOTALS, WIDEST
         CAN_STREAM
         IS_DOUBLE
     const double SMALLEST, LARGEST, FINEST, COARSEST

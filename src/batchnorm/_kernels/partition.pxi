@@ -5,14 +5,17 @@ cdef enum:
     WIDTH = 512             # the most columns of a tile whose columns are channels: accumulators stay in L1
     GROUPED = 256           # columns that few channels are made into
     FEW = 16                # fewer values of a channel are summed in float64: their rounding does not average out
-    BLOCK = 8192            # values of a block of lanes; a quarter in float64, whose sums no wider type collects
+    BLOCK = 8192            # values of a block of lanes; rows are put together to a quarter of it in float64, whose
+                            # sums no wider type collects
     COLUMN_ROWS = 128       # rows of a block of columns
     SHORT_ROW = 64          # shorter rows are taken as columns
+    LONG_ROW = 1024         # in longer rows memory is fetched so far ahead
     SHORTEST_RUN = 16       # a row of one channel that fills lanes, where few others follow or nothing is summed
     RUN = 8192              # values of neighbouring short rows of lanes, so that memory is visited in longer runs
     TOGETHER = 32           # the most channels of a tile of lanes
     NEIGHBOURS = 16         # channels that are summed again together
-    VISIT = 512             # values of one channel of a tile before those of its neighbour
+    VISIT = 512             # values of one channel before those of its neighbour; lanes are emptied in between, so
+                            # that the sums do not depend on whether there is one
     FEW_TILES = 16          # fewer tiles of lanes than this are cut into blocks to be shared
     STREAM = 33554432       # bytes read and written by a pass whose result goes around the cache
     NEAR = 40960            # bytes that stay in a core's nearest cache
@@ -78,17 +81,17 @@ cdef void cut_columns(Work *work, Py_ssize_t size) noexcept nogil:
 
 
 cdef void cut_lanes(Work *work, Py_ssize_t size, Py_ssize_t arrays) noexcept nogil:
-    cdef Py_ssize_t N = work.N, C = work.C, S = work.S, block = BLOCK // 4 if IS_DOUBLE else BLOCK
+    cdef Py_ssize_t N = work.N, C = work.C, S = work.S, together = BLOCK // 4 if IS_DOUBLE else BLOCK
     work.tile_channels = min(min(TOGETHER, RUN // S), min(C // FEW_TILES, 2 * CACHE // (5 * N * S * size)))
     if arrays == 3 and 2 * N * S * size <= NEAR and N * S >= RUN // 4:
         work.tile_channels = 1          # x and dy are still in the nearest cache when dx is written
-    if S >= block:
+    if S >= BLOCK:
         work.tile_channels = 1          # in memory the next segment follows, not the next channel
-        work.segment = LANES * ceil_div(ceil_div(S, ceil_div(S, block)), LANES)
+        work.segment = LANES * ceil_div(ceil_div(S, ceil_div(S, BLOCK)), LANES)
         work.segments = ceil_div(S, work.segment)
     work.tile_channels = max(1, work.tile_channels)
     work.tiles = ceil_div(C, work.tile_channels)
-    work.block_rows = max(1, block // (2 * S) * 2)
+    work.block_rows = max(1, together // (2 * S) * 2)
     work.by_tile = C >= FEW_TILES or N * S <= BLOCK
 
 
@@ -115,7 +118,7 @@ cdef Block block_of(const Work *work, Py_ssize_t tile, Py_ssize_t b) noexcept no
     block.more = row + block.rows < work.N
     block.first = row * block.stride + block.channel * work.S + start
     block.run = min(work.segment, work.S - start)
-    block.visit = block.rows if block.channels == 1 else max(2, VISIT // block.run)
+    block.visit = max(2, VISIT // block.run)
     return block
 
 

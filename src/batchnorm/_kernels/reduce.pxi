@@ -70,12 +70,13 @@ cdef inline void add_rows(const real *x, const real *dy, bint gradient, Py_ssize
 
 cdef inline void sum_lanes(const real *x, const real *dy, bint gradient, Py_ssize_t rows, Py_ssize_t stride,
                            Py_ssize_t length, bint more, number pivot, double *total1, double *total2) noexcept nogil:
-    """Add the sums of the rows of one channel to TOTALS totals each, after 8 to 15 values a lane."""
+    """Add the sums of the rows of one channel to TOTALS totals each, after CARRIED values a lane or a few more."""
     cdef number sum1[VECS]
     cdef number sum2[VECS]
     cdef Py_ssize_t r, i, j, k, stop, whole, ahead, added = 0
     for r in range(rows):
-        ahead = stride if more or r + 1 < rows else 0       # the next row, if there is one
+        # What follows in a long row, else the next row, if there is one.
+        ahead = LONG_ROW if length > LONG_ROW else stride if more or r + 1 < rows else 0
         for i from 0 <= i < length by UNROLLED * LANES:
             stop = min(length, i + UNROLLED * LANES)
             whole = stop - stop % LANES
@@ -88,7 +89,7 @@ cdef inline void sum_lanes(const real *x, const real *dy, bint gradient, Py_ssiz
                 if j < stop:
                     add_tree(x + j, dy + j, gradient, 1, 0, min(VEC, stop - j), ahead, pivot, sum1 + k, sum2 + k)
             added += ceil_div(stop - i, LANES)
-            if added >= UNROLLED or (r + 1 == rows and stop == length):
+            if added >= CARRIED or (r + 1 == rows and stop == length):
                 added = 0
                 add_lanes(total1, sum1)
                 add_lanes(total2, sum2)

@@ -42,12 +42,13 @@ typedef double real;
 enum {
     VEC = BYTES / sizeof(real), /* values in a vector */
     PART = BYTES / sizeof(double), /* those of which fill a vector as float64 */
-    LANES = 32,                 /* sums side by side along a row, whatever VEC is */
+    LINE = 64 / sizeof(real),   /* values in a line of the cache */
+    LANES = LINE,               /* sums side by side along a row, whatever VEC is: memory is read in its order */
     VECS = LANES / VEC,
+    CARRIED = 256 / LANES,      /* values that are added to each lane before the lanes are emptied */
     UNROLLED = 8,               /* vectors that are summed as a tree */
     TOTALS = 8,                 /* what the lanes are folded to before they are added up in float64 */
     WIDEST = 1024,              /* the most columns of a tile */
-    LINE = 64 / sizeof(real),   /* values in a line of the cache */
     PIECE = 16 / sizeof(real)   /* values that are stored around the cache at a time */
 };
 
@@ -217,13 +218,14 @@ static inline void add_wide(double *total, wide v)
         total[i] += v[i];
 }
 
-/* Fold LANES sums by halving, and add them to TOTALS totals. */
+/* Fold LANES sums, and add them to TOTALS totals. */
 static inline void add_lanes_vec(double *total, const vec *lanes)
 {
     folded f[LANES / TOTALS];
     part p[TOTALS / PART];
     memcpy(f, lanes, sizeof f);
-    f[0] = (f[0] + f[2]) + (f[1] + f[3]);
+    for (int i = 1; i < LANES / TOTALS; i++)
+        f[0] += f[i];
     memcpy(p, f, sizeof p);
     for (int i = 0; i < TOTALS / PART; i++)
         add_part(total + i * PART, p[i]);
@@ -233,8 +235,10 @@ static inline void add_lanes_wide(double *total, const wide *lanes)
 {
     double f[LANES];
     memcpy(f, lanes, sizeof f);
+    for (int i = TOTALS; i < LANES; i++)
+        f[i % TOTALS] += f[i];
     for (int i = 0; i < TOTALS; i++)
-        total[i] += (f[i] + f[i + 16]) + (f[i + 8] + f[i + 24]);
+        total[i] += f[i];
 }
 
 #endif
