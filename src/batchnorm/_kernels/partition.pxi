@@ -7,7 +7,7 @@ cdef enum:
     FEW = 16                # fewer values of a channel are summed in float64: their rounding does not average out
     BLOCK = 8192            # values of a block of lanes; rows are put together to a quarter of it in float64, whose
                             # sums no wider type collects
-    COLUMN_ROWS = 128       # rows of a block of columns
+    COLUMN_ROWS = 256       # rows of a block of columns
     SHORT_ROW = 64          # shorter rows are taken as columns
     LONG_ROW = 1024         # in longer rows memory is fetched so far ahead
     SHORTEST_RUN = 16       # a row of one channel that fills lanes, where few others follow or nothing is summed

@@ -26,46 +26,50 @@ cdef inline void add_columns(double *total, number v) noexcept nogil:
         add_wide(total, v)
 
 
+cdef inline void fetch(const real *x, const real *dy, bint gradient, Py_ssize_t values) noexcept nogil:
+    """Ask for memory that is needed soon, line by line: the processor itself does not foresee eight rows at a time."""
+    cdef Py_ssize_t i
+    for i from 0 <= i < values by LINE:
+        prefetch(x + i)
+        if gradient:
+            prefetch(dy + i)
+
+
 cdef inline void add_tree(const real *x, const real *dy, bint gradient, Py_ssize_t rows, Py_ssize_t stride,
-                          Py_ssize_t count, Py_ssize_t ahead, number pivot, number *sum1, number *sum2) noexcept nogil:
-    """Add Σa and Σa·d of 8, 4, 2 or 1 rows, one vector wide, and fetch what lies `ahead`, if anything does."""
+                          Py_ssize_t count, number pivot, number *sum1, number *sum2) noexcept nogil:
+    """Add Σa and Σa·d of 8, 4, 2 or 1 rows, one vector wide."""
     cdef number a[UNROLLED]
     cdef number a_d[UNROLLED]
     cdef Py_ssize_t r
     for r in range(rows):
-        if ahead:
-            prefetch(x + r * stride + ahead)
-            if gradient:
-                prefetch(dy + r * stride + ahead)
         summands(x + r * stride, dy + r * stride, gradient, count, pivot, a + r, a_d + r)
     sum1[0] += tree(a, rows)
     sum2[0] += tree(a_d, rows)
 
 
 cdef inline void add_vectors(const real *x, const real *dy, bint gradient, Py_ssize_t rows, Py_ssize_t stride,
-                             Py_ssize_t vectors, Py_ssize_t count, Py_ssize_t ahead, number pivot, number *sum1,
+                             Py_ssize_t vectors, Py_ssize_t count, number pivot, number *sum1,
                              number *sum2) noexcept nogil:
-    """The same some vectors wide; the first of each line of the cache fetches."""
+    """The same some vectors wide."""
     cdef Py_ssize_t k
     for k in range(vectors):
-        add_tree(x + k * VEC, dy + k * VEC, gradient, rows, stride, count, ahead if k * VEC % LINE == 0 else 0, pivot,
-                 sum1 + k, sum2 + k)
+        add_tree(x + k * VEC, dy + k * VEC, gradient, rows, stride, count, pivot, sum1 + k, sum2 + k)
 
 
 cdef inline void add_rows(const real *x, const real *dy, bint gradient, Py_ssize_t rows, Py_ssize_t stride,
-                          Py_ssize_t vectors, Py_ssize_t count, Py_ssize_t ahead, number pivot, number *sum1,
+                          Py_ssize_t vectors, Py_ssize_t count, number pivot, number *sum1,
                           number *sum2) noexcept nogil:
     """The same for at most 8 rows: the largest tree first."""
     if rows == 8:
-        add_vectors(x, dy, gradient, 8, stride, vectors, count, ahead, pivot, sum1, sum2)
+        add_vectors(x, dy, gradient, 8, stride, vectors, count, pivot, sum1, sum2)
     if rows & 4:
-        add_vectors(x, dy, gradient, 4, stride, vectors, count, ahead, pivot, sum1, sum2)
+        add_vectors(x, dy, gradient, 4, stride, vectors, count, pivot, sum1, sum2)
     x, dy = x + (rows & 4) * stride, dy + (rows & 4) * stride
     if rows & 2:
-        add_vectors(x, dy, gradient, 2, stride, vectors, count, ahead, pivot, sum1, sum2)
+        add_vectors(x, dy, gradient, 2, stride, vectors, count, pivot, sum1, sum2)
     x, dy = x + (rows & 2) * stride, dy + (rows & 2) * stride
     if rows & 1:
-        add_vectors(x, dy, gradient, 1, stride, vectors, count, ahead, pivot, sum1, sum2)
+        add_vectors(x, dy, gradient, 1, stride, vectors, count, pivot, sum1, sum2)
 
 
 cdef inline void sum_lanes(const real *x, const real *dy, bint gradient, Py_ssize_t rows, Py_ssize_t stride,
@@ -80,14 +84,16 @@ cdef inline void sum_lanes(const real *x, const real *dy, bint gradient, Py_ssiz
         for i from 0 <= i < length by UNROLLED * LANES:
             stop = min(length, i + UNROLLED * LANES)
             whole = stop - stop % LANES
+            if ahead:
+                fetch(x + i + ahead, dy + i + ahead, gradient, stop - i)
             if added == 0:
                 for k in range(VECS):
                     sum1[k] = sum2[k] = same(0, pivot)
-            add_rows(x + i, dy + i, gradient, (whole - i) // LANES, LANES, VECS, VEC, ahead, pivot, sum1, sum2)
+            add_rows(x + i, dy + i, gradient, (whole - i) // LANES, LANES, VECS, VEC, pivot, sum1, sum2)
             for k in range(VECS):
                 j = whole + k * VEC
                 if j < stop:
-                    add_tree(x + j, dy + j, gradient, 1, 0, min(VEC, stop - j), ahead, pivot, sum1 + k, sum2 + k)
+                    add_tree(x + j, dy + j, gradient, 1, 0, min(VEC, stop - j), pivot, sum1 + k, sum2 + k)
             added += ceil_div(stop - i, LANES)
             if added >= CARRIED or (r + 1 == rows and stop == length):
                 added = 0
@@ -102,19 +108,18 @@ cdef inline void sum_columns(const real *x, const real *dy, bint gradient, Py_ss
                              number zero) noexcept nogil:
     """Add the sums of the columns to one total each, in which there is room for a whole vector at the end."""
     cdef number sum1, sum2, centre
-    cdef Py_ssize_t r, j, taken, fetched
-    # Eight streams at once are more than the processor foresees: where rows follow each other, some 1000 values ahead.
-    cdef Py_ssize_t ahead = UNROLLED * (1 + 128 // (width + 1)) * stride if stride == width else 0
+    cdef Py_ssize_t r, j, taken
     for r from 0 <= r < rows by UNROLLED:
         taken = min(rows - r, UNROLLED)
         for j from 0 <= j < width by VEC:
-            fetched = ahead if j % LINE == 0 else 0
+            if stride == width:     # what follows in memory, a share beside each vector
+                fetch(x + UNROLLED * (width + j), dy + UNROLLED * (width + j), gradient, UNROLLED * VEC)
             sum1 = sum2 = zero
             centre = load(pivot + j, VEC, zero)
             if j + VEC <= width:
-                add_rows(x + j, dy + j, gradient, taken, stride, 1, VEC, fetched, centre, &sum1, &sum2)
+                add_rows(x + j, dy + j, gradient, taken, stride, 1, VEC, centre, &sum1, &sum2)
             else:
-                add_rows(x + j, dy + j, gradient, taken, stride, 1, width - j, fetched, centre, &sum1, &sum2)
+                add_rows(x + j, dy + j, gradient, taken, stride, 1, width - j, centre, &sum1, &sum2)
             add_columns(total1 + j, sum1)
             add_columns(total2 + j, sum2)
         x += taken * stride
