@@ -93,8 +93,9 @@ def bench(session):
     rivals = "numpy,jax,onnxruntime,numba"
     session.run("python", "-m", "bench", "--quick", "--against", rivals, "--output", str(folder / "bench.md"))
     session.run("python", "-m", "bench.busy", "--rounds", "1")
+    session.run("python", "-m", "bench.trend", "--output", str(folder / "trend.png"))
     session.run("python", "-m", "bench.distributed", "--output", str(folder / "distributed.md"))
-    for name in ("bench.json", "bench.png", "distributed.png"):
+    for name in ("bench.json", "bench.png", "trend.png", "distributed.png"):
         if not (folder / name).stat().st_size:
             session.error(f"{name} is empty")
 

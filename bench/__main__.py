@@ -74,6 +74,7 @@ def row_of(case, dtype, which, threads, visits):
     limits = [best.pop(name) for name in LIMITS if name in best]
     best |= {"limit": min(limits)} if limits else {}
     facts = {"case": case.label, "layout": case.layout, "dtype": dtype, "pass": which, "threads": threads}
+    facts |= {"network": case.network, "layers": case.layers}
     return report.Row(**facts, megabytes=case.megabytes(dtype), best=best, median=median, settled=settled)
 
 

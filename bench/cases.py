@@ -1,7 +1,9 @@
-"""What is measured: shapes of real layers, each for a reason."""
+"""What is measured: shapes of real layers, each for a reason, and a few that are no network's."""
 
 import math
 from typing import NamedTuple
+
+from batchnorm.profile.networks import layers_of
 
 
 class Case(NamedTuple):
@@ -9,6 +11,8 @@ class Case(NamedTuple):
     axis: int
     why: str
     dtypes: tuple[str, ...] = ("float32", "float64")
+    network: str = ""  # whose layers are added up
+    layers: int = 1  # of the network, with this shape
 
     @property
     def layout(self) -> str:
@@ -35,19 +39,27 @@ CORE = (
     Case((32, 7, 7, 512), LAST, "late layers, channels last"),
     Case((8, 64, 112, 112), FIRST, "a large plane"),
     Case((8, 112, 112, 64), LAST, "the same, channels last"),
-    Case((2, 640, 1024, 8), LAST, "few channels"),
     Case((16, 3, 224, 224), FIRST, "three channels for all threads"),
     Case((1, 1024, 14, 14), FIRST, "a single image"),
+    Case((1, 256, 14, 14), FIRST, "a single image, in cache"),
     Case((1, 64, 112, 112), FIRST, "a single image, a large plane"),
     Case((1, 112, 112, 32), LAST, "first layer of MobileNet, a single image"),
-    Case((4096, 64), FIRST, "tall"),
+    Case((64, 512), FIRST, "a small hidden layer"),
     Case((256, 1024), FIRST, "a hidden layer"),
-    Case((128, 8192), FIRST, "wide"),
-    Case((100, 500), FIRST, "the CS231n exercise", ("float64",)),
     Case((16, 861, 512), LAST, "audio, odd length, channels last"),
     Case((16, 512, 861), FIRST, "audio, odd length"),
+    Case((8, 128, 500), FIRST, "a short sequence"),
     Case((1, 64, 16, 56, 56), FIRST, "video"),
+    Case((2, 32, 16, 32, 32), FIRST, "a small volume"),
     Case((32, 64), FIRST, "a small layer"),
+)
+
+# No network's: what the others leave out, to see where a kernel is weak.
+OTHERS = (
+    Case((2, 640, 1024, 8), LAST, "few channels"),
+    Case((4096, 64), FIRST, "tall"),
+    Case((128, 8192), FIRST, "wide"),
+    Case((100, 500), FIRST, "the CS231n exercise", ("float64",)),
     Case((4, 5), FIRST, "the call itself"),
 )
 
@@ -62,9 +74,21 @@ TOPOLOGIES = tuple(
     for channels, size in layers
 )
 
+MOBILENET = tuple(
+    Case(shape, FIRST, "MobileNetV2", network=f"MobileNetV2, batch {batch}", layers=layers)
+    for batch in (1, 8, 32)
+    for shape, layers in layers_of("mobilenet_v2", batch).items()
+)
+
 SETS = {
     "core": CORE,
     "topologies": TOPOLOGIES,
-    "all": CORE + TOPOLOGIES,
-    "quick": (Case((4, 8, 14, 14), FIRST, "small"), Case((4, 6, 6, 8), LAST, "small"), Case((32, 64), FIRST, "small")),
+    "mobilenet": MOBILENET,
+    "others": OTHERS,
+    "all": CORE + TOPOLOGIES + MOBILENET + OTHERS,
+    "quick": (
+        Case((4, 8, 14, 14), FIRST, "small", network="two layers", layers=2),
+        Case((4, 6, 6, 8), LAST, "small"),
+        Case((32, 64), FIRST, "small"),
+    ),
 }

@@ -3,6 +3,7 @@
 import itertools
 import math
 import statistics
+import textwrap
 
 from batchnorm.profile.measure import OURS, PASSES
 
@@ -137,44 +138,58 @@ def markdown(rows, names):
         "(backward: `np.add`), same threads, same arrays."
     ]
     parts.append(f"Geometric means:\n\n{summary(rows)}")
+    if any(row["network"] for row in rows):
+        parts.append(f"All layers of a network; the others' times over that of batchnorm:\n\n{totals(rows)}")
     parts.append("A framework is quicker at:\n\n" + ("\n".join(slower(rows)) or "- none of these"))
     return "\n\n".join([*parts, *tables(rows, names)]) + "\n"
 
 
+def totals(rows):
+    """What all layers of a network take."""
+    header = ["network", "dtype", "threads", "pass", "batchnorm ms", "NumPy", *FRAMEWORKS, "numba"]
+    names, lines = header[5:], []
+    for (network, dtype, threads, which), found in grouped(rows, "network", "dtype", "threads", "pass"):
+        if network:
+            ours = sum(row["layers"] * row.time(OURS) for row in found)
+            lines.append([network, dtype, str(threads), which, number(ours * 1e3)])
+            for name in names:
+                theirs = [row["layers"] * row.time(name) for row in found if row.time(name)]
+                lines[-1].append(number(sum(theirs) / ours if len(theirs) == len(found) else None))
+    return table(header, lines, 4)
+
+
 def draw(path, rows, names, facts):
-    """Time over limit with the most threads, a panel for each pass; the first dtype measured."""
+    """How many times as fast as each of the others, a point for each shape; the first dtype, the most threads."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot, ticker
 
     dtype, threads = rows[0]["dtype"], max(row["threads"] for row in rows)
-    shown = [row for row in rows if row["dtype"] == dtype and row["threads"] == threads and row["megabytes"] >= LARGE]
-    shown = shown or rows
-    cases = list(dict.fromkeys(row["case"] for row in shown))
+    shown = [row for row in rows if row["dtype"] == dtype and row["threads"] == threads]
+    rivals = [name for name in COLOURS if name in names and name != OURS and not name.endswith(", out=")]
     figure, panels = pyplot.subplots(
-        1, len(PASSES), figsize=(13, 1.8 + 0.27 * len(cases)), sharey=True, layout="constrained"
+        len(PASSES), 1, figsize=(6, 1.6 + len(PASSES) * (0.6 + 0.36 * len(rivals))), sharex=True, layout="constrained"
     )
     for panel, which in zip(panels, PASSES, strict=True):
-        found = [row for row in shown if row["pass"] == which]
-        for name in names:
-            points = [
-                (row.best[name] / row.best["limit"], cases.index(row["case"])) for row in found if name in row.best
-            ]
-            if points:
-                panel.plot(*zip(*points, strict=True), "o", color=COLOURS.get(name), label=name, markersize=5.5)
+        for place, name in enumerate(rivals):
+            ratios = [row.ratio(name) for row in shown if row["pass"] == which and row.time(name)]
+            if ratios:
+                apart = [place + 0.28 * math.sin(2.4 * i) for i in range(len(ratios))]
+                panel.plot(ratios, apart, "o", color=COLOURS[name], markersize=4, alpha=0.6, markeredgewidth=0)
+                panel.plot([mean(ratios)] * 2, [place - 0.4, place + 0.4], color="0.1", linewidth=2)
         panel.axvline(1, color="0.3", linewidth=1, linestyle="--")
-        panel.set(xscale="log", title=which, xlabel="time over limit", axisbelow=True)
+        panel.set(xscale="log", axisbelow=True, ylim=(len(rivals) - 0.5, -0.5))
+        panel.set_title(which, loc="left", fontsize="medium", fontweight="bold")
+        panel.set_yticks(range(len(rivals)), rivals)
         panel.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
         panel.xaxis.set_major_formatter(ticker.FormatStrFormatter("%g×"))
         panel.xaxis.set_minor_formatter(ticker.NullFormatter())
         panel.grid(color="0.93")
         panel.tick_params(axis="y", length=0)
         panel.spines[["top", "right", "left"]].set_visible(False)
-    panels[0].set_yticks(range(len(cases)), cases)
-    panels[0].set_ylim(len(cases) - 0.5, -0.5)
-    handles, labels = panels[-1].get_legend_handles_labels()  # of inference, in which all take part
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
-    figure.suptitle(f"Time over the copy limit, {dtype}, {threads} threads\n{facts}", fontsize="medium")
-    figure.savefig(path, dpi=110)
+    panels[-1].set_xlabel("times as fast as the others (line: geometric mean)")
+    measured = f"{dtype}, {threads} thread{'s' if threads > 1 else ''}, {len(shown) // len(PASSES)} shapes"
+    figure.suptitle(f"{measured}\n{textwrap.fill(facts, 90)}", fontsize=7, color="0.3")
+    figure.savefig(path, dpi=130)
     pyplot.close(figure)

@@ -94,6 +94,17 @@ def test_rivals_have_the_names_that_profile_knows():
     assert "| shape | pass | batchnorm µs | out= µs | GB/s | over limit | NumPy |" in done.stdout
 
 
+def test_the_layers_of_a_network_are_added_up(tmp_path):
+    output = tmp_path / "layers.md"
+    done = bench("--quick", "--only", "4×8", "--threads", "1", "--against", "numpy", "--output", str(output))
+    assert done.returncode == 0, done.stderr
+    for cell in json.loads(output.with_suffix(".json").read_text())["rows"]:
+        seconds = min(time for name, time in cell["best"].items() if name.startswith("batchnorm"))
+        ratio = cell["best"]["NumPy"] / seconds
+        line = f"| two layers | float32 | 1 | {cell['pass']} | {2e3 * seconds:.2f} | {ratio:.2f} |"
+        assert line in done.stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
