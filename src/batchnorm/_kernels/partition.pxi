@@ -5,8 +5,7 @@ cdef enum:
     WIDTH = 512             # the most columns of a tile whose columns are channels: accumulators stay in L1
     GROUPED = 256           # columns that few channels are made into
     FEW = 16                # fewer values of a channel are summed in float64: their rounding does not average out
-    BLOCK = 8192            # values of a block of lanes; rows are put together to a quarter of it in float64, whose
-                            # sums no wider type collects
+    BLOCK = 8192            # values of a block of lanes; a quarter of several rows in float64, gathered in no wider type
     COLUMN_ROWS = 256       # rows of a block of columns
     SHORT_ROW = 64          # shorter rows are taken as columns
     LONG_ROW = 1024         # in longer rows memory is fetched so far ahead
@@ -14,8 +13,7 @@ cdef enum:
     RUN = 8192              # values of neighbouring short rows of lanes, so that memory is visited in longer runs
     TOGETHER = 32           # the most channels of a tile of lanes
     NEIGHBOURS = 16         # channels that are summed again together
-    VISIT = 512             # values of one channel before those of its neighbour; lanes are emptied in between, so
-                            # that the sums do not depend on whether there is one
+    VISIT = 512             # values of one channel before its neighbour's; then lanes are emptied, neighbour or not
     FEW_TILES = 16          # fewer tiles of lanes than this are cut into blocks to be shared
     STREAM = 33554432       # bytes read and written by a pass whose result goes around the cache
     NEAR = 40960            # bytes that stay in a core's nearest cache
