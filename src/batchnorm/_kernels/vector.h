@@ -53,7 +53,6 @@ enum {
 };
 
 typedef real vec __attribute__((vector_size(BYTES)));
-typedef real anywhere __attribute__((vector_size(BYTES), aligned(sizeof(real)), may_alias)); /* a vec in an array */
 typedef double wide __attribute__((vector_size(VEC * sizeof(double))));
 typedef real part __attribute__((vector_size(PART * sizeof(real))));
 typedef double wide_part __attribute__((vector_size(BYTES)));
@@ -71,12 +70,14 @@ typedef struct {
 
 static inline vec load_vec(const real *p)
 {
-    return *(const anywhere *)p;
+    vec v;
+    memcpy(&v, p, sizeof v);
+    return v;
 }
 
 static inline void store_vec(real *p, vec v)
 {
-    *(anywhere *)p = v;
+    memcpy(p, &v, sizeof v);
 }
 
 static inline wide widened(vec v)
