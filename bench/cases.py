@@ -87,8 +87,8 @@ SETS = {
     "others": OTHERS,
     "all": CORE + TOPOLOGIES + MOBILENET + OTHERS,
     "quick": (
-        Case((4, 8, 14, 14), FIRST, "small", network="two layers", layers=2),
-        Case((4, 6, 6, 8), LAST, "small"),
+        Case((4, 8, 14, 14), FIRST, "small", network="three layers", layers=2),
+        Case((4, 6, 6, 8), LAST, "small", network="three layers"),
         Case((32, 64), FIRST, "small"),
     ),
 }

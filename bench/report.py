@@ -12,12 +12,9 @@ from .contestants import FRAMEWORKS, OURS_OUT
 COLOURS = {
     "NumPy": "#999999",
     "torch": "#d55e00",
-    "torch, out=": "#f0a070",
     "JAX": "#009e73",
     "ONNX Runtime": "#cc79a7",
     "numba": "#e69f00",
-    OURS: "#56b4e9",
-    OURS_OUT: "#0072b2",
 }
 LARGE, IN_CACHE = 1.0, 26.0  # megabytes
 
@@ -146,13 +143,13 @@ def markdown(rows, names):
 
 def totals(rows):
     """What all layers of a network take."""
-    header = ["network", "dtype", "threads", "pass", "batchnorm ms", "NumPy", *FRAMEWORKS, "numba"]
-    names, lines = header[5:], []
+    header = ["network", "dtype", "threads", "pass", "batchnorm ms", *COLOURS]
+    lines = []
     for (network, dtype, threads, which), found in grouped(rows, "network", "dtype", "threads", "pass"):
         if network:
             ours = sum(row["layers"] * row.time(OURS) for row in found)
             lines.append([network, dtype, str(threads), which, number(ours * 1e3)])
-            for name in names:
+            for name in COLOURS:
                 theirs = [row["layers"] * row.time(name) for row in found if row.time(name)]
                 lines[-1].append(number(sum(theirs) / ours if len(theirs) == len(found) else None))
     return table(header, lines, 4)
@@ -167,7 +164,7 @@ def draw(path, rows, names, facts):
 
     dtype, threads = rows[0]["dtype"], max(row["threads"] for row in rows)
     shown = [row for row in rows if row["dtype"] == dtype and row["threads"] == threads]
-    rivals = [name for name in COLOURS if name in names and name != OURS and not name.endswith(", out=")]
+    rivals = [name for name in COLOURS if name in names]
     figure, panels = pyplot.subplots(
         len(PASSES), 1, figsize=(6, 1.6 + len(PASSES) * (0.6 + 0.36 * len(rivals))), sharex=True, layout="constrained"
     )

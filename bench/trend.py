@@ -34,19 +34,16 @@ def means(results):
     }, len(common)
 
 
-def draw(path, results):
+def draw(path, names, found, shapes):
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot, ticker
 
-    found, shapes = means(results)
     figure, panel = pyplot.subplots(figsize=(6, 3), layout="constrained")
     for which, values in found.items():
-        (line,) = panel.plot(list(results), values, "o-")
-        panel.annotate(
-            which, (len(results) - 1, values[-1]), (8, -4), textcoords="offset points", color=line.get_color()
-        )
+        (line,) = panel.plot(names, values, "o-")
+        panel.annotate(which, (len(names) - 1, values[-1]), (8, -4), textcoords="offset points", color=line.get_color())
     panel.axhline(1, color="0.3", linewidth=1, linestyle="--")
     panel.set_title(f"Times as fast as the quickest framework, {DTYPE}, {THREADS} threads, {shapes} shapes", fontsize=9)
     panel.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g×"))
@@ -66,8 +63,9 @@ def main():
     results = {name: rows for name, rows in results.items() if rows}
     if not results:
         raise SystemExit(f"no result in {RESULTS} has {DTYPE} on {THREADS} threads")
-    draw(arguments.output, results)
-    for which, values in means(results)[0].items():
+    found, shapes = means(results)
+    draw(arguments.output, list(results), found, shapes)
+    for which, values in found.items():
         print(which, *(f"{name} {value:.2f}" for name, value in zip(results, values, strict=True)), sep="  ")
 
 
