@@ -145,7 +145,7 @@ def test_the_smallest_stacks(level):
 def test_steps_are_the_fused_call(view, dtype, made, rng):
     """moments then normalize is forward, grad_sums then grad_apply is backward: the seam for merging over machines."""
     x, dy = made((rng.standard_normal(view) + 2).astype(dtype)), rng.standard_normal(view).astype(dtype)
-    kernels = _kernels.of_size[x.itemsize]
+    kernels = _kernels.of_type[x.dtype.char]
     y, dx = np.empty_like(x), np.empty_like(x)
     statistics = np.zeros((runtime.STATISTICS_ROWS, view[1]))
     gradients, n = np.zeros((runtime.GRADIENT_ROWS, view[1])), view[0] * view[2]

@@ -108,7 +108,7 @@ def test_an_x_that_changes_during_the_call(name, rng):
 
 def test_the_doors_of_the_kernels_measure_every_array(rng):
     """Whatever the façade has checked: memory of another size than the view needs is not touched."""
-    kernels, view = _kernels.of_size[8], (*SHAPE, 1)
+    kernels, view = _kernels.of_type["d"], (*SHAPE, 1)
 
     def arrays():
         x, y, dy = rng.standard_normal((3, *view))
@@ -160,7 +160,7 @@ def test_the_doors_of_the_kernels_measure_every_array(rng):
 def test_the_doors_of_the_kernels_measure_every_parameter(values, rng):
     x, y = rng.standard_normal((2, *SHAPE, 1))
     statistics, gradients = np.zeros((runtime.STATISTICS_ROWS, 6)), np.zeros((runtime.GRADIENT_ROWS, 6))
-    kernels = _kernels.of_size[8]
+    kernels = _kernels.of_type["d"]
     for given in ((values, None), (None, values)):
         with pytest.raises(ValueError, match="there must be 6 floating-point numbers"):
             kernels.forward(x, y, statistics, *given, 0.0, 1)

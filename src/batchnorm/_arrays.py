@@ -22,6 +22,7 @@ if np.lib.NumpyVersion(np.__version__) < "1.26.0":
 
 Array = NDArray[np.floating[Any]]
 
+_FLOAT16 = np.dtype(np.float16)
 _FLOAT32 = np.dtype(np.float32)
 _FLOAT64 = np.dtype(np.float64)
 
@@ -56,7 +57,9 @@ class Layout:
         return array if self.fits(array) else self.copy(array)
 
     def seen(self, array: Array) -> Array:
-        """An array that fits, as the kernels see it: (N, C, S)."""
+        """An array that fits, as the kernels see it: (N, C, S), and the bits of 16-bit values as integers."""
+        if array.itemsize == 2:
+            array = array.view(np.uint16)
         return array.reshape(self.view) if self.order is None else array.transpose(self.order).reshape(self.view)
 
     def empty(self, dtype: np.dtype[Any]) -> Array:
@@ -93,11 +96,11 @@ def layout_of(shape: tuple[int, ...], axis: int, order: tuple[int, ...] | None =
 
 
 def as_float(value: ArrayLike, name: str, integers: bool = False) -> Array:
-    """The argument as an ndarray of native float32 or float64, without a copy where it is one.
+    """The argument as an ndarray of native floats of 16, 32 or 64 bits, without a copy where it is one.
 
     Integers and booleans, where they are taken, become float64, as in NumPy's own arithmetic.
     """
-    if type(value) is np.ndarray and (value.dtype is _FLOAT32 or value.dtype is _FLOAT64):
+    if type(value) is np.ndarray and (value.dtype is _FLOAT32 or value.dtype is _FLOAT64 or value.dtype is _FLOAT16):
         return value
     ma = sys.modules.get("numpy.ma")
     if ma is not None and isinstance(value, ma.MaskedArray):
@@ -113,8 +116,10 @@ def as_float(value: ArrayLike, name: str, integers: bool = False) -> Array:
         ) from None
     if integers and array.dtype.kind in "iub":
         return array.astype(np.float64)
-    if array.dtype.kind != "f" or array.dtype.itemsize not in (4, 8):
-        raise TypeError(f"{name} must have dtype float32 or float64, got {array.dtype}")
+    if array.dtype.kind == "V" and array.dtype.name == "bfloat16" and array.dtype.itemsize == 2:
+        return array  # of a package like ml_dtypes, which need not be imported here
+    if array.dtype.kind != "f" or array.dtype.itemsize not in (2, 4, 8):
+        raise TypeError(f"{name} must have dtype float64, float32, float16 or bfloat16, got {array.dtype}")
     return array.astype(array.dtype.newbyteorder("="), copy=False)
 
 

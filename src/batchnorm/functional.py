@@ -17,6 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from . import _arrays, _kernels, _threads
 from ._arrays import Array, Layout
+from ._kernels import per_channel
 from ._kernels.runtime import (
     DMEAN,
     DVAR,
@@ -290,9 +291,9 @@ def forward(
         _arrays.check_overlap(out, {"x": given, "gamma": gamma, "beta": beta})
         y = layout.room(out, dtype)
     statistics = np.empty((STATISTICS_ROWS, channels))
-    kernels = _kernels.of_size[dtype.itemsize]
+    kernels = _kernels.of_type[dtype.char]
     if moments is not None:
-        kernels.fix_statistics(
+        per_channel.fix_statistics(
             statistics, channels, moments.mean, moments.m2, gamma, beta, eps, moments.mean_low, max(1, moments.count)
         )
         if x.size:
@@ -474,13 +475,13 @@ def _backward(
         dgamma = np.empty(layout.view[1], gamma_dtype)
     if "dbeta" in need and beta_dtype is not None:
         dbeta = np.empty(layout.view[1], beta_dtype)
-    kernels = _kernels.of_size[x.itemsize]
+    kernels = _kernels.of_type[x.dtype.char]
     views = layout.seen(layout.bring(dy)), layout.seen(x)
     if not size and not summed:
         table[...] = 0  # the sums over nothing
         summed = True
     if summed:
-        kernels.channel_gradients(statistics, table, dgamma, dbeta)
+        per_channel.channel_gradients(statistics, table, dgamma, dbeta)
         if dx is not None and size:
             kernels.grad_apply(*views, layout.seen(dx), statistics, table, paths, count, threads)
     elif dx is None:
@@ -534,7 +535,7 @@ def grad_sums(dy: ArrayLike, saved: Saved, *, num_threads: int | None = None) ->
     table = np.zeros((GRADIENT_ROWS, layout.view[1]))
     if x.size:
         threads = _threads.threads_for(x.size, num_threads)
-        kernels = _kernels.of_size[x.itemsize]
+        kernels = _kernels.of_type[x.dtype.char]
         views = layout.seen(layout.bring(dy)), layout.seen(x)
         kernels.grad_sums(*views, saved._statistics, table, None, None, threads)
     return GradientSums(layout.values, table[SUM_DY], table[SUM_DY_XMU])
@@ -547,7 +548,7 @@ def own_parameters(sums: GradientSums, saved: Saved) -> tuple[Array | None, Arra
     table[SUM_DY : SUM_DY_XMU + 1] = sums._table
     _, *dtypes = saved._dtypes
     dgamma, dbeta = (None if dtype is None else np.empty(channels, dtype) for dtype in dtypes)
-    _kernels.of_size[8].channel_gradients(saved._statistics, table, dgamma, dbeta)
+    per_channel.channel_gradients(saved._statistics, table, dgamma, dbeta)
     return dgamma, dbeta
 
 
@@ -624,8 +625,7 @@ def update_running(
         )
     if n:
         correction = n / (n - 1) if unbiased else 1.0
-        kernels = _kernels.of_size[running_mean.itemsize]
-        kernels.update_running(running_mean, running_var, saved._statistics, momentum, correction)
+        per_channel.update_running(running_mean, running_var, saved._statistics, momentum, correction)
 
 
 def _fixed_statistics(
@@ -640,14 +640,13 @@ def _fixed_statistics(
     """x, its layout, the table of given statistics and parameters, and the arrays it was filled from."""
     array = _arrays.as_float(x, "x")
     x, layout = _arrays.lay_out(array, axis)
-    kernels = _kernels.of_size[x.itemsize]
     channels = layout.view[1]
     mean = _arrays.as_channels(mean, "mean", channels, layout)
     var = _arrays.as_channels(var, "var", channels, layout)
     gamma = None if gamma is None else _arrays.as_channels(gamma, "gamma", channels, layout)
     beta = None if beta is None else _arrays.as_channels(beta, "beta", channels, layout)
     statistics = np.empty((STATISTICS_ROWS, channels))
-    negative = kernels.fix_statistics(statistics, channels, mean, var, gamma, beta, _arrays.as_eps(eps))
+    negative = per_channel.fix_statistics(statistics, channels, mean, var, gamma, beta, _arrays.as_eps(eps))
     if negative >= 0:
         raise ValueError(f"var must not be negative, got {var[negative]} in channel {negative}")
     return x, layout, statistics, {"x": array, "mean": mean, "var": var, "gamma": gamma, "beta": beta}
@@ -714,7 +713,7 @@ def inference(
         _arrays.check_overlap(out, given, may_be_same="x")
     y = layout.empty(x.dtype) if out is None else layout.room(out, x.dtype)
     if x.size:
-        _kernels.of_size[x.itemsize].normalize(layout.seen(x), layout.seen(y), statistics, threads)
+        _kernels.of_type[x.dtype.char].normalize(layout.seen(x), layout.seen(y), statistics, threads)
     return y if out is None else _arrays.deliver(y, out)
 
 
@@ -780,7 +779,7 @@ def inference_backward(
         need = _names(need, "need", _INFERENCE_NEED)
     gradients = InferenceGradients(*_backward(dy, saved, 0, need, table, out, num_threads))
     if "dmean" in need or "dvar" in need:
-        _kernels.of_size[x.itemsize].channel_gradients(statistics, table)
+        per_channel.channel_gradients(statistics, table)
     if "dmean" in need:
         gradients.dmean = table[DMEAN].astype(given["mean"].dtype)
     if "dvar" in need:

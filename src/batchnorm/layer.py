@@ -20,8 +20,9 @@ from typing import Any, Self, overload
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
-from . import _arrays, _kernels, functional
+from . import _arrays, functional
 from ._arrays import Array
+from ._kernels import per_channel
 from ._state import ARRAYS, MOST_BATCHES, State
 from .functional import Gradients, Saved
 from .moments import Moments, population
@@ -349,7 +350,7 @@ class BatchNorm:
             with state.lock:
                 batches, moved, mean, var = state.following()
                 momentum = 1 / (batches + 1) if self._momentum is None else self._momentum
-                _kernels.of_size[mean.itemsize].update_running(mean, var, saved._statistics, momentum, correction)
+                per_channel.update_running(mean, var, saved._statistics, momentum, correction)
                 state.follow(batches + 1, moved)
         self._kept = saved if self.training or self.keep_input else _NOT_KEPT
 

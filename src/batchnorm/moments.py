@@ -20,6 +20,7 @@ from numpy.typing import ArrayLike, NDArray
 from . import _arrays, _kernels, _threads
 from ._arrays import Array
 from ._extras import with_progress
+from ._kernels import per_channel
 from ._kernels.runtime import M2, MEAN, MEAN_LOW, STATISTICS_ROWS
 
 Numbers = NDArray[np.float64]
@@ -32,7 +33,7 @@ def _joined(n_a: int, a: Numbers, n_b: int, b: Numbers) -> Numbers:
     if not n_a or not n_b:
         return a if n_a else b
     merged = a.copy()
-    _kernels.of_size[8].merge(merged, n_a, b, n_b)
+    per_channel.merge(merged, n_a, b, n_b)
     return merged
 
 
@@ -188,7 +189,7 @@ class Moments(_Mergeable):
         threads = _threads.threads_for(x.size, num_threads)
         table = np.zeros((STATISTICS_ROWS, layout.view[1]))
         if x.size:
-            _kernels.of_size[x.itemsize].moments(layout.seen(x), table, 0.0, threads)
+            _kernels.of_type[x.dtype.char].moments(layout.seen(x), table, 0.0, threads)
         return cls(layout.values, table[MEAN], table[M2], table[MEAN_LOW])
 
     @property

@@ -1,8 +1,11 @@
 """The compiled kernels: which level of instructions is used, with one module for each data type.
 
-    this module ── runtime        processor, OpenMP, forks, rows of the tables; compiled once
-                └─ float32_LEVEL  kernels.pxi → partition, formula → reduce, finish, apply → vector.h
-                └─ float64_LEVEL  the same sources for the other type
+    this module ── runtime         processor, OpenMP, forks, rows of the tables; compiled once
+                └─ per_channel     numbers per channel, into the tables and out of them; compiled once
+                └─ float32_LEVEL   kernels.pxi → partition, formula → reduce, finish, apply → vector.h, stored.h
+                └─ float64_LEVEL   the same sources for float64
+                └─ float16_LEVEL   for float16 in memory, calculated in float32; loaded when it is first used
+                └─ bfloat16_LEVEL  for bfloat16, likewise
 
 The best level that this processor runs and this build has is taken, or the one named by `BATCHNORM_ISA`. A level that
 is named and cannot be had is an error: falling back would hide a broken build and spoil a measurement.
@@ -51,8 +54,20 @@ if TYPE_CHECKING:
 level: str
 """The level in use."""
 
-of_size: "dict[int, Kernels]"
-"""The kernels of the level, by the bytes of a value: 4 for float32, 8 for float64."""
+NAMES = {"f": "float32", "d": "float64", "e": "float16", "E": "bfloat16"}
+"""The data types by NumPy's character for them (`dtype.char`)."""
+
+
+class _OfType(dict[str, "Kernels"]):
+    """The kernels of the level by the character of their type, loaded when they are first used."""
+
+    def __missing__(self, char: str) -> "Kernels":
+        kernels: Kernels = importlib.import_module(f"{__name__}.{NAMES[char]}_{level}")
+        self[char] = kernels
+        return kernels
+
+
+of_type = _OfType()
 
 
 def available() -> tuple[str, ...]:
@@ -73,13 +88,15 @@ def chosen_level() -> str:
 
 def use(name: str) -> None:
     """Take the kernels of this level from now on."""
-    global level, of_size
+    global level
     if name not in runtime.built():
         raise ImportError(f"the kernel level must be one of {', '.join(runtime.built())} (built here), got {name!r}")
     if name not in runtime.supported():
         raise ImportError(f"this processor cannot run the kernel level {name!r}, only {', '.join(available())}")
-    of_size = {size: importlib.import_module(f"{__name__}.float{8 * size}_{name}") for size in (4, 8)}
     level = name
+    of_type.clear()
+    for char in "fd":  # so that a broken build shows at once
+        of_type[char]
 
 
 use(chosen_level())

@@ -5,54 +5,51 @@ cdef struct Coefficients:
     Row centre, scale, slope, shift
 
 
-cdef inline void write(real *p, number v, Py_ssize_t count, bint stream) noexcept nogil:
-    cdef vec rounded
-    if number is vec:
-        rounded = v
-    else:
-        rounded = narrowed(v)
-    if stream:
-        stream_first(p, rounded, count)
+cdef inline void write(stored *p, number v, Py_ssize_t count, bint stream) noexcept nogil:
+    if number is wide:
+        store_wide(p, v, count)
+    elif stream:
+        stream_first(p, v, count)
     elif count == VEC:
-        store_vec(p, rounded)
+        store_vec(p, v)
     else:
-        store_first(p, rounded, count)
+        store_first(p, v, count)
 
 
-cdef inline number applied(const real *x, const real *dy, bint gradient, Py_ssize_t j, Py_ssize_t count,
+cdef inline number applied(const stored *x, const stored *dy, bint gradient, Py_ssize_t j, Py_ssize_t count,
                            number centre, number scale, number slope, number shift,
                            const Coefficients *column) noexcept nogil:
     """y, or dx, at `count` places from j on; each column has coefficients of its own where they are given."""
     cdef number value = load(x + j, count, centre)
     if column != NULL:
-        centre, scale = load(column.centre.at + j, VEC, centre), load(column.scale.at + j, VEC, centre)
-        slope, shift = load(column.slope.at + j, VEC, centre), load(column.shift.at + j, VEC, centre)
+        centre, scale = column_at(column.centre.at + j, centre), column_at(column.scale.at + j, centre)
+        slope, shift = column_at(column.slope.at + j, centre), column_at(column.shift.at + j, centre)
     if gradient:
         return dx_of(load(dy + j, count, centre), value, centre, scale, slope, shift)
     return y_of(value, centre, scale, shift)
 
 
-cdef inline void apply_rows(const real *x, const real *dy, bint gradient, real *out, Py_ssize_t rows,
+cdef inline void apply_rows(const stored *x, const stored *dy, bint gradient, stored *out, Py_ssize_t rows,
                             Py_ssize_t stride, Py_ssize_t length, number centre, number scale, number slope,
                             number shift, const Coefficients *column, bint stream) noexcept nogil:
-    cdef Py_ssize_t r, j, first, whole
-    cdef bint overlaps = not stream and length > VEC and length % VEC
+    cdef Py_ssize_t r, j, first, whole, size = size_of(centre)
+    cdef bint overlaps = not stream and length > size and length % size
     cdef number last = centre
     for r in range(rows):
         first = min(to_piece(out), length) if stream else 0
-        whole = length - (length - first) % VEC
+        whole = length - (length - first) % size
         if overlaps:        # the last vector ends with the row: it is read before its first places are written
-            last = applied(x, dy, gradient, length - VEC, VEC, centre, scale, slope, shift, column)
+            last = applied(x, dy, gradient, length - size, size, centre, scale, slope, shift, column)
         if first:
             write(out, applied(x, dy, gradient, 0, first, centre, scale, slope, shift, column), first, False)
         if stream:
-            for j from first <= j < whole by VEC:
-                write(out + j, applied(x, dy, gradient, j, VEC, centre, scale, slope, shift, column), VEC, True)
+            for j from first <= j < whole by size:
+                write(out + j, applied(x, dy, gradient, j, size, centre, scale, slope, shift, column), size, True)
         else:
-            for j from 0 <= j < whole by VEC:
-                write(out + j, applied(x, dy, gradient, j, VEC, centre, scale, slope, shift, column), VEC, False)
+            for j from 0 <= j < whole by size:
+                write(out + j, applied(x, dy, gradient, j, size, centre, scale, slope, shift, column), size, False)
         if overlaps:
-            write(out + length - VEC, last, VEC, False)
+            write(out + length - size, last, size, False)
         elif whole < length:
             write(out + whole, applied(x, dy, gradient, whole, length - whole, centre, scale, slope, shift, column),
                   length - whole, stream)
@@ -61,26 +58,28 @@ cdef inline void apply_rows(const real *x, const real *dy, bint gradient, real *
         out += stride
 
 
-cdef inline void apply_columns(const Work *work, const Block *block, const real *x, const real *dy, bint gradient,
-                               real *out, const double *value, bint stream) noexcept nogil:
+cdef inline void apply_columns(const Work *work, const Block *block, const stored *x, const stored *dy, bint gradient,
+                               stored *out, const double *value, bint stream) noexcept nogil:
     """All rows of the block, or `group` of them side by side as one, with the coefficients spread over the columns."""
     cdef Coefficients column
     cdef vec none = same_vec(0)
-    cdef Py_ssize_t length = block.channels * block.run, C = work.C, group = work.group
-    cdef Py_ssize_t rest = block.rows % group, after = (block.rows - rest) * block.stride
-    spread(value + CENTRE * C, block.channels, block.run, group, column.centre.at)
-    spread(value + SCALE * C, block.channels, block.run, group, column.scale.at)
-    spread(value + SHIFT * C, block.channels, block.run, group, column.shift.at)
+    cdef Py_ssize_t length = block.channels * block.run, width = length * work.group, C = work.C
+    cdef Py_ssize_t rows = block.rows // work.group, rest = block.rows % work.group, after, rests
+    spread(value + CENTRE * C, block.channels, block.run, work.group, column.centre.at)
+    spread(value + SCALE * C, block.channels, block.run, work.group, column.scale.at)
+    spread(value + SHIFT * C, block.channels, block.run, work.group, column.shift.at)
     if gradient:
-        spread(value + SLOPE * C, block.channels, block.run, group, column.slope.at)
-    apply_rows(x, dy, gradient, out, block.rows // group, block.stride * group, length * group, none, none, none, none,
-               &column, stream)
-    if rest:
-        apply_rows(x + after, dy + after, gradient, out + after, 1, 0, rest * length, none, none, none, none, &column,
+        spread(value + SLOPE * C, block.channels, block.run, work.group, column.slope.at)
+    for rests in range(2):
+        if rests:       # rows that do not fill a group, as one shorter row
+            after = rows * work.group * block.stride
+            x, dy, out = x + after, dy + after, out + after
+            rows, width = rest > 0, rest * length
+        apply_rows(x, dy, gradient, out, rows, block.stride * work.group, width, none, none, none, none, &column,
                    stream)
 
 
-cdef inline void apply_channel(const Block *block, const real *x, const real *dy, bint gradient, real *out,
+cdef inline void apply_channel(const Block *block, const stored *x, const stored *dy, bint gradient, stored *out,
                                Py_ssize_t rows, const double *value, Py_ssize_t C, bint stream,
                                number zero) noexcept nogil:
     """Some rows of one channel."""
@@ -89,8 +88,8 @@ cdef inline void apply_channel(const Block *block, const real *x, const real *dy
                same(value[SHIFT * C], zero), NULL, stream)
 
 
-cdef inline void write_block(const Work *work, Py_ssize_t tile, Py_ssize_t b, const real *x, const real *dy,
-                             bint gradient, real *out, bint fit) noexcept nogil:
+cdef inline void write_block(const Work *work, Py_ssize_t tile, Py_ssize_t b, const stored *x, const stored *dy,
+                             bint gradient, stored *out, bint fit) noexcept nogil:
     cdef Block block = block_of(work, tile, b)
     cdef const double *value = work.coefficient + block.channel
     cdef bint stream = work.stream and out != x and out != dy
@@ -105,7 +104,7 @@ cdef inline void write_block(const Work *work, Py_ssize_t tile, Py_ssize_t b, co
             rows = min(block.visit, block.rows - r)
             for c in range(block.channels):
                 at = r * block.stride + c * block.run
-                if fit or all_fit(value + c, C, 1, gradient):
+                if IS_DOUBLE or fit or all_fit(value + c, C, 1, gradient):
                     apply_channel(&block, x + at, dy + at, gradient, out + at, rows, value + c, C, stream, same_vec(0))
                 else:
                     apply_channel(&block, x + at, dy + at, gradient, out + at, rows, value + c, C, False, same_wide(0))
@@ -113,12 +112,12 @@ cdef inline void write_block(const Work *work, Py_ssize_t tile, Py_ssize_t b, co
         finish_streaming()
 
 
-cdef void normalize_block(const Work *work, Py_ssize_t tile, Py_ssize_t b, const real *x, real *y,
+cdef void normalize_block(const Work *work, Py_ssize_t tile, Py_ssize_t b, const stored *x, stored *y,
                           bint fit) noexcept nogil:
     write_block(work, tile, b, x, x, False, y, fit)
 
 
-cdef void gradient_block(const Work *work, Py_ssize_t tile, Py_ssize_t b, const real *x, const real *dy, real *dx,
+cdef void gradient_block(const Work *work, Py_ssize_t tile, Py_ssize_t b, const stored *x, const stored *dy, stored *dx,
                          bint fit) noexcept nogil:
     """dx = dy·scale + shift where no path depends on x: the same formula as y's, with centre 0."""
     if is_sloped(work.through):

@@ -39,13 +39,6 @@ cdef double *merge_blocks(const Work *work, Py_ssize_t tile, bint gradient) noex
     return p
 
 
-cdef void set_rstd(double *restrict s, Py_ssize_t C, Py_ssize_t channels, double n, double eps) noexcept nogil:
-    cdef Py_ssize_t c
-    for c in range(channels):
-        s[VAR * C + c] = s[M2 * C + c] / n
-        s[RSTD * C + c] = rstd_of(s[VAR * C + c] + eps)
-
-
 cdef void finish_moments(const Work *work, Py_ssize_t tile) noexcept nogil:
     """The statistics from the blocks."""
     cdef Py_ssize_t c, C = work.C

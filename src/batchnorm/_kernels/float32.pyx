@@ -3,5 +3,6 @@ cdef extern from *:
     "#define BATCHNORM_SINGLE 1"
 
 ctypedef float real
+ctypedef real stored
 
 include "kernels.pxi"

@@ -3,5 +3,6 @@ cdef extern from *:
     "#define BATCHNORM_SINGLE 0"
 
 ctypedef double real
+ctypedef real stored
 
 include "kernels.pxi"

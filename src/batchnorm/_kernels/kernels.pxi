@@ -27,38 +27,42 @@ d) The steps are separate: reduce → finish → apply. A pass does them tile by
    after the other over all blocks when there are too few tiles to share among threads. A step that sums nothing
    follows the memory, row by row. A pass over more memory than a cache holds writes its result around it.
 """
-from cpython.buffer cimport PyBUF_CONTIG, PyBUF_CONTIG_RO, PyBUF_STRIDED_RO, PyBuffer_Release, PyObject_GetBuffer
 from cython.parallel import prange
 from libc.math cimport INFINITY, fabs, sqrt
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
+from batchnorm._kernels.per_channel cimport borrow, set_parameters, take_parameters
 from batchnorm._kernels.runtime cimport (
-    BETA, DGAMMA, DMEAN, DVAR, GAMMA, GRADIENT_ROWS, M2, MEAN, MEAN_LOW, RSTD, STATISTICS_ROWS, SUM_DY, SUM_DY_XMU,
-    THROUGH_MEAN, THROUGH_VARIANCE, UPSTREAM, UPSTREAM_DMEAN, UPSTREAM_DVAR, VAR, team_size)
+    BETA, DGAMMA, GAMMA, GRADIENT_ROWS, M2, MEAN, MEAN_LOW, RSTD, STATISTICS_ROWS, SUM_DY, SUM_DY_XMU, THROUGH_MEAN,
+    THROUGH_VARIANCE, UPSTREAM, UPSTREAM_DMEAN, UPSTREAM_DVAR, VAR, team_size)
 
-cdef extern from "vector.h" nogil:
+cdef extern from "stored.h" nogil:
     enum:
-        VEC, LINE, LANES, VECS, CARRIED, UNROLLED, TOTALS, WIDEST
+        VEC, PART, LINE, LANES, VECTORS, CARRIED, UNROLLED, TOTALS, WIDEST
         CAN_STREAM
         IS_DOUBLE
     const double SMALLEST, LARGEST, FINEST, COARSEST
     ctypedef float vec              # VEC values of the data's type; Cython only has to know that it can calculate
-    ctypedef double wide            # the same values as float64
+    ctypedef double wide            # PART float64 numbers
     ctypedef struct Row:
         real *at
     ctypedef struct WideRow:
         double *at
-    vec load_vec(const real *) noexcept
-    vec load_first(const real *, Py_ssize_t, vec) noexcept
-    void store_vec(real *, vec) noexcept
-    void store_first(real *, vec, Py_ssize_t) noexcept
-    void stream_first(real *, vec, Py_ssize_t) noexcept
+    vec load_column(const real *) noexcept
+    wide load_wide_column(const real *) noexcept
+    real value_at(const stored *) noexcept
+    vec load_vec(const stored *) noexcept
+    vec load_first(const stored *, Py_ssize_t, vec) noexcept
+    wide load_wide(const stored *) noexcept
+    wide load_first_wide(const stored *, Py_ssize_t, wide) noexcept
+    void store_vec(stored *, vec) noexcept
+    void store_wide(stored *, wide, Py_ssize_t) noexcept
+    void store_first(stored *, vec, Py_ssize_t) noexcept
+    void stream_first(stored *, vec, Py_ssize_t) noexcept
     void finish_streaming() noexcept
-    Py_ssize_t to_piece(const real *) noexcept
+    Py_ssize_t to_piece(const stored *) noexcept
     vec same_vec(double) noexcept
     wide same_wide(double) noexcept
-    wide widened(vec) noexcept
-    vec narrowed(wide) noexcept
     void add_vec(double *, vec) noexcept
     void add_wide(double *, wide) noexcept
     void add_lanes_vec(double *, const vec *) noexcept
@@ -66,6 +70,7 @@ cdef extern from "vector.h" nogil:
     void prefetch(const void *) noexcept
 
 include "partition.pxi"
+include "channel_formula.pxi"
 include "formula.pxi"
 include "reduce.pxi"
 include "finish.pxi"
@@ -75,26 +80,14 @@ include "apply.pxi"
 # ---- Doors ----------------------------------------------------------------------------------------------------------
 # The façade has checked what its user gave. What is checked here is what would write beyond an array.
 
-cdef double *borrow(str name, table, Py_ssize_t rows, Py_ssize_t channels) except NULL:
-    """Where a table of numbers per channel is, which its caller holds: 14 ns, and a typed memoryview is 150."""
-    cdef Py_buffer buffer
-    cdef bint fits
-    PyObject_GetBuffer(table, &buffer, PyBUF_CONTIG_RO)
-    fits = buffer.ndim == 2 and buffer.shape[0] == rows and buffer.shape[1] == channels and buffer.itemsize == 8
-    PyBuffer_Release(&buffer)
-    if not fits:
-        raise ValueError(f"{name} must be a table of {rows} × {channels} float64 numbers")
-    return <double *> buffer.buf
-
-
-cdef int check_view(str name, const real[:, :, ::1] array, const Py_ssize_t *view) except -1:
+cdef int check_view(str name, const stored[:, :, ::1] array, const Py_ssize_t *view) except -1:
     if array.shape[0] != view[0] or array.shape[1] != view[1] or array.shape[2] != view[2]:
         raise ValueError(f"{name} must have the view of x, {(view[0], view[1], view[2])}, "
                          f"got {(array.shape[0], array.shape[1], array.shape[2])}")
     return 0
 
 
-cdef int begin(Work *work, const real[:, :, ::1] x, Py_ssize_t arrays, statistics, gradients) except -1:
+cdef int begin(Work *work, const stored[:, :, ::1] x, Py_ssize_t arrays, statistics, gradients) except -1:
     """Cut the work, and get scratch for a few numbers per block and channel, which `free(work.coefficient)` returns."""
     cut(work, x.shape[0], x.shape[1], x.shape[2], arrays)
     work.statistics = borrow("statistics", statistics, STATISTICS_ROWS, work.C)
@@ -109,7 +102,7 @@ cdef int begin(Work *work, const real[:, :, ::1] x, Py_ssize_t arrays, statistic
 
 # With one thread a loop is an ordinary one: OpenMP takes 200 ns for a team of one.
 
-cdef void reduce_all(const Work *work, const real *x, const real *dy, bint gradient, int threads) noexcept nogil:
+cdef void reduce_all(const Work *work, const stored *x, const stored *dy, bint gradient, int threads) noexcept nogil:
     cdef Py_ssize_t i
     if threads == 1:
         for i in range(work.tiles * work.blocks):
@@ -119,14 +112,14 @@ cdef void reduce_all(const Work *work, const real *x, const real *dy, bint gradi
             reduce_block(work, tile_at(work, i), block_at(work, i), x, dy, gradient)
 
 
-cdef void moments_of_all(const Work *work, const real *x, int threads) noexcept nogil:
+cdef void moments_of_all(const Work *work, const stored *x, int threads) noexcept nogil:
     cdef Py_ssize_t tile
     reduce_all(work, x, x, False, threads)
     for tile in range(work.tiles):
         finish_moments(work, tile)
 
 
-cdef void normalize_all(const Work *work, const real *x, real *y, int threads) noexcept nogil:
+cdef void normalize_all(const Work *work, const stored *x, stored *y, int threads) noexcept nogil:
     cdef Work ordered = in_memory_order(work)
     cdef bint fit = True
     cdef Py_ssize_t i, tile
@@ -140,7 +133,7 @@ cdef void normalize_all(const Work *work, const real *x, real *y, int threads) n
             normalize_block(&ordered, tile_at(&ordered, i), block_at(&ordered, i), x, y, fit)
 
 
-cdef void forward_tile(const Work *work, Py_ssize_t tile, const real *x, real *y) noexcept nogil:
+cdef void forward_tile(const Work *work, Py_ssize_t tile, const stored *x, stored *y) noexcept nogil:
     cdef Py_ssize_t b
     cdef bint fit
     for b in range(work.blocks):
@@ -151,7 +144,7 @@ cdef void forward_tile(const Work *work, Py_ssize_t tile, const real *x, real *y
         normalize_block(work, tile, b, x, y, fit)
 
 
-cdef void grad_sums_of_all(const Work *work, const real *x, const real *dy, int threads) noexcept nogil:
+cdef void grad_sums_of_all(const Work *work, const stored *x, const stored *dy, int threads) noexcept nogil:
     cdef Py_ssize_t tile
     for tile in range(work.tiles):
         start_grad_sums(work, tile)
@@ -160,7 +153,7 @@ cdef void grad_sums_of_all(const Work *work, const real *x, const real *dy, int 
         finish_grad_sums(work, tile)
 
 
-cdef void grad_apply_all(const Work *work, const real *x, const real *dy, real *dx, int threads) noexcept nogil:
+cdef void grad_apply_all(const Work *work, const stored *x, const stored *dy, stored *dx, int threads) noexcept nogil:
     cdef Work ordered = in_memory_order(work)
     cdef bint fit = True
     cdef Py_ssize_t i, tile
@@ -174,7 +167,7 @@ cdef void grad_apply_all(const Work *work, const real *x, const real *dy, real *
             gradient_block(&ordered, tile_at(&ordered, i), block_at(&ordered, i), x, dy, dx, fit)
 
 
-cdef void backward_tile(const Work *work, Py_ssize_t tile, const real *x, const real *dy, real *dx) noexcept nogil:
+cdef void backward_tile(const Work *work, Py_ssize_t tile, const stored *x, const stored *dy, stored *dx) noexcept nogil:
     cdef Py_ssize_t b
     cdef bint fit
     start_grad_sums(work, tile)
@@ -186,7 +179,7 @@ cdef void backward_tile(const Work *work, Py_ssize_t tile, const real *x, const 
         gradient_block(work, tile, b, x, dy, dx, fit)
 
 
-def moments(const real[:, :, ::1] x, statistics, double eps, int num_threads):
+def moments(const stored[:, :, ::1] x, statistics, double eps, int num_threads):
     """mean, m2, var and rstd of each channel into `statistics`."""
     cdef Work work
     cdef int threads = team_size(num_threads)
@@ -197,12 +190,12 @@ def moments(const real[:, :, ::1] x, statistics, double eps, int num_threads):
     free(work.coefficient)
 
 
-def forward(const real[:, :, ::1] x, real[:, :, ::1] y, statistics, gamma, beta, double eps, int num_threads):
+def forward(const stored[:, :, ::1] x, stored[:, :, ::1] y, statistics, gamma, beta, double eps, int num_threads):
     """`moments`, then y = gamma·(x − mean)·rstd + beta."""
     cdef Work work
     cdef int threads = team_size(num_threads)
-    cdef const real *x0 = &x[0, 0, 0]
-    cdef real *y0 = &y[0, 0, 0]
+    cdef const stored *x0 = &x[0, 0, 0]
+    cdef stored *y0 = &y[0, 0, 0]
     cdef Py_ssize_t tile
     check_view("y", y, x.shape)
     set_parameters(borrow("statistics", statistics, STATISTICS_ROWS, x.shape[1]), gamma, beta, x.shape[1])
@@ -222,7 +215,7 @@ def forward(const real[:, :, ::1] x, real[:, :, ::1] y, statistics, gamma, beta,
     free(work.coefficient)
 
 
-def normalize(const real[:, :, ::1] x, real[:, :, ::1] y, statistics, int num_threads):
+def normalize(const stored[:, :, ::1] x, stored[:, :, ::1] y, statistics, int num_threads):
     """y = gamma·(x − mean)·rstd + beta with the mean and rstd in `statistics`."""
     cdef Work work
     cdef int threads = team_size(num_threads)
@@ -233,7 +226,7 @@ def normalize(const real[:, :, ::1] x, real[:, :, ::1] y, statistics, int num_th
     free(work.coefficient)
 
 
-def grad_sums(const real[:, :, ::1] dy, const real[:, :, ::1] x, statistics, gradients, dgamma, dbeta,
+def grad_sums(const stored[:, :, ::1] dy, const stored[:, :, ::1] x, statistics, gradients, dgamma, dbeta,
               int num_threads):
     """Σdy, Σdy·(x − mean) and dgamma of each channel into `gradients`, dgamma and dbeta = Σdy where they go too."""
     cdef Work work
@@ -246,7 +239,7 @@ def grad_sums(const real[:, :, ::1] dy, const real[:, :, ::1] x, statistics, gra
     take_parameters(work.gradients, dgamma, dbeta, work.C)
 
 
-def grad_apply(const real[:, :, ::1] dy, const real[:, :, ::1] x, real[:, :, ::1] dx, statistics, gradients,
+def grad_apply(const stored[:, :, ::1] dy, const stored[:, :, ::1] x, stored[:, :, ::1] dx, statistics, gradients,
                int through, double count, int num_threads):
     """dx = dy·gamma·rstd + dmean/n + dvar·2(x − mean)/n from the sums in `gradients`, as far as `through` says.
 
@@ -264,14 +257,14 @@ def grad_apply(const real[:, :, ::1] dy, const real[:, :, ::1] x, real[:, :, ::1
     free(work.coefficient)
 
 
-def backward(const real[:, :, ::1] dy, const real[:, :, ::1] x, real[:, :, ::1] dx, statistics, gradients, dgamma,
+def backward(const stored[:, :, ::1] dy, const stored[:, :, ::1] x, stored[:, :, ::1] dx, statistics, gradients, dgamma,
              dbeta, int through, double count, int num_threads):
     """`grad_sums`, then `grad_apply`."""
     cdef Work work
     cdef int threads = team_size(num_threads)
-    cdef const real *x0 = &x[0, 0, 0]
-    cdef const real *dy0 = &dy[0, 0, 0]
-    cdef real *dx0 = &dx[0, 0, 0]
+    cdef const stored *x0 = &x[0, 0, 0]
+    cdef const stored *dy0 = &dy[0, 0, 0]
+    cdef stored *dx0 = &dx[0, 0, 0]
     cdef Py_ssize_t tile
     check_view("dy", dy, x.shape)
     check_view("dx", dx, x.shape)
@@ -290,115 +283,6 @@ def backward(const real[:, :, ::1] dy, const real[:, :, ::1] x, real[:, :, ::1] 
             grad_apply_all(&work, x0, dy0, dx0, threads)
     free(work.coefficient)
     take_parameters(work.gradients, dgamma, dbeta, work.C)
-
-
-# ---- Numbers per channel --------------------------------------------------------------------------------------------
-
-cdef int fill_row(double *row, values, Py_ssize_t channels, double otherwise) except -1:
-    """A row of a table from one number per channel, of either dtype and any stride, or None."""
-    cdef Py_buffer buffer
-    cdef Py_ssize_t c
-    cdef const char *at
-    cdef float single
-    if values is None:
-        for c in range(channels):
-            row[c] = otherwise
-        return 0
-    PyObject_GetBuffer(values, &buffer, PyBUF_STRIDED_RO)
-    try:
-        if buffer.ndim != 1 or buffer.shape[0] != channels or buffer.itemsize not in (4, 8):
-            raise ValueError(f"there must be {channels} floating-point numbers, one per channel")
-        at = <const char *> buffer.buf
-        for c in range(channels):
-            if buffer.itemsize == sizeof(double):
-                memcpy(row + c, at + c * buffer.strides[0], sizeof(double))
-            else:
-                memcpy(&single, at + c * buffer.strides[0], sizeof(float))
-                row[c] = single
-    finally:
-        PyBuffer_Release(&buffer)
-    return 0
-
-
-cdef int take_row(const double *row, values, Py_ssize_t channels) except -1:
-    """A row of a table into one number per channel, of either dtype, or nowhere if None."""
-    cdef Py_buffer buffer
-    cdef Py_ssize_t c
-    if values is None:
-        return 0
-    PyObject_GetBuffer(values, &buffer, PyBUF_CONTIG)
-    try:
-        if buffer.ndim != 1 or buffer.shape[0] != channels or buffer.itemsize not in (4, 8):
-            raise ValueError(f"there must be room for {channels} floating-point numbers, one per channel")
-        for c in range(channels):
-            if buffer.itemsize == sizeof(double):
-                (<double *> buffer.buf)[c] = row[c]
-            else:
-                (<float *> buffer.buf)[c] = <float> row[c]
-    finally:
-        PyBuffer_Release(&buffer)
-    return 0
-
-
-cdef int take_parameters(const double *g, dgamma, dbeta, Py_ssize_t C) except -1:
-    take_row(g + DGAMMA * C, dgamma, C)
-    return take_row(g + SUM_DY * C, dbeta, C)
-
-
-cdef int set_parameters(double *s, gamma, beta, Py_ssize_t C) except -1:
-    fill_row(s + GAMMA * C, gamma, C, 1)
-    return fill_row(s + BETA * C, beta, C, 0)
-
-
-def fix_statistics(statistics, Py_ssize_t channels, mean, m2, gamma, beta, double eps, mean_low=None, double count=1):
-    """Fill the table with statistics that are given, var as m2/count; the first channel with a negative one, or -1."""
-    cdef Py_ssize_t c, C = channels
-    cdef double *s = borrow("statistics", statistics, STATISTICS_ROWS, C)
-    fill_row(s + MEAN * C, mean, C, 0)
-    fill_row(s + MEAN_LOW * C, mean_low, C, 0)
-    fill_row(s + M2 * C, m2, C, 0)
-    set_parameters(s, gamma, beta, C)
-    for c in range(C):
-        if s[M2 * C + c] < 0:
-            return c
-    set_rstd(s, C, C, count, eps)
-    return -1
-
-
-def channel_gradients(const double[:, ::1] statistics, double[:, ::1] gradients, dgamma=None, dbeta=None):
-    """dgamma, dmean and dvar from the sums in `gradients`; dgamma and dbeta where they go too."""
-    cdef Py_ssize_t c
-    cdef double scale
-    cdef const double *g = borrow("gradients", gradients, GRADIENT_ROWS, gradients.shape[1])
-    borrow("statistics", statistics, STATISTICS_ROWS, gradients.shape[1])
-    for c in range(gradients.shape[1]):
-        scale = scale_of(statistics[GAMMA, c], statistics[RSTD, c])
-        gradients[DGAMMA, c] = dgamma_of(gradients[SUM_DY_XMU, c], statistics[RSTD, c])
-        gradients[DMEAN, c] = dmean_of(scale, gradients[SUM_DY, c])
-        gradients[DVAR, c] = dvar_of(scale, statistics[RSTD, c], gradients[DGAMMA, c])
-    take_parameters(g, dgamma, dbeta, gradients.shape[1])
-
-
-def merge(double[:, ::1] moments, double count, const double[:, ::1] other, double other_count):
-    """Merge other moments, of at least one value, into `moments`: rows mean, mean_low and m2, the mean their sum."""
-    cdef Py_ssize_t c
-    borrow("moments", moments, PARTIAL_ROWS, moments.shape[1])
-    borrow("other", other, PARTIAL_ROWS, moments.shape[1])
-    for c in range(moments.shape[1]):
-        chan(&moments[PIVOT, c], &moments[DELTA, c], &moments[SQUARES, c], count, other[PIVOT, c], other[DELTA, c],
-             other[SQUARES, c], other_count)
-        moments[PIVOT, c] = two_sum(moments[PIVOT, c], moments[DELTA, c], &moments[DELTA, c])
-
-
-def update_running(real[:] running_mean, real[:] running_var, statistics, double momentum, double correction):
-    """r ← (1 − momentum)·r + momentum·batch; the batch variance is multiplied by `correction`."""
-    cdef Py_ssize_t c, C = running_mean.shape[0]
-    cdef const double *s = borrow("statistics", statistics, STATISTICS_ROWS, C)
-    if running_var.shape[0] != C:
-        raise ValueError(f"running_var must have {C} channels, got {running_var.shape[0]}")
-    for c in range(C):
-        running_mean[c] = <real> followed(running_mean[c], s[MEAN * C + c], momentum)
-        running_var[c] = <real> followed(running_var[c], correction * s[VAR * C + c], momentum)
 
 
 def partition(Py_ssize_t N, Py_ssize_t C, Py_ssize_t S, Py_ssize_t arrays, bint ordered):

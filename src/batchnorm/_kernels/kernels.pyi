@@ -59,30 +59,6 @@ class Kernels(Protocol):
         count: float,
         num_threads: int,
     ) -> None: ...
-    def fix_statistics(
-        self,
-        statistics: Table,
-        channels: int,
-        mean: PerChannel,
-        m2: PerChannel,
-        gamma: PerChannel | None,
-        beta: PerChannel | None,
-        eps: float,
-        mean_low: PerChannel | None = None,
-        count: float = 1,
-    ) -> int: ...
-    def channel_gradients(
-        self, statistics: Table, gradients: Table, dgamma: PerChannel | None = None, dbeta: PerChannel | None = None
-    ) -> None: ...
-    def merge(self, moments: Table, count: float, other: Table, other_count: float) -> None: ...
-    def update_running(
-        self,
-        running_mean: PerChannel,
-        running_var: PerChannel,
-        statistics: Table,
-        momentum: float,
-        correction: float,
-    ) -> None: ...
     def partition(
         self, N: int, C: int, S: int, arrays: int, ordered: bool
     ) -> list[tuple[int, int, int, int, int, int]]: ...

@@ -51,7 +51,7 @@ cdef inline Py_ssize_t ceil_div(Py_ssize_t a, Py_ssize_t b) noexcept nogil:
 
 cdef void cut(Work *work, Py_ssize_t N, Py_ssize_t C, Py_ssize_t S, Py_ssize_t arrays) noexcept nogil:
     """Cut the view into tiles of channels, and tiles into blocks of rows, for a pass over so many arrays."""
-    cdef Py_ssize_t size = sizeof(real)
+    cdef Py_ssize_t size = sizeof(stored)
     work.N, work.C, work.S = N, C, S
     work.stream = CAN_STREAM and arrays * N * C * S * size >= STREAM
     work.columns = S < SHORTEST_RUN or (S < SHORT_ROW and N >= UNROLLED)

@@ -26,7 +26,7 @@ cdef inline void add_columns(double *total, number v) noexcept nogil:
         add_wide(total, v)
 
 
-cdef inline void fetch(const real *x, const real *dy, bint gradient, Py_ssize_t values) noexcept nogil:
+cdef inline void fetch(const stored *x, const stored *dy, bint gradient, Py_ssize_t values) noexcept nogil:
     """Ask for memory that is needed soon, line by line: the processor itself does not foresee eight rows at a time."""
     cdef Py_ssize_t i
     for i from 0 <= i < values by LINE:
@@ -35,7 +35,7 @@ cdef inline void fetch(const real *x, const real *dy, bint gradient, Py_ssize_t 
             prefetch(dy + i)
 
 
-cdef inline void add_tree(const real *x, const real *dy, bint gradient, Py_ssize_t rows, Py_ssize_t stride,
+cdef inline void add_tree(const stored *x, const stored *dy, bint gradient, Py_ssize_t rows, Py_ssize_t stride,
                           Py_ssize_t count, number pivot, number *sum1, number *sum2) noexcept nogil:
     """Add Σa and Σa·d of 8, 4, 2 or 1 rows, one vector wide."""
     cdef number a[UNROLLED]
@@ -47,16 +47,17 @@ cdef inline void add_tree(const real *x, const real *dy, bint gradient, Py_ssize
     sum2[0] += tree(a_d, rows)
 
 
-cdef inline void add_vectors(const real *x, const real *dy, bint gradient, Py_ssize_t rows, Py_ssize_t stride,
+cdef inline void add_vectors(const stored *x, const stored *dy, bint gradient, Py_ssize_t rows, Py_ssize_t stride,
                              Py_ssize_t vectors, Py_ssize_t count, number pivot, number *sum1,
                              number *sum2) noexcept nogil:
     """The same some vectors wide."""
     cdef Py_ssize_t k
     for k in range(vectors):
-        add_tree(x + k * VEC, dy + k * VEC, gradient, rows, stride, count, pivot, sum1 + k, sum2 + k)
+        add_tree(x + k * size_of(pivot), dy + k * size_of(pivot), gradient, rows, stride, count, pivot, sum1 + k,
+                 sum2 + k)
 
 
-cdef inline void add_rows(const real *x, const real *dy, bint gradient, Py_ssize_t rows, Py_ssize_t stride,
+cdef inline void add_rows(const stored *x, const stored *dy, bint gradient, Py_ssize_t rows, Py_ssize_t stride,
                           Py_ssize_t vectors, Py_ssize_t count, number pivot, number *sum1,
                           number *sum2) noexcept nogil:
     """The same for at most 8 rows: the largest tree first."""
@@ -72,12 +73,12 @@ cdef inline void add_rows(const real *x, const real *dy, bint gradient, Py_ssize
         add_vectors(x, dy, gradient, 1, stride, vectors, count, pivot, sum1, sum2)
 
 
-cdef inline void sum_lanes(const real *x, const real *dy, bint gradient, Py_ssize_t rows, Py_ssize_t stride,
+cdef inline void sum_lanes(const stored *x, const stored *dy, bint gradient, Py_ssize_t rows, Py_ssize_t stride,
                            Py_ssize_t length, bint more, number pivot, double *total1, double *total2) noexcept nogil:
     """Add the sums of the rows of one channel to TOTALS totals each, after CARRIED values a lane or a few more."""
-    cdef number sum1[VECS]
-    cdef number sum2[VECS]
-    cdef Py_ssize_t r, i, j, k, stop, whole, ahead, added = 0
+    cdef number sum1[VECTORS]
+    cdef number sum2[VECTORS]
+    cdef Py_ssize_t r, i, j, k, stop, whole, ahead, added = 0, size = size_of(pivot), vectors = LANES // size
     for r in range(rows):
         # What follows in a long row, else the next row, if there is one.
         ahead = LONG_ROW if length > LONG_ROW else stride if more or r + 1 < rows else 0
@@ -87,13 +88,13 @@ cdef inline void sum_lanes(const real *x, const real *dy, bint gradient, Py_ssiz
             if ahead:
                 fetch(x + i + ahead, dy + i + ahead, gradient, stop - i)
             if added == 0:
-                for k in range(VECS):
+                for k in range(vectors):
                     sum1[k] = sum2[k] = same(0, pivot)
-            add_rows(x + i, dy + i, gradient, (whole - i) // LANES, LANES, VECS, VEC, pivot, sum1, sum2)
-            for k in range(VECS):
-                j = whole + k * VEC
+            add_rows(x + i, dy + i, gradient, (whole - i) // LANES, LANES, vectors, size, pivot, sum1, sum2)
+            for k in range(vectors):
+                j = whole + k * size
                 if j < stop:
-                    add_tree(x + j, dy + j, gradient, 1, 0, min(VEC, stop - j), pivot, sum1 + k, sum2 + k)
+                    add_tree(x + j, dy + j, gradient, 1, 0, min(size, stop - j), pivot, sum1 + k, sum2 + k)
             added += ceil_div(stop - i, LANES)
             if added >= CARRIED or (r + 1 == rows and stop == length):
                 added = 0
@@ -103,21 +104,21 @@ cdef inline void sum_lanes(const real *x, const real *dy, bint gradient, Py_ssiz
         dy += stride
 
 
-cdef inline void sum_columns(const real *x, const real *dy, bint gradient, Py_ssize_t rows, Py_ssize_t stride,
+cdef inline void sum_columns(const stored *x, const stored *dy, bint gradient, Py_ssize_t rows, Py_ssize_t stride,
                              Py_ssize_t width, const real *pivot, double *total1, double *total2,
                              number zero) noexcept nogil:
     """Add the sums of the columns to one total each, in which there is room for a whole vector at the end."""
     cdef number sum1, sum2, centre
-    cdef Py_ssize_t r, j, taken
+    cdef Py_ssize_t r, j, taken, size = size_of(zero)
     for r from 0 <= r < rows by UNROLLED:
         taken = min(rows - r, UNROLLED)
-        for j from 0 <= j < width by VEC:
+        for j from 0 <= j < width by size:
             if stride == width:     # what follows in memory, a share beside each vector
-                fetch(x + UNROLLED * (width + j), dy + UNROLLED * (width + j), gradient, UNROLLED * VEC)
+                fetch(x + UNROLLED * (width + j), dy + UNROLLED * (width + j), gradient, UNROLLED * size)
             sum1 = sum2 = zero
-            centre = load(pivot + j, VEC, zero)
-            if j + VEC <= width:
-                add_rows(x + j, dy + j, gradient, taken, stride, 1, VEC, centre, &sum1, &sum2)
+            centre = column_at(pivot + j, zero)
+            if j + size <= width:
+                add_rows(x + j, dy + j, gradient, taken, stride, 1, size, centre, &sum1, &sum2)
             else:
                 add_rows(x + j, dy + j, gradient, taken, stride, 1, width - j, centre, &sum1, &sum2)
             add_columns(total1 + j, sum1)
@@ -163,7 +164,7 @@ cdef void gather(double *column, Py_ssize_t channels, Py_ssize_t run, Py_ssize_t
         value[c] = fold(total)
 
 
-cdef void sum_block(const Work *work, const Block *block, const real *x, const real *dy, bint gradient,
+cdef void sum_block(const Work *work, const Block *block, const stored *x, const stored *dy, bint gradient,
                     const double *pivot, double *sum1, double *sum2, number zero) noexcept nogil:
     """Σa and Σa·d of each channel of the block."""
     if work.columns and gradient:
@@ -176,7 +177,15 @@ cdef void sum_block(const Work *work, const Block *block, const real *x, const r
         sum_block_of_lanes(block, x, x, False, pivot, sum1, sum2, zero)
 
 
-cdef inline void sum_block_of_lanes(const Block *block, const real *x, const real *dy, bint gradient,
+cdef void sum_block_in_float64(const Work *work, const Block *block, const stored *x, const stored *dy, bint gradient,
+                               const double *pivot, double *sum1, double *sum2) noexcept nogil:
+    if IS_DOUBLE:
+        sum_block(work, block, x, dy, gradient, pivot, sum1, sum2, same_vec(0))
+    else:
+        sum_block(work, block, x, dy, gradient, pivot, sum1, sum2, same_wide(0))
+
+
+cdef inline void sum_block_of_lanes(const Block *block, const stored *x, const stored *dy, bint gradient,
                                     const double *pivot, double *sum1, double *sum2, number zero) noexcept nogil:
     cdef double total1[TOGETHER * TOTALS]
     cdef double total2[TOGETHER * TOTALS]
@@ -194,44 +203,47 @@ cdef inline void sum_block_of_lanes(const Block *block, const real *x, const rea
         sum2[c] = fold(total2 + c * TOTALS)
 
 
-cdef inline void sum_block_of_columns(const Work *work, const Block *block, const real *x, const real *dy,
+cdef inline void sum_block_of_columns(const Work *work, const Block *block, const stored *x, const stored *dy,
                                       bint gradient, const double *pivot, double *sum1, double *sum2,
                                       number zero) noexcept nogil:
     cdef Row column
     cdef WideRow total1, total2
     cdef Py_ssize_t length = block.channels * block.run, width = length * work.group
-    cdef Py_ssize_t rest = block.rows % work.group, after = (block.rows - rest) * block.stride
+    cdef Py_ssize_t rows = block.rows // work.group, rest = block.rows % work.group, after, rests
     spread(pivot, block.channels, block.run, work.group, column.at)
     memset(total1.at, 0, (width + VEC) * sizeof(double))
     memset(total2.at, 0, (width + VEC) * sizeof(double))
-    sum_columns(x, dy, gradient, block.rows // work.group, block.stride * work.group, width, column.at, total1.at,
-                total2.at, zero)
-    if rest:        # rows that do not fill a group, as one shorter row
-        sum_columns(x + after, dy + after, gradient, 1, 0, rest * length, column.at, total1.at, total2.at, zero)
+    for rests in range(2):
+        if rests:       # rows that do not fill a group, as one shorter row
+            after = rows * work.group * block.stride
+            x, dy = x + after, dy + after
+            rows, width = rest > 0, rest * length
+        sum_columns(x, dy, gradient, rows, block.stride * work.group, width, column.at, total1.at, total2.at, zero)
     gather(total1.at, block.channels, block.run, work.group, sum1)
     gather(total2.at, block.channels, block.run, work.group, sum2)
 
 
 # ---- Pivots, and whether sums about them can be trusted
 
-cdef inline void choose_pivots(const Block *block, const real *x, Py_ssize_t step,
+cdef inline void choose_pivots(const Block *block, const stored *x, Py_ssize_t step,
                                double *restrict pivot) noexcept nogil:
     """A value near the mean of each channel: of eight from all over the block, to about 1/16 of their spread.
 
     It is the value itself where they are equal.
     """
-    cdef const real *v[8]
-    cdef double mean, spread
+    cdef const stored *at[8]
+    cdef double v0, v1, v2, v3, v4, v5, v6, v7, mean, spread
     cdef Py_ssize_t c, k, i, j
     for k in range(8):
         i = (2 * k + 1) * block.rows * block.run // 16
-        v[k] = x + i // block.run * block.stride + i % block.run
+        at[k] = x + i // block.run * block.stride + i % block.run
     for c in range(block.channels):
         j = c * step
-        mean = (((0.125 * v[0][j] + 0.125 * v[4][j]) + (0.125 * v[2][j] + 0.125 * v[6][j]))
-                + ((0.125 * v[1][j] + 0.125 * v[5][j]) + (0.125 * v[3][j] + 0.125 * v[7][j])))
-        spread = (fabs(<double> v[0][j] - v[4][j]) + fabs(<double> v[1][j] - v[5][j])
-                  + fabs(<double> v[2][j] - v[6][j]) + fabs(<double> v[3][j] - v[7][j]))
+        v0, v1, v2, v3 = value_at(at[0] + j), value_at(at[1] + j), value_at(at[2] + j), value_at(at[3] + j)
+        v4, v5, v6, v7 = value_at(at[4] + j), value_at(at[5] + j), value_at(at[6] + j), value_at(at[7] + j)
+        mean = (((0.125 * v0 + 0.125 * v4) + (0.125 * v2 + 0.125 * v6))
+                + ((0.125 * v1 + 0.125 * v5) + (0.125 * v3 + 0.125 * v7)))
+        spread = fabs(v0 - v4) + fabs(v1 - v5) + fabs(v2 - v6) + fabs(v3 - v7)
         pivot[c] = <real> few_bits(mean, 7e13 * spread)
 
 
@@ -250,17 +262,17 @@ cdef Py_ssize_t doubtful(const double *sum1, const double *sum2, Py_ssize_t chan
     return found
 
 
-cdef bint all_equal(const real *x, const Block *block, real value) noexcept nogil:
+cdef bint all_equal(const stored *x, const Block *block, real value) noexcept nogil:
     """Whether all values of a channel are this one."""
     cdef Py_ssize_t r, i
     for r in range(block.rows):
         for i in range(block.run):
-            if x[r * block.stride + i] != value:
+            if value_at(x + r * block.stride + i) != value:
                 return False
     return True
 
 
-cdef void sum_again(const Work *work, const Block *block, const real *x, const real *dy, bint gradient,
+cdef void sum_again(const Work *work, const Block *block, const stored *x, const stored *dy, bint gradient,
                     double *pivot, double *sum1, double *sum2, double n) noexcept nogil:
     """The sums that cannot be trusted, in float64 and for the moments about the mean that the first sums give.
 
@@ -268,7 +280,8 @@ cdef void sum_again(const Work *work, const Block *block, const real *x, const r
     """
     cdef double again1[GROUPED]
     cdef double again2[GROUPED]
-    cdef const real *a = dy if gradient else x
+    cdef const stored *a = dy if gradient else x
+    cdef const stored *values
     cdef Block some = block[0]
     cdef bint lost
     cdef double mean
@@ -279,12 +292,13 @@ cdef void sum_again(const Work *work, const Block *block, const real *x, const r
         lost = False
         for c in range(first, first + some.channels):
             if not trusted(sum1[c], sum2[c], n, gradient):
-                lost |= sum2[c] != 0 or not all_equal(a + c * block.run, block, 0 if gradient else a[c * block.run])
+                values = a + c * block.run
+                lost |= sum2[c] != 0 or not all_equal(values, block, 0 if gradient else value_at(values))
                 mean = pivot[c] + sum1[c] / n
                 if not gradient and mean - mean == 0:
                     pivot[c] = <real> mean
         if lost:
-            sum_block(work, &some, x + at, dy + at, gradient, pivot + first, again1, again2, same_wide(0))
+            sum_block_in_float64(work, &some, x + at, dy + at, gradient, pivot + first, again1, again2)
             for c in range(first, first + some.channels):
                 if not trusted(sum1[c], sum2[c], n, gradient):
                     sum1[c], sum2[c] = again1[c - first], again2[c - first]
@@ -298,7 +312,7 @@ cdef void about_the_mean(double *restrict sum1, double *restrict sum2, Py_ssize_
         sum1[c] /= n
 
 
-cdef void reduce_block(const Work *work, Py_ssize_t tile, Py_ssize_t b, const real *x, const real *dy,
+cdef void reduce_block(const Work *work, Py_ssize_t tile, Py_ssize_t b, const stored *x, const stored *dy,
                        bint gradient) noexcept nogil:
     """Leave the sums of a block in its partial table."""
     cdef Block block = block_of(work, tile, b)
@@ -315,7 +329,7 @@ cdef void reduce_block(const Work *work, Py_ssize_t tile, Py_ssize_t b, const re
     else:
         choose_pivots(&block, x, block.run, pivot)
     if work.N * work.S < FEW:
-        sum_block(work, &block, x, dy, gradient, pivot, sum1, sum2, same_wide(0))
+        sum_block_in_float64(work, &block, x, dy, gradient, pivot, sum1, sum2)
     else:
         sum_block(work, &block, x, dy, gradient, pivot, sum1, sum2, same_vec(0))
     if doubtful(sum1, sum2, block.channels, n, gradient):

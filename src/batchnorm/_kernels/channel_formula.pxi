@@ -1,0 +1,71 @@
+# ---- Formula, numbers per channel: each line of the mathematics, once -------------------------------------------------
+# float64 for any data. The names are those of docs/derivation.md.
+
+cdef inline double two_sum(double a, double b, double *low) noexcept nogil:
+    """a + b, and what rounding left over (Knuth, TAOCP 2, section 4.2.2)."""
+    cdef double total = a + b, back = total - a
+    low[0] = (a - (total - back)) + (b - back)
+    return total
+
+
+cdef inline double few_bits(double value, double coarse) noexcept nogil:
+    """The value to a multiple of 2⁻⁵² coarse: a number with so few bits that x minus it is exact for nearly all x."""
+    cdef double rounded = (value + coarse) - coarse
+    return rounded if rounded - rounded == 0 else value
+
+
+cdef inline void chan(double *pivot, double *delta, double *m2, double n, double other_pivot, double other_delta,
+                      double other_m2, double other_n) noexcept nogil:
+    """Chan's rule: mean (pivot + delta) and m2 of two sets from those of each."""
+    cdef double between = (other_pivot - pivot[0]) + (other_delta - delta[0])
+    cdef double share = other_n / (n + other_n)
+    delta[0] += between * share
+    m2[0] += other_m2 + between * between * (n * share)
+
+
+cdef inline double m2_of(double sum_d, double sum_d2, double n) noexcept nogil:
+    """Σ(x − mean)² = Σd² − (Σd)²/n, not below 0."""
+    cdef double m2 = sum_d2 - sum_d * (sum_d / n)
+    return 0 if m2 < 0 else m2
+
+
+cdef inline double rstd_of(double var_eps) noexcept nogil:
+    """1/√(var + eps); 0 where that is 0, so that a channel without spread maps to beta."""
+    return 1 / sqrt(var_eps) if var_eps != 0 else 0
+
+
+cdef inline void set_rstd(double *restrict s, Py_ssize_t C, Py_ssize_t channels, double n, double eps) noexcept nogil:
+    cdef Py_ssize_t c
+    for c in range(channels):
+        s[VAR * C + c] = s[M2 * C + c] / n
+        s[RSTD * C + c] = rstd_of(s[VAR * C + c] + eps)
+
+
+cdef inline double scale_of(double gamma, double rstd) noexcept nogil:
+    """What x − mean is multiplied by in y, and dy in dx."""
+    return gamma * rstd
+
+
+cdef inline double dgamma_of(double sum_dy_xmu, double rstd) noexcept nogil:
+    """dgamma = Σdy·xhat"""
+    return sum_dy_xmu * rstd
+
+
+cdef inline double dmean_of(double scale, double sum_dy) noexcept nogil:
+    """dmean = −Σdxhat·rstd; its second term, dvar·(−2/n)·Σ(x − mean), is 0"""
+    return -scale * sum_dy
+
+
+cdef inline double dvar_of(double scale, double rstd, double dgamma) noexcept nogil:
+    """dvar = Σdxhat·(x − mean)·(−½)·rstd³"""
+    return -0.5 * scale * (rstd * dgamma)
+
+
+cdef inline double slope_of(double dvar, double n) noexcept nogil:
+    """What x − mean is multiplied by in dx."""
+    return 2 * dvar / n
+
+
+cdef inline double followed(double running, double batch, double momentum) noexcept nogil:
+    """r ← (1 − momentum)·r + momentum·batch"""
+    return (1 - momentum) * running + momentum * batch

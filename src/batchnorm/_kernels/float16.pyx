@@ -1,0 +1,11 @@
+"""The kernels for float16 in memory, calculated in float32, compiled once for each level of instructions."""
+cdef extern from *:
+    """
+    #define BATCHNORM_SINGLE 1
+    #define BATCHNORM_FLOAT16 1
+    """
+
+ctypedef float real
+ctypedef unsigned short stored
+
+include "kernels.pxi"

@@ -1,0 +1,26 @@
+"""Numbers per channel: the functions that fill, change and merge the float64 tables of the kernels."""
+
+from .kernels import PerChannel, Table
+
+def fix_statistics(
+    statistics: Table,
+    channels: int,
+    mean: PerChannel,
+    m2: PerChannel,
+    gamma: PerChannel | None,
+    beta: PerChannel | None,
+    eps: float,
+    mean_low: PerChannel | None = None,
+    count: float = 1,
+) -> int: ...
+def channel_gradients(
+    statistics: Table, gradients: Table, dgamma: PerChannel | None = None, dbeta: PerChannel | None = None
+) -> None: ...
+def merge(moments: Table, count: float, other: Table, other_count: float) -> None: ...
+def update_running(
+    running_mean: PerChannel,
+    running_var: PerChannel,
+    statistics: Table,
+    momentum: float,
+    correction: float,
+) -> None: ...

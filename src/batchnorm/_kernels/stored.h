@@ -1,0 +1,292 @@
+/* How values lie in memory: loads and stores, whole vectors and the ends of rows, and 16-bit floats.
+ *
+ * `stored` is the type of x, y, dy and dx. It is the type that is calculated with, or a 16-bit float, which is exact as
+ * float32 and rounded to the nearest (ties to even) when it is stored. The conversions give the same bits on every
+ * processor, and never make a subnormal float32 of a float16, because a processor may be told to flush those to 0.
+ */
+#ifndef BATCHNORM_STORED_H
+#define BATCHNORM_STORED_H
+
+#include "vector.h"
+
+#define IS_SHORT (BATCHNORM_FLOAT16 || BATCHNORM_BFLOAT16)
+
+#if IS_SHORT
+typedef uint16_t stored;
+typedef uint16_t packed __attribute__((vector_size(VEC * sizeof(stored))));
+typedef uint32_t bits __attribute__((vector_size(BYTES)));
+typedef int32_t mask __attribute__((vector_size(BYTES)));
+
+static inline bits chosen(mask condition, bits a, bits b)
+{
+    return ((bits)condition & a) | (~(bits)condition & b);
+}
+#else
+typedef real stored;
+typedef vec packed;
+#endif
+
+#if BATCHNORM_BFLOAT16
+
+/* GCC 12 makes five instructions of each of these two conversions where the processor has one or two. */
+static inline bits lengthened(packed h)
+{
+#if defined(__AVX512F__)
+    return (bits)_mm512_cvtepu16_epi32((__m256i)h);
+#elif defined(__AVX2__)
+    return (bits)_mm256_cvtepu16_epi32((__m128i)h);
+#else
+    return __builtin_convertvector(h, bits);
+#endif
+}
+
+static inline packed shortened(bits b)
+{
+#if defined(__AVX512F__)
+    return (packed)_mm512_cvtepi32_epi16((__m512i)b);
+#elif defined(__AVX2__)
+    return (packed)_mm_packus_epi32(_mm256_castsi256_si128((__m256i)b), _mm256_extracti128_si256((__m256i)b, 1));
+#else
+    return __builtin_convertvector(b, packed);
+#endif
+}
+
+static inline vec unpacked(packed h)
+{
+    return (vec)(lengthened(h) << 16);
+}
+
+/* What calculated v left its NaN quiet, so that cutting it off leaves a NaN. */
+static inline packed pack(vec v)
+{
+    bits b = (bits)v;
+    return shortened((b + ((bits)(v == v) & (0x7fff + (b >> 16 & 1)))) >> 16);
+}
+
+#elif BATCHNORM_FLOAT16 && defined(__AVX512F__)
+
+static inline vec unpacked(packed h)
+{
+    return (vec)_mm512_cvtph_ps((__m256i)h);
+}
+
+static inline packed pack(vec v)
+{
+    return (packed)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+
+#elif BATCHNORM_FLOAT16 && defined(__F16C__)
+
+static inline vec unpacked(packed h)
+{
+    return (vec)_mm256_cvtph_ps((__m128i)h);
+}
+
+static inline packed pack(vec v)
+{
+    return (packed)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+
+#elif BATCHNORM_FLOAT16
+
+#define REBIASED (112u << 23)      /* between the exponents of float16 and float32 */
+
+/* Not inline, because they are long, and only old processors need them. */
+static __attribute__((noinline)) vec unpacked(packed h)
+{
+    bits all = __builtin_convertvector(h, bits), size = all & 0x7fff;
+    bits normal = (size << 13) + REBIASED;
+    bits small = (bits)(__builtin_convertvector((mask)size, vec) * 0x1p-24f);
+    bits special = (normal + REBIASED) | ((bits)((mask)size > 0x7c00) & 0x400000);
+    bits value = chosen((mask)size < 0x400, small, chosen((mask)size < 0x7c00, normal, special));
+    return (vec)(value | (all & 0x8000) << 16);
+}
+
+static __attribute__((noinline)) packed pack(vec v)
+{
+    bits all = (bits)v, size = all & 0x7fffffff;
+    bits normal = (size + 0xfff + (size >> 13 & 1) - REBIASED) >> 13;
+    bits small = (bits)((vec)size * 0x1p24f + 0x1p23f) - 0x4b000000;       /* in units of 2^-24, below those of 2^23 */
+    bits special = 0x7c00 | ((bits)(v != v) & (0x200 | (size >> 13 & 0x3ff)));
+    bits value = chosen((mask)size < 0x38800000, small, chosen((mask)size < 0x47800000, normal, special));
+    return __builtin_convertvector(value | (all >> 16 & 0x8000), packed);
+}
+
+#else
+
+static inline vec unpacked(packed v)
+{
+    return v;
+}
+
+static inline packed pack(vec v)
+{
+    return v;
+}
+
+#endif
+
+enum {
+    LINE = 64 / sizeof(stored),     /* values in a line of the cache */
+    PIECE = 16 / sizeof(stored)     /* values that are stored around the cache at a time */
+};
+
+static inline real value_at(const stored *p)
+{
+    packed h = {*p};
+    return unpacked(h)[0];
+}
+
+static inline vec load_vec(const stored *p)
+{
+    packed h;
+    memcpy(&h, p, sizeof h);
+    return unpacked(h);
+}
+
+static inline void store_vec(stored *p, vec v)
+{
+    packed h = pack(v);
+    memcpy(p, &h, sizeof h);
+}
+
+#if IS_SHORT && !defined(__AVX512F__)
+/* `count` values, fewer than VEC, and zeros after them: put together in registers, because a vector that is loaded from
+ * what was stored value by value waits for the stores. */
+static inline packed few(const stored *p, ptrdiff_t count)
+{
+    uint64_t word[VEC / 4] = {0};
+    packed h;
+    if (VEC > 4 && count >= 4) {
+        memcpy(word, p, 8);
+        memcpy(word + VEC / 4 - 1, p + count - 4, 8);
+        word[VEC / 4 - 1] = word[VEC / 4 - 1] >> 8 * (8 - count) >> 8 * (8 - count);
+    } else {
+        word[0] = p[0] | (uint64_t)p[count / 2] << 16 * (count / 2) | (uint64_t)p[count - 1] << 16 * (count - 1);
+    }
+    memcpy(&h, word, sizeof h);
+    return h;
+}
+#endif
+
+/* All bits for the first `count` lanes, at COUNTED + VEC - count. */
+#if BATCHNORM_SINGLE
+static const int32_t COUNTED[2 * VEC] = {[0 ... VEC - 1] = -1};
+#else
+static const int64_t COUNTED[2 * VEC] = {[0 ... VEC - 1] = -1};
+#endif
+
+/* `count` values, fewer than VEC, and those of `fill` after them; nothing is read beyond them. */
+static inline vec load_first(const stored *p, ptrdiff_t count, vec fill)
+{
+#if IS_SHORT && defined(__AVX512F__)
+    __mmask16 counted = (__mmask16)((1u << count) - 1);
+    packed h = (packed)_mm256_maskz_loadu_epi16(counted, p);
+    return (vec)_mm512_mask_mov_ps((__m512)fill, counted, (__m512)unpacked(h));
+#elif IS_SHORT
+    mask counted;
+    memcpy(&counted, COUNTED + VEC - count, sizeof counted);
+    return (vec)chosen(counted, (bits)unpacked(few(p, count)), (bits)fill);
+#elif defined(__AVX512F__) && BATCHNORM_SINGLE
+    return (vec)_mm512_mask_loadu_ps((__m512)fill, (__mmask16)((1u << count) - 1), p);
+#elif defined(__AVX512F__)
+    return (vec)_mm512_mask_loadu_pd((__m512d)fill, (__mmask8)((1u << count) - 1), p);
+#elif defined(__AVX__)
+    __m256i counted = _mm256_loadu_si256((const __m256i *)(COUNTED + VEC - count));
+#if BATCHNORM_SINGLE
+    return (vec)_mm256_blendv_ps((__m256)fill, _mm256_maskload_ps(p, counted), (__m256)counted);
+#else
+    return (vec)_mm256_blendv_pd((__m256d)fill, _mm256_maskload_pd(p, counted), (__m256d)counted);
+#endif
+#else
+    for (int i = 0; i < (int)count; i++)
+        fill[i] = p[i];
+    return fill;
+#endif
+}
+
+static inline void store_first(stored *p, vec v, ptrdiff_t count)
+{
+#if defined(__AVX512F__) && IS_SHORT
+    _mm256_mask_storeu_epi16(p, (__mmask16)((1u << count) - 1), (__m256i)pack(v));
+#elif defined(__AVX512F__) && BATCHNORM_SINGLE
+    _mm512_mask_storeu_ps(p, (__mmask16)((1u << count) - 1), (__m512)v);
+#elif defined(__AVX512F__)
+    _mm512_mask_storeu_pd(p, (__mmask8)((1u << count) - 1), (__m512d)v);
+#else
+    stored value[VEC]; /* a masked store of AVX2 takes twenty times as long on AMD */
+    store_vec(value, v);
+    for (int i = 0; i < (int)count; i++)
+        p[i] = value[i];
+#endif
+}
+
+/* Float64 numbers of PART values, or of fewer and those of `fill` after them. */
+static inline wide load_wide(const stored *p)
+{
+    part v;
+#if IS_SHORT
+    vec all = load_first(p, PART, (vec){0});
+    memcpy(&v, &all, sizeof v);
+#else
+    memcpy(&v, p, sizeof v);
+#endif
+    return widened(v);
+}
+
+static inline wide load_first_wide(const stored *p, ptrdiff_t count, wide fill)
+{
+    for (int i = 0; i < (int)count; i++)
+        fill[i] = value_at(p + i);
+    return fill;
+}
+
+static inline void store_wide(stored *p, wide v, ptrdiff_t count)
+{
+    vec rounded = {0};
+    for (int i = 0; i < PART; i++)
+        rounded[i] = (real)v[i];
+    store_first(p, rounded, count);
+}
+
+/* Stores that go around the cache, in aligned pieces, for results larger than any cache: an ordinary store reads the
+ * line first. */
+#if defined(__SSE2__) && BYTES > 16
+#define CAN_STREAM 1
+
+static inline void stream_first(stored *p, vec v, ptrdiff_t count)
+{
+    stored value[VEC];
+    int i = 0;
+    store_vec(value, v);
+    for (; i + PIECE <= (int)count; i += PIECE)
+        _mm_stream_ps((float *)(p + i), _mm_loadu_ps((const float *)(value + i)));
+    for (; i < (int)count; i++)
+        p[i] = value[i];
+}
+
+/* Before another thread may read what was streamed. */
+static inline void finish_streaming(void)
+{
+    _mm_sfence();
+}
+#else
+#define CAN_STREAM 0
+
+static inline void stream_first(stored *p, vec v, ptrdiff_t count)
+{
+    store_first(p, v, count);
+}
+
+static inline void finish_streaming(void)
+{
+}
+#endif
+
+/* Values from p to where the next piece begins. */
+static inline ptrdiff_t to_piece(const stored *p)
+{
+    return (ptrdiff_t)(-(uintptr_t)p / sizeof(stored) % PIECE);
+}
+
+#endif
