@@ -263,7 +263,7 @@ BAD = {
     "x of text": (
         lambda: batchnorm_forward([["1"]], [1], [1], TRAIN),
         TypeError,
-        "x must have dtype float32 or float64",
+        "x must have dtype float64, float32, float16 or bfloat16",
     ),
     "dout of another shape": (
         lambda: spatial_batchnorm_backward(X[:2], batchnorm_forward(X, ONES, ONES, {"mode": "train"})[1]),

@@ -395,7 +395,7 @@ BAD = {
     "dx of integers": (
         lambda: bn.diagnose(X.astype(int), X, SAVED),
         TypeError,
-        "dx must have dtype float32 or float64",
+        "dx must have dtype float64, float32, float16 or bfloat16",
     ),
     "NaN in dy": (lambda: bn.diagnose(X, NAN, SAVED), ValueError, r"dy must be finite, got nan at \(0, 1, 1\)"),
     "NaN in x": (
@@ -406,7 +406,7 @@ BAD = {
     "dgamma of integers": (
         lambda: bn.diagnose(X, X, SAVED, np.ones(3, int)),
         TypeError,
-        "dgamma must have dtype float32 or float64, got int",
+        "dgamma must have dtype float64, float32, float16 or bfloat16, got int",
     ),
     "n = 1": (
         lambda: bn.diagnose(X[:1, :, :1], X[:1, :, :1], bn.forward(X[:1, :, :1])[1]),

@@ -29,8 +29,8 @@ class Unreadable:
 FORWARD = {
     "0-d": (lambda: bn.forward(1.0), ValueError, r"x must have at least 2 dimensions, got shape \(\)"),
     "1-d": (lambda: bn.forward(np.ones(4)), ValueError, r"x must have at least 2 dimensions, got shape \(4,\)"),
-    "None": (lambda: bn.forward(None), TypeError, "x must have dtype float32 or float64, got object"),
-    "text": (lambda: bn.forward("abc"), TypeError, "x must have dtype float32 or float64, got <U3"),
+    "None": (lambda: bn.forward(None), TypeError, "x must have dtype float64, float32, float16 or bfloat16, got object"),
+    "text": (lambda: bn.forward("abc"), TypeError, "x must have dtype float64, float32, float16 or bfloat16, got <U3"),
     "ragged": (lambda: bn.forward([[1.0], [1.0, 2.0]]), ValueError, "x must be an array of numbers"),
     "axis too large": (lambda: bn.forward(X, axis=4), ValueError, r"axis must be between -4 and 3 for shape .*, got 4"),
     "axis too small": (lambda: bn.forward(X, axis=-5), ValueError, "axis must be between -4 and 3 .*, got -5"),
@@ -44,7 +44,7 @@ FORWARD = {
     "gamma 2-d": (lambda: bn.forward(X, np.ones((3, 1))), ValueError, r"gamma must have shape \(3,\), got \(3, 1\)"),
     "gamma a number": (lambda: bn.forward(X, 1.0), ValueError, r"gamma must have shape \(3,\), got \(\)"),
     "beta too short": (lambda: bn.forward(X, ONES, np.ones(2)), ValueError, r"beta must have shape \(3,\), got \(2,\)"),
-    "beta complex": (lambda: bn.forward(X, ONES, [1j, 2, 3]), TypeError, "beta must have dtype float32 or float64"),
+    "beta complex": (lambda: bn.forward(X, ONES, [1j, 2, 3]), TypeError, "beta must have dtype float64, float32, float16 or bfloat16"),
     "axes of the statistics": (
         lambda: bn.forward(X, axis=(0, 2, 3)),
         TypeError,
@@ -70,7 +70,7 @@ FORWARD = {
     "a bfloat16 tensor": (
         lambda: bn.forward(Unreadable()),
         TypeError,
-        r"x must be readable as a NumPy array of float32 or float64: Got unsupported ScalarType BFloat16; "
+        r"x must be readable as a NumPy array of floats: Got unsupported ScalarType BFloat16; "
         r"convert it first, a bfloat16 tensor of torch by x\.float\(\)",
     ),
     "threads 0": (lambda: bn.forward(X, num_threads=0), ValueError, "num_threads must be between 1 and 4096, got 0"),
@@ -108,7 +108,7 @@ for bad in (
     FORWARD[f"x of {bad}"] = (
         lambda bad=bad: bn.forward(np.ones((2, 3)).astype(bad)),
         TypeError,
-        "x must have dtype float32 or float64, got ",
+        "x must have dtype float64, float32, float16 or bfloat16, got ",
     )
 BACKWARD = {
     "dy of another shape": (
@@ -121,7 +121,7 @@ BACKWARD = {
         TypeError,
         "dy must have the dtype of x, float64, got float32",
     ),
-    "dy of integers": (lambda: bn.backward(X.astype(int), SAVED), TypeError, "dy must have dtype float32 or float64"),
+    "dy of integers": (lambda: bn.backward(X.astype(int), SAVED), TypeError, "dy must have dtype float64, float32, float16 or bfloat16"),
     "saved a tuple": (lambda: bn.backward(X, (X, SAVED)), TypeError, "saved must be what forward returned, got tuple"),
     "need unknown": (
         lambda: bn.backward(X, SAVED, need=["dx", "dmu"]),
@@ -166,7 +166,7 @@ BACKWARD = {
     "dvar of text": (
         lambda: bn.backward(X, SAVED, dvar=["1", "2", "3"]),
         TypeError,
-        "dvar must have dtype float32 or float64, got <U1",
+        "dvar must have dtype float64, float32, float16 or bfloat16, got <U1",
     ),
     "out without dx": (
         lambda: bn.backward(X, SAVED, need=["dgamma"], out=np.empty_like(X)),
@@ -183,9 +183,9 @@ INFERENCE = {
     "mean None": (
         lambda: bn.inference(X, None, ONES),
         TypeError,
-        "mean must have dtype float32 or float64, got object",
+        "mean must have dtype float64, float32, float16 or bfloat16, got object",
     ),
-    "var None": (lambda: bn.inference(X, ONES, None), TypeError, "var must have dtype float32 or float64, got object"),
+    "var None": (lambda: bn.inference(X, ONES, None), TypeError, "var must have dtype float64, float32, float16 or bfloat16, got object"),
     "mean too short": (
         lambda: bn.inference(X, np.ones(2), ONES),
         ValueError,
@@ -225,7 +225,7 @@ RUNNING = {
     "of integers": (
         lambda: bn.update_running(np.zeros(3), np.ones(3, int), SAVED),
         TypeError,
-        "running_var must have dtype float32 or float64, got int64",
+        "running_var must have dtype float64, float32, float16 or bfloat16, got int64",
     ),
     "of two dtypes": (
         lambda: bn.update_running(np.zeros(3, "f4"), np.ones(3), SAVED),

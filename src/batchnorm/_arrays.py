@@ -111,7 +111,7 @@ def as_float(value: ArrayLike, name: str, integers: bool = False) -> Array:
         raise ValueError(f"{name} must be an array of numbers: {error}") from None
     except TypeError as error:
         raise TypeError(
-            f"{name} must be readable as a NumPy array of float32 or float64: {error}; "
+            f"{name} must be readable as a NumPy array of floats: {error}; "
             f"convert it first, a bfloat16 tensor of torch by {name}.float()"
         ) from None
     if integers and array.dtype.kind in "iub":
@@ -119,8 +119,14 @@ def as_float(value: ArrayLike, name: str, integers: bool = False) -> Array:
     if array.dtype.kind == "V" and array.dtype.name == "bfloat16" and array.dtype.itemsize == 2:
         return array  # of a package like ml_dtypes, which need not be imported here
     if array.dtype.kind != "f" or array.dtype.itemsize not in (2, 4, 8):
-        raise TypeError(f"{name} must have dtype float64, float32, float16 or bfloat16, got {array.dtype}")
+        hint = "; saved bfloat16? view it as that" if array.dtype == "V2" else ""
+        raise TypeError(f"{name} must have dtype float64, float32, float16 or bfloat16, got {array.dtype}{hint}")
     return array.astype(array.dtype.newbyteorder("="), copy=False)
+
+
+def precision_of(array: Array) -> float:
+    """The distance from 1 to the next number of the array's type."""
+    return float(np.finfo(array.dtype).eps) if array.dtype.kind == "f" else 2.0**-7  # bfloat16
 
 
 def lay_out(x: Array, axis: int) -> tuple[Array, Layout]:

@@ -41,7 +41,7 @@ def batchnorm_forward(
     Parameters
     ----------
     x : array_like, shape (N, D)
-        Of float32 or float64; integers become float64.
+        Of floats; integers become float64.
     gamma, beta : array_like, shape (D,)
     bn_param : dict
         "mode": "train" or "test". "eps": 1e-5 if missing. "momentum": the weight of the OLD value, 0.9 if missing.
@@ -124,7 +124,7 @@ def spatial_batchnorm_forward(
     Parameters
     ----------
     x : array_like, shape (N, C, H, W)
-        Of float32 or float64; integers become float64.
+        Of floats; integers become float64.
     gamma, beta : array_like, shape (C,)
     bn_param : dict
         As for `batchnorm_forward`, the running statistics of shape (C,).
@@ -167,7 +167,7 @@ def _forward(x: Array, gamma: ArrayLike, beta: ArrayLike, bn_param: MutableMappi
     if mode not in ("train", "test"):
         raise ValueError(f"bn_param['mode'] must be 'train' or 'test', got {mode!r}")
     weight_of_old = _arrays.as_momentum(bn_param.get("momentum", 0.9), "old value")
-    mean, var = (bn_param.get(name, np.zeros(x.shape[1], x.dtype)) for name in ("running_mean", "running_var"))
+    mean, var = (bn_param.get(name, np.zeros(x.shape[1], x.dtype if x.itemsize > 2 else np.float32)) for name in ("running_mean", "running_var"))
     if mode == "test":
         return functional.inference(x, mean, var, gamma, beta, eps=eps), None
     running_mean = np.array(_arrays.as_float(mean, "running_mean", integers=True))

@@ -7,6 +7,7 @@ Frameworks differ in each of these conventions:
 - `momentum` is the weight of the *new* batch in the running statistics (PyTorch's direction, not that of Keras, Flax
   and ONNX). The running variance is unbiased, Σ(x−μ)²/(n−1), by default.
 - Statistics have dtype float64 for any x. y and dx have x's dtype, dgamma and dbeta those of gamma and beta.
+  float16 and bfloat16 are calculated in float32, and rounded once more where they are stored.
 """
 
 from collections.abc import Collection
@@ -220,7 +221,7 @@ def forward(
 
     Parameters
     ----------
-    x : array_like of float32 or float64, at least 2-D
+    x : array_like of float64, float32, float16 or bfloat16, at least 2-D
         Channels along `axis`. Channels-last memory, Fortran order and other dense arrangements are used without a copy.
     gamma, beta : array_like, shape (C,), optional
         Scale and shift; 1 and 0 where None. Integers become float64.
@@ -246,14 +247,15 @@ def forward(
     Raises
     ------
     TypeError
-        If x is neither float32 nor float64, or another argument is not of numbers.
+        If x has another dtype, or another argument is not of numbers.
     ValueError
         If a shape, `axis`, `eps` or `moments` does not fit, or `out` is read-only or overlaps an input. Nothing is
         written then.
 
     Notes
     -----
-    float32 is calculated in float32, float64 in float64. Sums are shifted by a value near the mean, gathered in float64
+    float64 is calculated in float64, all else in float32; 16-bit results are rounded once more, to infinity where they
+    are too large, as in NumPy. Sums are shifted by a value near the mean, gathered in float64
     and merged in a fixed order: the same input gives the same bits for any number of threads on any processor. Equal
     values in a channel give var = 0 and y = beta exactly. A channel that holds NaN or infinity becomes NaN; the others
     are not affected. An empty batch gives an empty y and statistics of 0.
@@ -606,6 +608,8 @@ def update_running(
             raise TypeError(f"{name} must be a numpy array, because it is changed in place, got {type(array).__name__}")
         if _arrays.as_float(array, name) is not array or not array.flags.aligned:
             raise TypeError(f"{name} must be an aligned array in native byte order, because it is changed in place")
+        if array.itemsize == 2:
+            raise TypeError(f"{name} must have dtype float32 or float64, because it is changed in place by small steps")
         if array.shape != (channels,):
             raise ValueError(f"{name} must have shape ({channels},), got {array.shape}")
         if not array.flags.writeable:
@@ -668,7 +672,7 @@ def inference(
 
     Parameters
     ----------
-    x : array_like of float32 or float64, at least 2-D
+    x : array_like of float64, float32, float16 or bfloat16, at least 2-D
         Channels along `axis`.
     mean, var : array_like, shape (C,)
         Usually the running statistics; var is not negative. Integers become float64.
@@ -691,7 +695,7 @@ def inference(
     Raises
     ------
     TypeError
-        If x is neither float32 nor float64, or another argument is not of numbers.
+        If x has another dtype, or another argument is not of numbers.
     ValueError
         If a shape, `axis`, `eps`, a variance or `out` does not fit. Nothing is written then.
 
@@ -751,8 +755,8 @@ def inference_backward(
     Returns
     -------
     InferenceGradients
-        A named tuple (dx, dgamma, dbeta) with the attributes dmean and dvar. dgamma and dbeta have gamma's dtype, x's
-        where gamma is None; dmean and dvar have those of mean and var.
+        A named tuple (dx, dgamma, dbeta) with the attributes dmean and dvar. dgamma and dbeta have gamma's dtype; where
+        gamma is None, x's, but at least float32. dmean and dvar have those of mean and var.
 
     Raises
     ------
@@ -772,7 +776,8 @@ def inference_backward(
     x, layout, statistics, given = _fixed_statistics(x, mean, var, gamma, None, axis, eps)
     if out is not None:
         _arrays.check_overlap(out, given)
-    dtype = x.dtype if given["gamma"] is None else given["gamma"].dtype
+    gamma = given["gamma"]
+    dtype = gamma.dtype if gamma is not None else x.dtype if x.itemsize > 2 else np.dtype(np.float32)
     saved = Saved(x, eps, layout, statistics, (x.dtype, dtype, dtype), layout.values)
     table = np.empty((GRADIENT_ROWS, layout.view[1]))
     if need is not _NEED:

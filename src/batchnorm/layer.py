@@ -130,7 +130,7 @@ class BatchNorm:
         Whether the running variance takes the unbiased variance of a batch, n/(n − 1) times the one it is normalized
         with, as in PyTorch. Keras, Flax and ONNX take the biased one.
     dtype : float32 or float64, default float32
-        Of parameters, their gradients and running statistics. x may have either dtype.
+        Of parameters, their gradients and running statistics. x may have another one, also float16 or bfloat16.
 
     Attributes
     ----------
@@ -291,7 +291,7 @@ class BatchNorm:
 
         Parameters
         ----------
-        x : array_like of float32 or float64
+        x : array_like of float64, float32, float16 or bfloat16
             With `num_features` channels along `axis`.
         out, num_threads
             As in `forward` and `inference`.
@@ -603,7 +603,7 @@ class BatchNorm:
         array = np.asarray(value)
         if np.ma.isMaskedArray(value):
             raise TypeError(f"{name} must not be a masked array: masks are not supported")
-        if array.dtype.kind not in "fiu":
+        if array.dtype.kind not in "fiu" and array.dtype.name != "bfloat16":
             raise TypeError(f"{name} must hold real numbers, got {'None' if value is None else f'dtype {array.dtype}'}")
         if array.shape != (self.num_features,):
             raise ValueError(f"{name} must have shape ({self.num_features},), got {array.shape}")

@@ -162,7 +162,7 @@ class Moments(_Mergeable):
 
         Parameters
         ----------
-        x : array_like of float32, float64, integers or booleans
+        x : array_like of floats, integers or booleans
             Channels along `axis`. A 1-D array of n values is taken as (n, 1), the values of one channel. Integers and
             booleans become float64, as in `np.mean`.
         axis : int, default 1
@@ -412,7 +412,7 @@ def population(
     Raises
     ------
     TypeError
-        If a dtype is neither float32 nor float64.
+        If a batch is not of numbers.
     ValueError
         If there is no batch, or one has a different number of channels from the first.
 

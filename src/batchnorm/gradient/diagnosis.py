@@ -84,14 +84,14 @@ def diagnose(
 
     Parameters
     ----------
-    dx : array_like of float32 or float64
+    dx : array_like of floats
         The result in question, of x's shape. Axes in another order are one of the slips.
     dy : array_like
         Upstream gradient it was computed from, of x's shape and dtype. Take random numbers: where dy is constant per
         channel or proportional to xhat, as ones or y are, the right dx is 0 up to eps and hides mistakes.
     saved : Saved
         From `forward` of the same x, gamma, axis and eps.
-    dgamma, dbeta : array_like of float32 or float64, optional
+    dgamma, dbeta : array_like of floats, optional
         Gradients of the parameters, which are checked too. A shape that is not (C,) is one of the slips.
 
     Returns
@@ -156,7 +156,7 @@ Found = tuple[str, str, float, tuple[float, float, float], tuple[str, ...]]
 
 def _of_dx(dx: Array, right: Right) -> Found:
     """What is wrong with dx, the rest of the sentence, and the numbers of the answer."""
-    eps = float(max(np.finfo(array.dtype).eps for array in (right.x, dx)))
+    eps = max(_arrays.precision_of(array) for array in (right.x, dx))
     nothing = math.inf, (math.nan, math.nan, math.nan), ()
     if not np.isfinite(dx).all():
         many = np.count_nonzero(~np.isfinite(dx))

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from .. import _arrays
 from ..reference import Array
 from .right import ROUNDING, Right
 from .search import ANOTHER_EPS, CORRECT, NEARLY, NOT_FINITE, UNKNOWN, ZERO, eps_of, of_another_eps
@@ -87,7 +88,7 @@ class _Parameter:
         self.which = ("dgamma", "dbeta").index(name)
         self.summed = (right.dy * right.cache.xhat, right.dy)[self.which]
         self.exact: Array = (right.terms.dgamma, right.terms.dbeta)[self.which]
-        eps = float(max(np.finfo(array.dtype).eps for array in (right.x, values)))
+        eps = max(_arrays.precision_of(array) for array in (right.x, values))
         self.rounding = right.rounding(eps)
         shifted = self.rounding.shift * abs(right.dy) if name == "dgamma" else 0
         self.lost = (shifted + eps * (ROUNDING + right.n**0.5) * abs(self.summed)).sum(right.cache.axes)

@@ -207,7 +207,7 @@ def jacobian(
 
     Parameters
     ----------
-    x : array_like of float32 or float64, at least 2-D
+    x : array_like of float64, float32, float16 or bfloat16, at least 2-D
         Channels along `axis`.
     gamma : array_like, shape (C,), optional
         Scale; 1 where None, which gives the derivatives of xhat. (beta has no part in them.)
@@ -224,7 +224,7 @@ def jacobian(
     Raises
     ------
     TypeError
-        If a dtype is neither float32 nor float64.
+        If a dtype does not fit.
     ValueError
         If a shape, `axis` or `eps` does not fit, a channel has fewer than two values, or the result would need more
         than `max_bytes`.

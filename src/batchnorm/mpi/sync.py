@@ -20,16 +20,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
-from .. import _arrays, functional
+from .. import _arrays, _kernels, functional
 from .._arrays import Array
 from .._extras import requirements
 from ..functional import Gradients, Saved
 from ..layer import BatchNorm
 from ..moments import GradientSums, Moments, Numbers
 
-# What the first number of a packet says: the dtype of x, or that the rank raises an error.
-_STATUS = {np.dtype(np.float32): 0.0, np.dtype(np.float64): 1.0}
-_REFUSED = 2.0
+# What the first number of a packet says: the dtype of x by its place in _kernels.NAMES, or that the rank raises an error.
+_STATUS = {char: float(number) for number, char in enumerate(_kernels.NAMES)}
+_REFUSED = -1.0
 
 
 def world() -> Any:
@@ -145,7 +145,7 @@ class SyncBatchNorm(BatchNorm):
 
         Parameters
         ----------
-        x : array_like of float32 or float64
+        x : array_like of float64, float32, float16 or bfloat16
             This rank's part, with `num_features` channels along `axis` and possibly no samples. All ranks need the same
             dtype.
         out, num_threads
@@ -173,11 +173,11 @@ class SyncBatchNorm(BatchNorm):
             given, layout = _arrays.lay_out(array, self.axis)
             y = layout.empty(given.dtype) if out is None else layout.room(out, given.dtype)
             moments = Moments.of(given, self.axis, num_threads=num_threads)
-            return _STATUS[given.dtype], _packed(moments), (given, y, parameters)
+            return _STATUS[given.dtype.char], _packed(moments), (given, y, parameters)
 
         packets, (given, y, (gamma, beta)) = self._exchange(own, 1 + 3 * self.num_features)
         if len({packet[0] for packet in packets}) > 1:
-            names = [("float32", "float64")[int(packet[0])] for packet in packets]
+            names = [list(_kernels.NAMES.values())[int(packet[0])] for packet in packets]
             raise TypeError(f"x must have the same dtype on all ranks, got {', '.join(names)}")
         total = _merged(packets)
         if total.count == 1:
@@ -226,7 +226,7 @@ class SyncBatchNorm(BatchNorm):
             if "dx" in need:
                 dx = layout.empty(given.dtype) if out is None else layout.room(out, given.dtype)
             sums = functional.grad_sums(given, saved, num_threads=num_threads)
-            return _STATUS[given.dtype], sums._table.ravel(), (sums, given, dx)
+            return _STATUS[given.dtype.char], sums._table.ravel(), (sums, given, dx)
 
         packets, (local, given, dx) = self._exchange(own, 2 * self.num_features)
         total = GradientSums.merge_all(saved.count, packets[:, 1:].reshape(len(packets), 2, -1))
