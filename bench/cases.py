@@ -5,12 +5,14 @@ from typing import NamedTuple
 
 from batchnorm.profile.networks import layers_of
 
+ITEM_SIZES = {"float32": 4, "float64": 8, "float16": 2, "bfloat16": 2}
+
 
 class Case(NamedTuple):
     shape: tuple[int, ...]
     axis: int
     why: str
-    dtypes: tuple[str, ...] = ("float32", "float64")
+    dtypes: tuple[str, ...] = tuple(ITEM_SIZES)
     network: str = ""  # whose layers are added up
     layers: int = 1  # of the network, with this shape
 
@@ -25,7 +27,7 @@ class Case(NamedTuple):
         return f"{'×'.join(map(str, self.shape))} {'last' if self.layout == 'channels-last' else ''}".strip()
 
     def megabytes(self, dtype: str) -> float:
-        return math.prod(self.shape) * {"float32": 4, "float64": 8}[dtype] / 1e6
+        return math.prod(self.shape) * ITEM_SIZES[dtype] / 1e6
 
 
 FIRST, LAST = 1, -1

@@ -4,7 +4,7 @@
   ONNX Runtime, numba and NumPy allocate; the first two keep memory for it from one call to the next.
 - torch: `native_batch_norm` and its backward pass.
 - JAX: jitted. Its backward pass is the formula with saved statistics; differentiating the forward pass takes longer.
-- ONNX Runtime has inference alone, and only with the channels second.
+- ONNX Runtime has inference alone, only with the channels second, and numba and it have no 16-bit floats here.
 - numba: the loops that a user would write, parallel over channels, with its fast mathematics.
 - The limit is that of `batchnorm.profile`, on the arrays of batchnorm, in its process.
 """
@@ -26,8 +26,8 @@ def torch_out(problem, threads):
     if problem.x.ndim == 3 and problem.axis == 2:  # torch 2.13 gets these wrong
         return {}
     torch.set_num_threads(threads)
-    x = torch.from_numpy(problem.x).movedim(problem.axis, 1)
-    gamma, beta, mean, var = (torch.from_numpy(array) for array in problem[2:6])
+    x = measure.as_tensor(problem.x).movedim(problem.axis, 1)
+    gamma, beta, mean, var = map(measure.as_tensor, problem[2:6])
     y, saved, nothing = torch.empty_like(x), (torch.empty_like(mean), torch.empty_like(var)), torch.empty_like(mean[:0])
     norm = torch.ops.aten.native_batch_norm.out
 
@@ -49,26 +49,29 @@ def jax(problem, _threads):
     others = tuple(i for i in range(problem.x.ndim) if i != axis)
     column = [-1 if i == axis else 1 for i in range(problem.x.ndim)]
     x, dy, gamma, beta, mean, var = (jnp.asarray(array) for array in problem[:6])
+    stored, full = x.dtype, gamma.dtype  # 16-bit floats are calculated in float32
     gamma, beta, mean, var = (array.reshape(column) for array in (gamma, beta, mean, var))
     rstd = jax.lax.rsqrt(var + EPS)
 
     @jax.jit
     def forward(x, gamma, beta):
+        x = x.astype(full)
         mean = jnp.mean(x, others, keepdims=True)
         var = jnp.var(x, others, keepdims=True)
-        return (x - mean) * (gamma * jax.lax.rsqrt(var + EPS)) + beta, mean, var
+        return ((x - mean) * (gamma * jax.lax.rsqrt(var + EPS)) + beta).astype(stored), mean, var
 
     @jax.jit
     def backward(dy, x, gamma, mean, rstd):
+        x, dy = x.astype(full), dy.astype(full)
         xhat = (x - mean) * rstd
         dbeta = jnp.sum(dy, others, keepdims=True)
         dgamma = jnp.sum(dy * xhat, others, keepdims=True)
         n = x.size // gamma.size
-        return gamma * rstd * (dy - dbeta / n - xhat * (dgamma / n)), dgamma, dbeta
+        return (gamma * rstd * (dy - dbeta / n - xhat * (dgamma / n))).astype(stored), dgamma, dbeta
 
     @jax.jit
     def inference(x, mean, var, gamma, beta):
-        return (x - mean) * (gamma * jax.lax.rsqrt(var + EPS)) + beta
+        return ((x.astype(full) - mean) * (gamma * jax.lax.rsqrt(var + EPS)) + beta).astype(stored)
 
     return {
         "forward": lambda: jax.block_until_ready(forward(x, gamma, beta))[0],
@@ -81,7 +84,7 @@ def onnx_runtime(problem, threads):
     import onnx
     import onnxruntime
 
-    if problem.axis != 1:
+    if problem.axis != 1 or problem.x.itemsize == 2:
         return {}
     x, _, *parameters, _, _ = problem
     names = ("x", "gamma", "beta", "mean", "var")
@@ -103,6 +106,8 @@ def onnx_runtime(problem, threads):
 def numba(problem, threads):
     import numba
 
+    if problem.x.itemsize == 2:
+        return {}
     numba.set_num_threads(threads)
     shape, axis = problem.x.shape, problem.axis
     view = (int(np.prod(shape[:axis])), shape[axis], int(np.prod(shape[axis + 1 :])))

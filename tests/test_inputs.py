@@ -29,7 +29,11 @@ class Unreadable:
 FORWARD = {
     "0-d": (lambda: bn.forward(1.0), ValueError, r"x must have at least 2 dimensions, got shape \(\)"),
     "1-d": (lambda: bn.forward(np.ones(4)), ValueError, r"x must have at least 2 dimensions, got shape \(4,\)"),
-    "None": (lambda: bn.forward(None), TypeError, "x must have dtype float64, float32, float16 or bfloat16, got object"),
+    "None": (
+        lambda: bn.forward(None),
+        TypeError,
+        "x must have dtype float64, float32, float16 or bfloat16, got object",
+    ),
     "text": (lambda: bn.forward("abc"), TypeError, "x must have dtype float64, float32, float16 or bfloat16, got <U3"),
     "ragged": (lambda: bn.forward([[1.0], [1.0, 2.0]]), ValueError, "x must be an array of numbers"),
     "axis too large": (lambda: bn.forward(X, axis=4), ValueError, r"axis must be between -4 and 3 for shape .*, got 4"),
@@ -44,7 +48,11 @@ FORWARD = {
     "gamma 2-d": (lambda: bn.forward(X, np.ones((3, 1))), ValueError, r"gamma must have shape \(3,\), got \(3, 1\)"),
     "gamma a number": (lambda: bn.forward(X, 1.0), ValueError, r"gamma must have shape \(3,\), got \(\)"),
     "beta too short": (lambda: bn.forward(X, ONES, np.ones(2)), ValueError, r"beta must have shape \(3,\), got \(2,\)"),
-    "beta complex": (lambda: bn.forward(X, ONES, [1j, 2, 3]), TypeError, "beta must have dtype float64, float32, float16 or bfloat16"),
+    "beta complex": (
+        lambda: bn.forward(X, ONES, [1j, 2, 3]),
+        TypeError,
+        "beta must have dtype float64, float32, float16 or bfloat16",
+    ),
     "axes of the statistics": (
         lambda: bn.forward(X, axis=(0, 2, 3)),
         TypeError,
@@ -121,7 +129,11 @@ BACKWARD = {
         TypeError,
         "dy must have the dtype of x, float64, got float32",
     ),
-    "dy of integers": (lambda: bn.backward(X.astype(int), SAVED), TypeError, "dy must have dtype float64, float32, float16 or bfloat16"),
+    "dy of integers": (
+        lambda: bn.backward(X.astype(int), SAVED),
+        TypeError,
+        "dy must have dtype float64, float32, float16 or bfloat16",
+    ),
     "saved a tuple": (lambda: bn.backward(X, (X, SAVED)), TypeError, "saved must be what forward returned, got tuple"),
     "need unknown": (
         lambda: bn.backward(X, SAVED, need=["dx", "dmu"]),
@@ -185,7 +197,11 @@ INFERENCE = {
         TypeError,
         "mean must have dtype float64, float32, float16 or bfloat16, got object",
     ),
-    "var None": (lambda: bn.inference(X, ONES, None), TypeError, "var must have dtype float64, float32, float16 or bfloat16, got object"),
+    "var None": (
+        lambda: bn.inference(X, ONES, None),
+        TypeError,
+        "var must have dtype float64, float32, float16 or bfloat16, got object",
+    ),
     "mean too short": (
         lambda: bn.inference(X, np.ones(2), ONES),
         ValueError,

@@ -386,7 +386,11 @@ BAD = {
     "mean 2-d": (lambda: bn.Moments(1, [[0.0]], [0.0]), ValueError, r"mean must have shape \(C,\), got \(1, 1\)"),
     "m2 too long": (lambda: bn.Moments(1, [0.0], [0.0, 1.0]), ValueError, r"m2 must have shape \(1,\), got \(2,\)"),
     "m2 negative": (lambda: bn.Moments(1, [0.0], [-1.0]), ValueError, "m2 must not be negative, got -1.0"),
-    "of text": (lambda: bn.Moments.of(["1"]), TypeError, "x must have dtype float64, float32, float16 or bfloat16, got <U1"),
+    "of text": (
+        lambda: bn.Moments.of(["1"]),
+        TypeError,
+        "x must have dtype float64, float32, float16 or bfloat16, got <U1",
+    ),
     "sum with a start": (lambda: sum([OF], 1), TypeError, "unsupported operand"),
     "ddof too large": (lambda: OF.var(8), ValueError, "ddof must be at least 0 and less than count = 8, got 8"),
     "merge with a number": (lambda: OF.merge(1), TypeError, "other must be Moments, got int"),

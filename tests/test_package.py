@@ -18,7 +18,7 @@ from processes import python, succeeds
 
 import batchnorm as bn
 from batchnorm import _kernels
-from batchnorm._kernels import runtime
+from batchnorm._kernels import memoryviews, per_channel, runtime
 
 DOCUMENTED = [
     "functional",
@@ -166,7 +166,7 @@ def test_modules_for_some_are_attributes_that_are_imported_when_asked_for():
 
 def test_every_module_imports():
     for module in pkgutil.walk_packages(bn.__path__, "batchnorm."):
-        if not module.name.endswith("__main__") and "._kernels.float" not in module.name:
+        if not module.name.endswith("__main__") and not re.search(r"float\d\d_", module.name):
             importlib.import_module(module.name)
 
 
@@ -198,25 +198,30 @@ def stub(name):
     return ast.parse(Path(_kernels.__file__).with_name(name).read_text()).body
 
 
-@pytest.mark.parametrize("size", [4, 8])
-def test_the_kernels_are_what_their_stub_says(size, level):
+@pytest.mark.parametrize("char", _kernels.NAMES)
+def test_the_kernels_are_what_their_stub_says(char, level):
     (protocol,) = (node for node in stub("kernels.pyi") if isinstance(node, ast.ClassDef))
-    functions, numbers = compiled(_kernels.of_size[size])
+    functions, numbers = compiled(_kernels.of_type[char])
     assert "forward" in functions
     assert (functions, numbers) == declared(protocol.body)
 
 
-def test_the_runtime_is_what_its_stub_says():
-    functions, numbers = compiled(runtime)
-    assert "supported" in functions
-    assert "MEAN" in numbers
-    assert (functions, numbers) == declared(stub("runtime.pyi"))
+@pytest.mark.parametrize(("module", "known"), [(runtime, {"supported", "MEAN"}), (per_channel, {"merge"})])
+def test_what_is_compiled_once_is_what_its_stub_says(module, known):
+    functions, numbers = compiled(module)
+    assert functions.keys() | numbers > known
+    assert (functions, numbers) == declared(stub(f"{module.__name__.rpartition('.')[2]}.pyi"))
+
+
+def of_every_type():
+    """The kernels of the level in use."""
+    return [_kernels.of_type[char] for char in _kernels.NAMES]
 
 
 @pytest.mark.skipif(shutil.which("readelf") is None, reason="needs readelf")
 def test_modules_bind_when_they_are_loaded(level):
     """The addresses of calls are read-only afterwards, so a program cannot overwrite them."""
-    for module in (runtime, *_kernels.of_size.values()):
+    for module in (runtime, per_channel, memoryviews, *of_every_type()):
         shown = subprocess.run(["readelf", "-dlW", module.__file__], capture_output=True, text=True, check=True).stdout
         assert "GNU_RELRO" in shown, module
         assert "BIND_NOW" in shown, module
@@ -229,7 +234,7 @@ def test_no_instruction_that_rounds_otherwise(level):
         subprocess.run(
             ["objdump", "-d", "--no-show-raw-insn", module.__file__], capture_output=True, text=True, check=True
         ).stdout
-        for module in _kernels.of_size.values()
+        for module in (per_channel, *of_every_type())
     )
     assert re.search(r"\bv?mulpd\b", code) or platform.machine() != "x86_64"
     found = set(re.findall(r"\s(v?f[n]?m(?:add|sub)\w*|v?rsqrt\w*|v?rcp\w*)\s", code))

@@ -167,7 +167,10 @@ def _forward(x: Array, gamma: ArrayLike, beta: ArrayLike, bn_param: MutableMappi
     if mode not in ("train", "test"):
         raise ValueError(f"bn_param['mode'] must be 'train' or 'test', got {mode!r}")
     weight_of_old = _arrays.as_momentum(bn_param.get("momentum", 0.9), "old value")
-    mean, var = (bn_param.get(name, np.zeros(x.shape[1], x.dtype if x.itemsize > 2 else np.float32)) for name in ("running_mean", "running_var"))
+    mean, var = (
+        bn_param.get(name, np.zeros(x.shape[1], x.dtype if x.itemsize > 2 else np.float32))
+        for name in ("running_mean", "running_var")
+    )
     if mode == "test":
         return functional.inference(x, mean, var, gamma, beta, eps=eps), None
     running_mean = np.array(_arrays.as_float(mean, "running_mean", integers=True))

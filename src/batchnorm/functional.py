@@ -776,8 +776,8 @@ def inference_backward(
     x, layout, statistics, given = _fixed_statistics(x, mean, var, gamma, None, axis, eps)
     if out is not None:
         _arrays.check_overlap(out, given)
-    gamma = given["gamma"]
-    dtype = gamma.dtype if gamma is not None else x.dtype if x.itemsize > 2 else np.dtype(np.float32)
+    full = x.dtype if x.itemsize > 2 else np.dtype(np.float32)
+    dtype = full if given["gamma"] is None else given["gamma"].dtype
     saved = Saved(x, eps, layout, statistics, (x.dtype, dtype, dtype), layout.values)
     table = np.empty((GRADIENT_ROWS, layout.view[1]))
     if need is not _NEED:

@@ -1,4 +1,4 @@
-# ---- Formula, numbers per channel: each line of the mathematics, once -------------------------------------------------
+# ---- Formula, numbers per channel: each line of the mathematics, once ------------------------------------------------
 # float64 for any data. The names are those of docs/derivation.md.
 
 cdef inline double two_sum(double a, double b, double *low) noexcept nogil:

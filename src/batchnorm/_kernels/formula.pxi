@@ -1,4 +1,4 @@
-# ---- Formula, values: each line of the mathematics, once --------------------------------------------------------------
+# ---- Formula, values: each line of the mathematics, once -------------------------------------------------------------
 # The names are those of docs/derivation.md. A `number` is a vector of the data's type or, where that would lose digits,
 # of float64. Nothing here knows a layout.
 

@@ -167,7 +167,8 @@ cdef void grad_apply_all(const Work *work, const stored *x, const stored *dy, st
             gradient_block(&ordered, tile_at(&ordered, i), block_at(&ordered, i), x, dy, dx, fit)
 
 
-cdef void backward_tile(const Work *work, Py_ssize_t tile, const stored *x, const stored *dy, stored *dx) noexcept nogil:
+cdef void backward_tile(const Work *work, Py_ssize_t tile, const stored *x, const stored *dy,
+                        stored *dx) noexcept nogil:
     cdef Py_ssize_t b
     cdef bint fit
     start_grad_sums(work, tile)

@@ -27,7 +27,7 @@ from ..functional import Gradients, Saved
 from ..layer import BatchNorm
 from ..moments import GradientSums, Moments, Numbers
 
-# What the first number of a packet says: the dtype of x by its place in _kernels.NAMES, or that the rank raises an error.
+# What the first number of a packet says: the dtype of x, or that the rank raises an error.
 _STATUS = {char: float(number) for number, char in enumerate(_kernels.NAMES)}
 _REFUSED = -1.0
 

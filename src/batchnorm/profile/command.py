@@ -12,8 +12,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-import numpy as np
-
 from .._extras import require
 from .._threads import get_num_threads
 from . import measure, report
@@ -65,7 +63,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     layers.add_argument("--network", choices=NETWORKS, help="all layers of a network instead of a few of ResNet-50")
     parser.add_argument("--batch", type=batch, help="images in a batch of --network (default 8)")
     parser.add_argument("--axis", type=int, default=1, help="of the channels (default 1); networks are arranged for it")
-    parser.add_argument("--dtype", choices=("float32", "float64"), default="float32", help="(default float32)")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "float64", "float16", "bfloat16"),
+        default="float32",
+        help="of x (default float32)",
+    )
     parser.add_argument("--threads", type=threads, default=(get_num_threads(),), help="one or more, such as 1,2")
     parser.add_argument("--against", type=_rivals, default=["numpy"], help="numpy, torch or both (default numpy)")
     parser.add_argument("--quick", action="store_true", help="small shapes and little time, to see that it works")
@@ -101,7 +104,7 @@ def _check(arguments: argparse.Namespace, layers: dict[Shape, int], error: Calla
         label = "x".join(map(str, shape))
         if not -len(shape) <= axis < len(shape):
             error(f"argument --axis: must be from {-len(shape)} to {len(shape) - 1} for shape {label}, got {axis}")
-        needed = measure.ARRAYS * math.prod(shape) * np.dtype(arguments.dtype).itemsize
+        needed = measure.ARRAYS * math.prod(shape) * measure.data_type(arguments.dtype).itemsize
         if needed > free:
             error(
                 f"argument --{'batch' if arguments.network else 'shape'}: must fit in memory; {label} needs "
@@ -141,7 +144,7 @@ def run(arguments: argparse.Namespace, error: Callable[[str], NoReturn]) -> int:
         if results:
             screen = console.Console()
             screen = console.Console(width=max(100, screen.width) if screen.is_terminal else 120)
-            exact = "float64" if arguments.dtype == "float32" else "long double"
+            exact = "long double" if arguments.dtype == "float64" else "float64"
             report.print_table(screen, [*results, *totals], names, exact, facts)
     if arguments.json:
         command = {name: value for name, value in vars(arguments).items() if not isinstance(value, Path)}

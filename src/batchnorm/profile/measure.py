@@ -7,6 +7,8 @@
   A turn is many calls, so that a small array is in the cache. It starts after a rest, because threads of an OpenMP
   runtime may spin for milliseconds after their last call and would occupy the processors of the next contestant.
 - The best time counts: whatever disturbs a call makes it longer.
+- 16-bit floats: parameters are float32. NumPy, whose own 16-bit arithmetic is slow and loses sums, has them calculated
+  in float32 and rounded, as its users do.
 - batchnorm writes to `out=`, allocated before; NumPy and torch allocate their results, as their users do.
 - A team of threads that is slower than one thread was waiting for a processor that other work had: it stalled. Such a
   row is measured again, and says so if that does not help.
@@ -63,14 +65,14 @@ class Problem(NamedTuple):
         return array[(slice(None),) * (self.axis if array.ndim > 1 else 0) + (slice(channels),)]
 
     def widened(self) -> "Problem":
-        """The first channels in the next wider dtype."""
-        dtype: Any = np.float64 if self.x.dtype == np.float32 else np.longdouble
+        """The first channels in a wider dtype."""
+        dtype: Any = np.float64 if self.x.itemsize < 8 else np.longdouble
         x, dy, gamma, beta, mean, var = (self.first_channels(array).astype(dtype) for array in self[:6])
         return Problem(x, dy, gamma, beta, mean, var, self.out, self.axis)
 
     def error(self, result: Any, exact: Array) -> float:
         """The largest difference over the largest exact value."""
-        array = result if isinstance(result, np.ndarray) else np.moveaxis(np.asarray(result), 1, self.axis)
+        array = result if isinstance(result, np.ndarray) else np.moveaxis(result.double().numpy(), 1, self.axis)
         return float(abs(self.first_channels(array) - exact).max() / (abs(exact).max() or 1))
 
     def moved(self, which: str) -> int:
@@ -82,30 +84,53 @@ def activations(shape: Shape, axis: int, dtype: str) -> Problem:
     """Random numbers like the activations of a network: each channel has an offset and a spread of its own."""
     rng = np.random.default_rng(0)
     channels, column = shape[axis], (shape[axis],) + (1,) * (len(shape) - axis - 1)
-    x, dy = (rng.standard_normal(shape, np.dtype(dtype)) for _ in range(2))
-    x *= rng.uniform(0.5, 2, column).astype(dtype)
-    x += rng.uniform(-1, 3, column).astype(dtype)
-    gamma, beta = rng.uniform(0.5, 1.5, channels).astype(dtype), rng.uniform(-0.5, 0.5, channels).astype(dtype)
+    stored = data_type(dtype)
+    full: Any = stored if stored.itemsize > 2 else np.dtype(np.float32)
+    x, dy = (rng.standard_normal(shape, full) for _ in range(2))
+    x *= rng.uniform(0.5, 2, column).astype(full)
+    x += rng.uniform(-1, 3, column).astype(full)
+    gamma, beta = rng.uniform(0.5, 1.5, channels).astype(full), rng.uniform(-0.5, 0.5, channels).astype(full)
+    x, dy = (array.astype(stored, copy=False) for array in (x, dy))
     _, saved = functional.forward(x, axis=axis)
-    return Problem(x, dy, gamma, beta, saved.mean.astype(dtype), saved.var.astype(dtype), np.empty_like(x), axis)
+    return Problem(x, dy, gamma, beta, saved.mean.astype(full), saved.var.astype(full), np.empty_like(x), axis)
+
+
+def data_type(name: str) -> np.dtype[Any]:
+    """A type that NumPy knows by itself, or bfloat16."""
+    return np.dtype(require("ml_dtypes", "profile").bfloat16 if name == "bfloat16" else name)
 
 
 def numpy_calls(problem: Problem, _threads: int = 1) -> Calls:
     x, dy, gamma, beta, mean, var, _, axis = problem
-    _, cache = reference.forward(x, gamma, beta, axis, EPS)
+
+    def full(array: Array) -> Array:
+        return array.astype(gamma.dtype, copy=False)
+
+    def stored(array: Array) -> Array:
+        return array.astype(x.dtype, copy=False)
+
+    _, cache = reference.forward(full(x), gamma, beta, axis, EPS)
     return {
-        "forward": lambda: reference.forward(x, gamma, beta, axis, EPS)[0],
-        "backward": lambda: reference.backward(dy, cache)[0],
-        "inference": lambda: reference.inference(x, mean, var, gamma, beta, axis, EPS),
+        "forward": lambda: stored(reference.forward(full(x), gamma, beta, axis, EPS)[0]),
+        "backward": lambda: stored(reference.backward(full(dy), cache)[0]),
+        "inference": lambda: stored(reference.inference(full(x), mean, var, gamma, beta, axis, EPS)),
     }
+
+
+def as_tensor(array: Array) -> Any:
+    """An array as torch sees it, which takes no bfloat16 from NumPy."""
+    torch = require("torch", "profile")
+    if array.itemsize > 2:
+        return torch.from_numpy(array)
+    return torch.from_numpy(array.view(np.uint16)).view(getattr(torch, array.dtype.name))
 
 
 def torch_calls(problem: Problem, threads: int) -> Calls:
     torch = require("torch", "profile")
     torch.set_num_threads(threads)
     # A view with the channels where torch wants them: channels-last memory stays channels-last.
-    x, dy = (torch.from_numpy(array).movedim(problem.axis, 1) for array in (problem.x, problem.dy))
-    gamma, beta, mean, var = (torch.from_numpy(array) for array in problem[2:6])
+    x, dy = (as_tensor(array).movedim(problem.axis, 1) for array in (problem.x, problem.dy))
+    gamma, beta, mean, var = map(as_tensor, problem[2:6])
     norm, grad = torch.native_batch_norm, torch.ops.aten.native_batch_norm_backward
     _, *saved = norm(x, gamma, beta, None, None, True, 0.1, EPS)
     return {
@@ -144,7 +169,10 @@ CONTESTANTS = {
 def limit(problem: Problem, threads: int) -> Calls:
     """Each pass without its arithmetic, cut for this many threads."""
     others = ThreadPoolExecutor(max(1, threads - 1))
-    x, dy, out = (np.array_split(array.reshape(-1), threads) for array in (problem.x, problem.dy, problem.out))
+    whole: Any = np.uint16 if problem.x.itemsize == 2 else problem.x.dtype  # NumPy adds 16-bit floats slowly
+    x, dy, out = (
+        np.array_split(array.view(whole).reshape(-1), threads) for array in (problem.x, problem.dy, problem.out)
+    )
 
     def split(work: Callable[[int], object]) -> None:
         running = [others.submit(work, part) for part in range(1, threads)]
