@@ -5,11 +5,9 @@ cdef struct Coefficients:
     Row centre, scale, slope, shift
 
 
-cdef inline void write(stored *p, number v, Py_ssize_t count, bint stream) noexcept nogil:
+cdef inline void write(stored *p, number v, Py_ssize_t count) noexcept nogil:
     if number is wide:
         store_wide(p, v, count)
-    elif stream:
-        stream_first(p, v, count)
     elif count == VEC:
         store_vec(p, v)
     else:
@@ -32,27 +30,33 @@ cdef inline number applied(const stored *x, const stored *dy, bint gradient, Py_
 cdef inline void apply_rows(const stored *x, const stored *dy, bint gradient, stored *out, Py_ssize_t rows,
                             Py_ssize_t stride, Py_ssize_t length, number centre, number scale, number slope,
                             number shift, const Coefficients *column, bint stream) noexcept nogil:
-    cdef Py_ssize_t r, j, first, whole, size = size_of(centre)
-    cdef bint overlaps = not stream and length > size and length % size
+    cdef Py_ssize_t r, j, start, stop, count, size = size_of(centre)
+    cdef Py_ssize_t whole = length - length % size
+    cdef bint overlaps = length > size and length % size
     cdef number last = centre
     for r in range(rows):
-        first = min(to_piece(out), length) if stream else 0
-        whole = length - (length - first) % size
-        if overlaps:        # the last vector ends with the row: it is read before its first places are written
-            last = applied(x, dy, gradient, length - size, size, centre, scale, slope, shift, column)
-        if first:
-            write(out, applied(x, dy, gradient, 0, first, centre, scale, slope, shift, column), first, False)
-        if stream:
-            for j from first <= j < whole by size:
-                write(out + j, applied(x, dy, gradient, j, size, centre, scale, slope, shift, column), size, True)
+        if number is vec and stream:
+            start = min(to_line(out), length)
+            stop = length - (length - start) % LINE
+            prefetch(out + stop)
+            prefetch(out + stride)
+            for j from start <= j < stop by size:
+                stream_vec(out + j, applied(x, dy, gradient, j, size, centre, scale, slope, shift, column))
+            j = 0 if start else stop
+            while j < length:       # before the first whole line and after the last
+                count = min(size, (start if j < start else length) - j)
+                write(out + j, applied(x, dy, gradient, j, count, centre, scale, slope, shift, column), count)
+                j = stop if j + count == start else j + count
         else:
+            if overlaps:        # the last vector ends with the row: it is read before its first places are written
+                last = applied(x, dy, gradient, length - size, size, centre, scale, slope, shift, column)
             for j from 0 <= j < whole by size:
-                write(out + j, applied(x, dy, gradient, j, size, centre, scale, slope, shift, column), size, False)
-        if overlaps:
-            write(out + length - size, last, size, False)
-        elif whole < length:
-            write(out + whole, applied(x, dy, gradient, whole, length - whole, centre, scale, slope, shift, column),
-                  length - whole, stream)
+                write(out + j, applied(x, dy, gradient, j, size, centre, scale, slope, shift, column), size)
+            if overlaps:
+                write(out + length - size, last, size)
+            elif whole < length:
+                write(out + whole, applied(x, dy, gradient, whole, length - whole, centre, scale, slope, shift, column),
+                      length - whole)
         x += stride
         dy += stride
         out += stride

@@ -58,9 +58,9 @@ cdef extern from "stored.h" nogil:
     void store_vec(stored *, vec) noexcept
     void store_wide(stored *, wide, Py_ssize_t) noexcept
     void store_first(stored *, vec, Py_ssize_t) noexcept
-    void stream_first(stored *, vec, Py_ssize_t) noexcept
+    void stream_vec(stored *, vec) noexcept
     void finish_streaming() noexcept
-    Py_ssize_t to_piece(const stored *) noexcept
+    Py_ssize_t to_line(const stored *) noexcept
     vec same_vec(double) noexcept
     wide same_wide(double) noexcept
     void add_vec(double *, vec) noexcept

@@ -28,15 +28,17 @@ typedef vec packed;
 
 #if BATCHNORM_BFLOAT16
 
-/* GCC 12 makes five instructions of each of these two conversions where the processor has one or two. */
-static inline bits lengthened(packed h)
+/* GCC 12 makes five instructions of each of these conversions where the processor has one or two. */
+static inline vec unpacked(packed h)
 {
 #if defined(__AVX512F__)
-    return (bits)_mm512_cvtepu16_epi32((__m256i)h);
+    return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)h), 16);
 #elif defined(__AVX2__)
-    return (bits)_mm256_cvtepu16_epi32((__m128i)h);
+    const __m256i high = _mm256_setr_epi8(-1, -1, 0, 1, -1, -1, 2, 3, -1, -1, 4, 5, -1, -1, 6, 7, -1, -1, 8, 9, -1, -1, 10,
+                                          11, -1, -1, 12, 13, -1, -1, 14, 15);
+    return (vec)_mm256_shuffle_epi8(_mm256_broadcastsi128_si256((__m128i)h), high);
 #else
-    return __builtin_convertvector(h, bits);
+    return (vec)(__builtin_convertvector(h, bits) << 16);
 #endif
 }
 
@@ -49,11 +51,6 @@ static inline packed shortened(bits b)
 #else
     return __builtin_convertvector(b, packed);
 #endif
-}
-
-static inline vec unpacked(packed h)
-{
-    return (vec)(lengthened(h) << 16);
 }
 
 /* What calculated v left its NaN quiet, so that cutting it off leaves a NaN. */
@@ -127,8 +124,7 @@ static inline packed pack(vec v)
 #endif
 
 enum {
-    LINE = 64 / sizeof(stored),     /* values in a line of the cache */
-    PIECE = 16 / sizeof(stored)     /* values that are stored around the cache at a time */
+    LINE = 64 / sizeof(stored)      /* values in a line of the cache */
 };
 
 static inline real value_at(const stored *p)
@@ -151,12 +147,16 @@ static inline void store_vec(stored *p, vec v)
 }
 
 #if IS_SHORT && !defined(__AVX512F__)
-/* `count` values, fewer than VEC, and zeros after them: put together in registers, because a vector that is loaded from
- * what was stored value by value waits for the stores. */
+/* `count` values, fewer than VEC, and zeros after them. */
 static inline packed few(const stored *p, ptrdiff_t count)
 {
+    packed h = {0};
+#if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+    for (int i = 0; i < (int)count; i++)
+        h[i] = p[i];
+#else
+    /* In registers, because a vector that is loaded from what was stored value by value waits for the stores. */
     uint64_t word[VEC / 4] = {0};
-    packed h;
     if (VEC > 4 && count >= 4) {
         memcpy(word, p, 8);
         memcpy(word + VEC / 4 - 1, p + count - 4, 8);
@@ -165,6 +165,7 @@ static inline packed few(const stored *p, ptrdiff_t count)
         word[0] = p[0] | (uint64_t)p[count / 2] << 16 * (count / 2) | (uint64_t)p[count - 1] << 16 * (count - 1);
     }
     memcpy(&h, word, sizeof h);
+#endif
     return h;
 }
 #endif
@@ -249,20 +250,18 @@ static inline void store_wide(stored *p, wide v, ptrdiff_t count)
     store_first(p, rounded, count);
 }
 
-/* Stores that go around the cache, in aligned pieces, for results larger than any cache: an ordinary store reads the
- * line first. */
+/* Stores that go around the cache, for results larger than any cache: an ordinary store reads the line first. A line is
+ * written in one way or the other, or the two wait for each other. */
 #if defined(__SSE2__) && BYTES > 16
 #define CAN_STREAM 1
 
-static inline void stream_first(stored *p, vec v, ptrdiff_t count)
+static inline void stream_vec(stored *p, vec v)
 {
-    stored value[VEC];
-    int i = 0;
-    store_vec(value, v);
-    for (; i + PIECE <= (int)count; i += PIECE)
-        _mm_stream_ps((float *)(p + i), _mm_loadu_ps((const float *)(value + i)));
-    for (; i < (int)count; i++)
-        p[i] = value[i];
+    packed h = pack(v);
+    __m128 piece[sizeof h / 16];
+    memcpy(piece, &h, sizeof h);
+    for (size_t i = 0; i < sizeof h / 16; i++)
+        _mm_stream_ps((float *)p + 4 * i, piece[i]);
 }
 
 /* Before another thread may read what was streamed. */
@@ -273,9 +272,9 @@ static inline void finish_streaming(void)
 #else
 #define CAN_STREAM 0
 
-static inline void stream_first(stored *p, vec v, ptrdiff_t count)
+static inline void stream_vec(stored *p, vec v)
 {
-    store_first(p, v, count);
+    store_vec(p, v);
 }
 
 static inline void finish_streaming(void)
@@ -283,10 +282,10 @@ static inline void finish_streaming(void)
 }
 #endif
 
-/* Values from p to where the next piece begins. */
-static inline ptrdiff_t to_piece(const stored *p)
+/* Values from p to where the next line begins. */
+static inline ptrdiff_t to_line(const stored *p)
 {
-    return (ptrdiff_t)(-(uintptr_t)p / sizeof(stored) % PIECE);
+    return (ptrdiff_t)(-(uintptr_t)p / sizeof(stored) % LINE);
 }
 
 #endif
