@@ -109,7 +109,6 @@ for bad in (
     "complex64",
     "complex128",
     "object",
-    "float16",
     "longdouble",
     "datetime64[s]",
 ):

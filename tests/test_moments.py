@@ -459,7 +459,7 @@ BAD = {
         ValueError,
         r"a batch must have 3 channels along axis 1, got shape \(8, 2\)",
     ),
-    "population of text": (lambda: bn.population([["1"]]), TypeError, "a batch must have dtype float32 or"),
+    "population of text": (lambda: bn.population([["1"]]), TypeError, "a batch must have dtype float64, float32"),
 }
 
 

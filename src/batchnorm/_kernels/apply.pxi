@@ -38,7 +38,7 @@ cdef inline void apply_rows(const stored *x, const stored *dy, bint gradient, st
         if number is vec and stream:
             start = min(to_line(out), length)
             stop = length - (length - start) % LINE
-            prefetch(out + stop)
+            prefetch(out + stop)        # what is written through the cache holds up the stores after it
             prefetch(out + stride)
             for j from start <= j < stop by size:
                 stream_vec(out + j, applied(x, dy, gradient, j, size, centre, scale, slope, shift, column))
