@@ -22,9 +22,11 @@ if np.lib.NumpyVersion(np.__version__) < "1.26.0":
 
 Array = NDArray[np.floating[Any]]
 
-_FLOAT16 = np.dtype(np.float16)
+_UINT16 = np.dtype(np.uint16)
 _FLOAT32 = np.dtype(np.float32)
 _FLOAT64 = np.dtype(np.float64)
+_known = {_FLOAT32, _FLOAT64, np.dtype(np.float16)}
+"""Types that need no conversion; bfloat16 joins them when it is first seen."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +61,7 @@ class Layout:
     def seen(self, array: Array) -> Array:
         """An array that fits, as the kernels see it: (N, C, S), and the bits of 16-bit values as integers."""
         if array.itemsize == 2:
-            array = array.view(np.uint16)
+            array = array.view(_UINT16)
         return array.reshape(self.view) if self.order is None else array.transpose(self.order).reshape(self.view)
 
     def empty(self, dtype: np.dtype[Any]) -> Array:
@@ -100,7 +102,7 @@ def as_float(value: ArrayLike, name: str, integers: bool = False) -> Array:
 
     Integers and booleans, where they are taken, become float64, as in NumPy's own arithmetic.
     """
-    if type(value) is np.ndarray and (value.dtype is _FLOAT32 or value.dtype is _FLOAT64 or value.dtype is _FLOAT16):
+    if type(value) is np.ndarray and value.dtype in _known:
         return value
     ma = sys.modules.get("numpy.ma")
     if ma is not None and isinstance(value, ma.MaskedArray):
@@ -117,7 +119,8 @@ def as_float(value: ArrayLike, name: str, integers: bool = False) -> Array:
     if integers and array.dtype.kind in "iub":
         return array.astype(np.float64)
     if array.dtype.kind == "V" and array.dtype.name == "bfloat16" and array.dtype.itemsize == 2:
-        return array  # of a package like ml_dtypes, which need not be imported here
+        _known.add(array.dtype)  # of a package like ml_dtypes, which need not be imported here
+        return array
     if array.dtype.kind != "f" or array.dtype.itemsize not in (2, 4, 8):
         hint = "; saved bfloat16? view it as that" if array.dtype == "V2" else ""
         raise TypeError(f"{name} must have dtype float64, float32, float16 or bfloat16, got {array.dtype}{hint}")

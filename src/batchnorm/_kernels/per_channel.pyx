@@ -45,12 +45,15 @@ cdef int fill_row(double *row, values, Py_ssize_t channels, double otherwise) ex
     if values.itemsize == 2:        # bfloat16 has no buffer
         return fill_row(row, values.astype("f4"), channels, otherwise)
     get_buffer(values, &buffer, PyBUF_STRIDED_RO, channels)
+    if buffer.strides[0] != buffer.itemsize:
+        PyBuffer_Release(&buffer)
+        return fill_row(row, values.copy(), channels, otherwise)
     at = <const char *> buffer.buf
-    for c in range(channels):
-        if buffer.itemsize == sizeof(double):
-            memcpy(row + c, at + c * buffer.strides[0], sizeof(double))
-        else:
-            memcpy(&single, at + c * buffer.strides[0], sizeof(float))
+    if buffer.itemsize == sizeof(double):
+        memcpy(row, at, channels * sizeof(double))
+    else:
+        for c in range(channels):
+            memcpy(&single, at + c * sizeof(float), sizeof(float))
             row[c] = single
     PyBuffer_Release(&buffer)
     return 0
