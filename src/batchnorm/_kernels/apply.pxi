@@ -33,7 +33,8 @@ cdef inline void apply_rows(const stored *x, const stored *dy, bint gradient, st
     cdef Py_ssize_t r, j, start, stop, count, size = size_of(centre)
     cdef Py_ssize_t whole = length - length % size
     cdef bint overlaps = length > size and length % size
-    cdef number last = centre
+    cdef Py_ssize_t pairs = length - length % (2 * size)
+    cdef number first, second, last = centre
     for r in range(rows):
         if number is vec and stream:
             start = min(to_line(out), length)
@@ -50,8 +51,13 @@ cdef inline void apply_rows(const stored *x, const stored *dy, bint gradient, st
         else:
             if overlaps:        # the last vector ends with the row: it is read before its first places are written
                 last = applied(x, dy, gradient, length - size, size, centre, scale, slope, shift, column)
-            for j from 0 <= j < whole by size:
-                write(out + j, applied(x, dy, gradient, j, size, centre, scale, slope, shift, column), size)
+            for j from 0 <= j < pairs by 2 * size:
+                first = applied(x, dy, gradient, j, size, centre, scale, slope, shift, column)
+                second = applied(x, dy, gradient, j + size, size, centre, scale, slope, shift, column)
+                write(out + j, first, size)
+                write(out + j + size, second, size)
+            if pairs < whole:
+                write(out + pairs, applied(x, dy, gradient, pairs, size, centre, scale, slope, shift, column), size)
             if overlaps:
                 write(out + length - size, last, size)
             elif whole < length:
