@@ -33,7 +33,8 @@ def shape_of(source):
 
 def values(source, shape, dtype, spread, offset):
     bits = np.frombuffer(source.data(16), np.uint64)
-    return (np.random.default_rng(bits).standard_normal(shape) * spread + offset * spread).astype(dtype)
+    with np.errstate(over="ignore", under="ignore"):
+        return (np.random.default_rng(bits).standard_normal(shape) * spread + offset * spread).astype(dtype)
 
 
 @np.errstate(invalid="ignore", over="ignore")
@@ -76,7 +77,7 @@ def remember(call):
 
 
 def target(source):
-    dtype = choose(source, ["f4", "f8"])
+    dtype = choose(source, ["f4", "f8", "f2"])
     shape = shape_of(source)
     axis = source.integer(-len(shape), len(shape) - 1)
     channels = shape[axis]
@@ -116,7 +117,10 @@ def target(source):
         assert y.shape == shape
         assert gradients.dx.shape == shape
         return "empty"
-    judge(call, x, dy, y, saved, gradients, special)
+    if dtype == "f2":
+        judge_rounding(call, dy, y, gradients)
+    else:
+        judge(call, x, dy, y, saved, gradients, special)
     return f"{dtype}{' special' if special else ''}"
 
 
@@ -152,6 +156,15 @@ def judge(call, x, dy, y, saved, gradients, special):
     )
     # If one value is all of a float64 variance, its rounding does not average out.
     oracle.assert_close(errors, x.dtype, times=2 if x.dtype == np.float64 and spread > 1e30 else 1)
+
+
+def judge_rounding(call, dy, y, gradients):
+    """16-bit results are those of float32, rounded."""
+    full, saved = bn.forward(**call | {"x": call["x"].astype("f4"), "out": None})
+    with np.errstate(over="ignore", under="ignore"):
+        assert np.array_equal(y, full.astype("f2"), equal_nan=True)
+        dx = bn.backward(dy.astype("f4"), saved).dx.astype("f2")
+    assert np.array_equal(gradients.dx, dx, equal_nan=True)
 
 
 class OfChannels:
