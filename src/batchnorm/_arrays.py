@@ -12,7 +12,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -21,6 +21,7 @@ if np.lib.NumpyVersion(np.__version__) < "1.26.0":
     raise ImportError(f"batchnorm needs NumPy 1.26 or newer, found {np.__version__}")
 
 Array = NDArray[np.floating[Any]]
+Float = TypeVar("Float", bound=np.floating[Any])
 
 _UINT16 = np.dtype(np.uint16)
 _FLOAT32 = np.dtype(np.float32)

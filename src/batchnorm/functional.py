@@ -11,13 +11,13 @@ Frameworks differ in each of these conventions:
 """
 
 from collections.abc import Collection
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from . import _arrays, _kernels, _threads
-from ._arrays import Array, Layout
+from ._arrays import Array, Float, Layout
 from ._kernels import per_channel
 from ._kernels.runtime import (
     DMEAN,
@@ -203,6 +203,30 @@ def like_x(dy: ArrayLike, saved: Saved) -> Array:
     return array
 
 
+@overload
+def forward(
+    x: NDArray[Float],
+    gamma: ArrayLike | None = None,
+    beta: ArrayLike | None = None,
+    *,
+    axis: int = 1,
+    eps: float = 1e-5,
+    moments: Moments | None = None,
+    out: NDArray[Float] | None = None,
+    num_threads: int | None = None,
+) -> tuple[NDArray[Float], Saved]: ...
+@overload
+def forward(
+    x: ArrayLike,
+    gamma: ArrayLike | None = None,
+    beta: ArrayLike | None = None,
+    *,
+    axis: int = 1,
+    eps: float = 1e-5,
+    moments: Moments | None = None,
+    out: Array | None = None,
+    num_threads: int | None = None,
+) -> tuple[Array, Saved]: ...
 def forward(
     x: ArrayLike,
     gamma: ArrayLike | None = None,
@@ -656,6 +680,32 @@ def _fixed_statistics(
     return x, layout, statistics, {"x": array, "mean": mean, "var": var, "gamma": gamma, "beta": beta}
 
 
+@overload
+def inference(
+    x: NDArray[Float],
+    mean: ArrayLike,
+    var: ArrayLike,
+    gamma: ArrayLike | None = None,
+    beta: ArrayLike | None = None,
+    *,
+    axis: int = 1,
+    eps: float = 1e-5,
+    out: NDArray[Float] | None = None,
+    num_threads: int | None = None,
+) -> NDArray[Float]: ...
+@overload
+def inference(
+    x: ArrayLike,
+    mean: ArrayLike,
+    var: ArrayLike,
+    gamma: ArrayLike | None = None,
+    beta: ArrayLike | None = None,
+    *,
+    axis: int = 1,
+    eps: float = 1e-5,
+    out: Array | None = None,
+    num_threads: int | None = None,
+) -> Array: ...
 def inference(
     x: ArrayLike,
     mean: ArrayLike,

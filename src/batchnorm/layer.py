@@ -18,10 +18,10 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any, Self, overload
 
 import numpy as np
-from numpy.typing import ArrayLike, DTypeLike
+from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from . import _arrays, functional
-from ._arrays import Array
+from ._arrays import Array, Float
 from ._kernels import per_channel
 from ._state import ARRAYS, MOST_BATCHES, State
 from .functional import Gradients, Saved
@@ -286,6 +286,12 @@ class BatchNorm:
         values = {name: np.full(self.num_features, initial[name], self.dtype) for name in self._state.names}
         self._state.replace(values, 0)
 
+    @overload
+    def __call__(
+        self, x: NDArray[Float], *, out: NDArray[Float] | None = None, num_threads: int | None = None
+    ) -> NDArray[Float]: ...
+    @overload
+    def __call__(self, x: ArrayLike, *, out: Array | None = None, num_threads: int | None = None) -> Array: ...
     def __call__(self, x: ArrayLike, *, out: Array | None = None, num_threads: int | None = None) -> Array:
         """Normalize x, and in training move the running statistics.
 

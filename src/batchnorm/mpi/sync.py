@@ -15,13 +15,13 @@ Decisions:
 """
 
 from collections.abc import Callable, Collection, Iterable
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
-from numpy.typing import ArrayLike, DTypeLike
+from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from .. import _arrays, _kernels, functional
-from .._arrays import Array
+from .._arrays import Array, Float
 from .._extras import requirements
 from ..functional import Gradients, Saved
 from ..layer import BatchNorm
@@ -140,6 +140,12 @@ class SyncBatchNorm(BatchNorm):
     def __repr__(self) -> str:
         return f"{super().__repr__()[:-1]}, reduce={self.reduce!r})"
 
+    @overload
+    def __call__(
+        self, x: NDArray[Float], *, out: NDArray[Float] | None = None, num_threads: int | None = None
+    ) -> NDArray[Float]: ...
+    @overload
+    def __call__(self, x: ArrayLike, *, out: Array | None = None, num_threads: int | None = None) -> Array: ...
     def __call__(self, x: ArrayLike, *, out: Array | None = None, num_threads: int | None = None) -> Array:
         """Normalize x, and in training move the running statistics; all ranks have to take part in training.
 

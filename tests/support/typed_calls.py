@@ -1,0 +1,24 @@
+"""What a type checker knows of calls: mypy, which nobody has to run this for, checks every line."""
+
+from typing import Any, assert_type
+
+import numpy as np
+from numpy.typing import NDArray
+
+import batchnorm as bn
+
+
+def results_have_the_type_of_x(x: NDArray[np.float32], h: NDArray[np.float16]) -> NDArray[np.float32]:
+    y, saved = bn.forward(x, out=x.copy())
+    assert_type(y, NDArray[np.float32])
+    assert_type(bn.forward(h)[0], NDArray[np.float16])
+    assert_type(bn.inference(h, [0.0], [1.0]), NDArray[np.float16])
+    assert_type(bn.BatchNorm(3)(h), NDArray[np.float16])
+    assert_type(bn.inference([[1.0]], [0.0], [1.0]), NDArray[np.floating[Any]])
+    assert_type(bn.backward(y, saved).dx, NDArray[np.floating[Any]] | None)
+    return y
+
+
+def names_that_are_imported_late(dx: NDArray[np.float32], dy: NDArray[np.float32], saved: bn.Saved) -> bool:
+    assert_type(bn.pathways(dy, saved).mean, NDArray[np.floating[Any]])
+    return bn.diagnose(dx, dy, saved).correct
