@@ -46,7 +46,7 @@ def main():
         for dtype in test_bits.DTYPES:
             test_bits.everything(view, dtype, 4)
     rng = np.random.default_rng(1)
-    inputs = [rng.standard_normal(shape).astype(dtype) for shape in SHAPES for dtype in test_bits.DTYPES]
+    inputs = [rng.standard_normal(shape).astype(dtype) for shape in SHAPES for dtype in (*test_bits.DTYPES, "f2")]
 
     def results(x):
         y, saved = bn.forward(x, num_threads=4)
