@@ -123,7 +123,7 @@ def as_float(value: ArrayLike, name: str, integers: bool = False) -> Array:
         _known.add(array.dtype)  # of a package like ml_dtypes, which need not be imported here
         return array
     if array.dtype.kind != "f" or array.dtype.itemsize not in (2, 4, 8):
-        hint = "; saved bfloat16? view it as that" if array.dtype == "V2" else ""
+        hint = f"; if that is bfloat16 from a file: {name}.view(ml_dtypes.bfloat16)" if array.dtype == "V2" else ""
         raise TypeError(f"{name} must have dtype float64, float32, float16 or bfloat16, got {array.dtype}{hint}")
     return array.astype(array.dtype.newbyteorder("="), copy=False)
 

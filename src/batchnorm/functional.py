@@ -633,7 +633,9 @@ def update_running(
         if _arrays.as_float(array, name) is not array or not array.flags.aligned:
             raise TypeError(f"{name} must be an aligned array in native byte order, because it is changed in place")
         if array.itemsize == 2:
-            raise TypeError(f"{name} must have dtype float32 or float64, because it is changed in place by small steps")
+            raise TypeError(
+                f"{name} must have dtype float32 or float64, because it moves by small steps, got {array.dtype}"
+            )
         if array.shape != (channels,):
             raise ValueError(f"{name} must have shape ({channels},), got {array.shape}")
         if not array.flags.writeable:
