@@ -18,9 +18,9 @@ a) One partition. `cut` makes tiles and blocks from the shape, the item size and
    have a fixed order, blocks are merged by a fixed tree. Threads only decide who computes a block, so the bits do not
    depend on them. Nor on the processor: nothing is reassociated or contracted, and the number of lanes is fixed.
 b) Each type in itself. float32 is calculated in float32, in sums of at most 60 values that are added up in float64,
-   and float64 in float64. 16-bit floats are float32 as soon as they are loaded and until they are stored, and the blocks
-   are those of float32: their results are float32's, rounded. Statistics are shifted by a pivot with few bits, so that the differences are exact, and
-   blocks are merged by Chan's rule (Chan, Golub, LeVeque 1983). Never E[x²] − E[x]².
+   and float64 in float64. 16-bit floats are float32 from their load to their store, in the same blocks, so their
+   results are float32's, rounded. Statistics are shifted by a pivot with few bits, so that the differences are exact,
+   and blocks are merged by Chan's rule (Chan, Golub, LeVeque 1983). Never E[x²] − E[x]².
 c) Sums that cannot be trusted, because they overflowed or because the pivot was far from the mean, are made again in
    float64 about a better one. Coefficients that do not fit the type are applied in float64. Data decides that,
    channel by channel, and nothing else.
