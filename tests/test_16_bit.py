@@ -224,6 +224,26 @@ def test_what_is_not_finite_stays_in_its_channel(dtype, value, view, rng):
 
 
 @types
+@pytest.mark.parametrize("bits", [0x7F800001, 0x7FFFFFFF, 0xFF800001, 0xFFFFFFFF, 0x7FC00000], ids=hex)
+@pytest.mark.parametrize("view", [(20, 5, 1), (4, 5, 30), (2, 5, 3)])
+def test_a_nan_is_one_whatever_its_bits(dtype, bits, view, rng):
+    x, dy, gamma, beta, *_ = data(rng, view, dtype)
+    nan = np.array([bits], np.uint32).view(np.float32)
+    others = [0, 1, 3, 4]
+    for which in range(4):
+        given = [np.zeros(5, np.float32), np.ones(5, np.float32), gamma.copy(), beta.copy()]  # mean, var, gamma, beta
+        given[which][2:3] = nan
+        y = bn.inference(x, *given).astype(np.float32)
+        assert np.isnan(y[:, 2]).all()
+        assert np.isfinite(y[:, others]).all()
+    _, saved = bn.forward(x, given[3])
+    assert np.isnan(bn.backward(dy, saved).dx[:, 2].astype(np.float32)).all()
+    with np.errstate(invalid="ignore"):  # NumPy says so of a signalling NaN
+        dx = bn.backward(dy, bn.forward(x)[1], dmean=given[3]).dx
+    assert np.isnan(dx[:, 2].astype(np.float32)).all()
+
+
+@types
 @pytest.mark.parametrize("x_dtype", ["x", "float32", "float64"])
 def test_parameters_of_16_bits(dtype, x_dtype, rng):
     """They are read exactly, and their gradients have their type."""

@@ -49,11 +49,11 @@ static inline packed shortened(bits b)
 #endif
 }
 
-/* What calculated v left its NaN quiet, so that cutting it off leaves a NaN. */
+/* A NaN stays one, because those of x and of the coefficients, and the processor's own, have zeros in the lower half. */
 static inline packed pack(vec v)
 {
     bits b = (bits)v;
-    return shortened((b + ((bits)(v == v) & (0x7fff + (b >> 16 & 1)))) >> 16);
+    return shortened((b + 0x7fff + (b >> 16 & 1)) >> 16);
 }
 
 #elif BATCHNORM_FLOAT16 && defined(__AVX512F__)

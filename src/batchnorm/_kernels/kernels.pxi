@@ -62,6 +62,7 @@ cdef extern from "stored.h" nogil:
     void stream_vec(stored *, vec) noexcept
     void finish_streaming() noexcept
     Py_ssize_t to_line(const stored *) noexcept
+    double plain(double) noexcept
     vec same_vec(double) noexcept
     wide same_wide(double) noexcept
     void add_vec(double *, vec) noexcept

@@ -133,11 +133,11 @@ cdef void spread(const double *restrict value, Py_ssize_t channels, Py_ssize_t r
     cdef Py_ssize_t c, j, length = channels * run
     if run == 1:
         for c in range(channels):
-            column[c] = <real> value[c]
+            column[c] = <real> plain(value[c])
     else:
         for c in range(channels):
             for j in range(run):
-                column[c * run + j] = <real> value[c]
+                column[c * run + j] = <real> plain(value[c])
     for j in range(length, length * group):
         column[j] = column[j - length]
     for j in range(length * group, length * group + VEC):

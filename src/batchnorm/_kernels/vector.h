@@ -91,15 +91,21 @@ static inline wide load_wide_column(const real *p)
     return widened(v);
 }
 
+/* A number, or the one NaN that has all of its digits in the upper half of a float32. */
+static inline double plain(double value)
+{
+    return value == value ? value : (double)__builtin_nanf("");
+}
+
 /* The same number in every lane; of a zero the sign, too. */
 static inline vec same_vec(double value)
 {
-    return (real)value - (vec){0};
+    return (real)plain(value) - (vec){0};
 }
 
 static inline wide same_wide(double value)
 {
-    return value - (wide){0};
+    return plain(value) - (wide){0};
 }
 
 static inline void prefetch(const void *p)
