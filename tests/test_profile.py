@@ -158,7 +158,9 @@ def test_missing_package_is_one_line_that_says_what_to_install(tmp_path, package
     (stub / "__init__.py").write_text("raise ImportError")
     options = ["--quick", "--against", "torch" if package == "torch" else "numpy", "--plot", str(tmp_path / "a.png")]
     done = run("profile", *options, path=tmp_path)
-    requirement = "torch" if package == "torch" else "'rich>=13' 'matplotlib>=3.8'"  # whatever index there is
+    requirement = (
+        "torch" if package == "torch" else "'rich>=13' 'matplotlib>=3.8' 'ml_dtypes>=0.5'"
+    )  # whatever index there is
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == (
         f"python -m batchnorm profile: {package} is missing, install it with python -m pip install {requirement}\n"

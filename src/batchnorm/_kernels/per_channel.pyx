@@ -25,6 +25,7 @@ cdef double *borrow(str name, table, Py_ssize_t rows, Py_ssize_t channels) excep
 
 
 cdef int get_buffer(values, Py_buffer *buffer, int flags, Py_ssize_t channels) except -1:
+    """ValueError also of 16-bit numbers: bfloat16 has no buffer."""
     PyObject_GetBuffer(values, buffer, flags)
     if buffer.ndim != 1 or buffer.shape[0] != channels or buffer.itemsize not in (sizeof(float), sizeof(double)):
         PyBuffer_Release(buffer)
@@ -42,9 +43,12 @@ cdef int fill_row(double *row, values, Py_ssize_t channels, double otherwise) ex
         for c in range(channels):
             row[c] = otherwise
         return 0
-    if values.itemsize == 2:        # bfloat16 has no buffer
+    try:
+        get_buffer(values, &buffer, PyBUF_STRIDED_RO, channels)
+    except ValueError:
+        if values.itemsize != 2:
+            raise
         return fill_row(row, values.astype("f4"), channels, otherwise)
-    get_buffer(values, &buffer, PyBUF_STRIDED_RO, channels)
     if buffer.strides[0] != buffer.itemsize:
         PyBuffer_Release(&buffer)
         return fill_row(row, values.copy(), channels, otherwise)
@@ -65,12 +69,15 @@ cdef int take_row(const double *row, values, Py_ssize_t channels) except -1:
     cdef Py_ssize_t c
     if values is None:
         return 0
-    if values.itemsize == 2:
+    try:
+        get_buffer(values, &buffer, PyBUF_CONTIG, channels)
+    except ValueError:
+        if values.itemsize != 2:
+            raise
         rounded = values.astype("f4")
         take_row(row, rounded, channels)
         values[...] = rounded
         return 0
-    get_buffer(values, &buffer, PyBUF_CONTIG, channels)
     for c in range(channels):
         if buffer.itemsize == sizeof(double):
             (<double *> buffer.buf)[c] = row[c]
