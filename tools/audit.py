@@ -3,7 +3,7 @@
 - Its tag is one that pip takes, its modules keep to the stable ABI that the tag names (abi3audit).
 - Nothing is grafted but libgomp, whose licence and origin are in the wheel; nothing newer than OpenMP 4.5 is asked of
   it, so that the oldest libgomp a build image may have will do.
-- It has the kernels of every level for both dtypes, the module that chooses among them, and their types.
+- It has the kernels of every level for every dtype, the modules that all of them use, and their types.
 - No sources, tests or leftovers, and small.
 """
 
@@ -16,6 +16,8 @@ from pathlib import Path
 
 SMALL = 1_100_000
 INSTALLED = 2_700_000
+ONCE = "memoryviews", "per_channel", "runtime"
+"""The modules that no level changes."""
 OPENMP_4_5 = re.compile(r"G?OMP_([1-3]\.\d|4\.[05](\.\d)?)")
 
 
@@ -63,9 +65,11 @@ def audit(wheel):
     modules = sorted(name.split(".")[0] for name in sizes if name.endswith(".so"))
     levels = sorted(name.partition("float32_")[2] for name in modules if "float32_" in name)
     assert levels in (["v2", "v3", "v4"], ["baseline"]), levels
-    kernels = [f"{dtype}_{level}" for dtype in ("float32", "float64") for level in levels]
-    assert modules == [f"batchnorm/_kernels/{name}" for name in (*kernels, "runtime")], modules
-    assert {"batchnorm/py.typed", "batchnorm/_kernels/kernels.pyi", "batchnorm/_kernels/runtime.pyi"} <= sizes.keys()
+    dtypes = "bfloat16", "float16", "float32", "float64"
+    kernels = [f"{dtype}_{level}" for dtype in dtypes for level in levels]
+    assert modules == [f"batchnorm/_kernels/{name}" for name in (*kernels, *ONCE)], modules
+    typed = {f"batchnorm/_kernels/{name}.pyi" for name in ("kernels", "per_channel", "runtime")}
+    assert typed | {"batchnorm/py.typed"} <= sizes.keys()
     return [
         f"{wheel.name}",
         f"  {size / 1e3:.0f} kB, installed {installed / 1e6:.2f} MB; levels {', '.join(levels)}; {python}-{abi}",
