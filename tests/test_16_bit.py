@@ -150,7 +150,7 @@ def test_results_are_within_half_a_step_of_the_oracle(dtype, offset, view, rng):
         got, wanted = rows(got.astype(np.float64), 1), rows(wanted, 1)
         terms = rows(terms, 1) if name == "y" else terms
         at = np.searchsorted(worth(dtype), abs(wanted), side="right") - 1
-        allowed = step[at] / 2 * (1 + 2.0**-6) + ULPS[name]["float32"] * np.spacing(terms.astype(np.float32))
+        allowed = step[at] / 2 + ULPS[name]["float32"] * np.spacing(terms.astype(np.float32))
         assert (abs(got - wanted) <= allowed).all(), name
 
 
@@ -159,17 +159,12 @@ def test_results_are_within_half_a_step_of_the_oracle(dtype, offset, view, rng):
 def test_every_arrangement_in_memory(dtype, arrangement, rng):
     if dtype != float16 and arrangement == "foreign byte order":
         pytest.skip("ml_dtypes has no such type")
-    x, dy, gamma, beta, *_ = data(rng, (6, 5, 8), dtype)
-    y, saved = bn.forward(x, gamma, beta)
-    expected = bn.backward(dy, saved)
+    x, dy, gamma, beta, x32, dy32 = data(rng, (6, 5, 8), dtype)
     arranged = ARRANGEMENTS[arrangement]
-    other_y, saved = bn.forward(arranged(x), gamma, beta)
-    gradients = bn.backward(arranged(dy), saved)
-    assert same_bits(other_y.astype(dtype), y) or arrangement not in ("C", "read-only", "every second", "backwards")
-    table = worth(dtype)
-    spacing = np.diff(table)[np.searchsorted(table, abs(y.astype(float)), side="right") - 1]
-    assert (abs(other_y.astype(float) - y.astype(float)) <= spacing).all()
-    assert abs(gradients.dx.astype(float) - expected.dx.astype(float)).max() <= 2e-2
+    y, saved = bn.forward(arranged(x), gamma, beta)
+    y32, saved32 = bn.forward(arranged(x32), gamma, beta)
+    assert same_bits(y, rounded(y32, dtype))
+    assert same_bits(bn.backward(arranged(dy), saved).dx, rounded(bn.backward(arranged(dy32), saved32).dx, dtype))
 
 
 @types
