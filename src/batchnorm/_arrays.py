@@ -9,7 +9,7 @@ misaligned) are copied.
 import math
 import operator
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, TypeVar
@@ -145,6 +145,16 @@ def lay_out(x: Array, axis: int) -> tuple[Array, Layout]:
     return (x, layout) if layout.fits(x) else (layout.copy(x), layout)
 
 
+def as_like(value: ArrayLike, name: str, x: Array) -> Array:
+    """The argument as an array of x's shape and dtype."""
+    array = as_float(value, name)
+    if array.shape != x.shape:
+        raise ValueError(f"{name} must have the shape of x, {x.shape}, got {array.shape}")
+    if array.dtype != x.dtype:
+        raise TypeError(f"{name} must have the dtype of x, {x.dtype}, got {array.dtype}")
+    return array
+
+
 def as_channels(value: ArrayLike, name: str, channels: int, layout: Layout | None = None) -> Array:
     """The argument as an array with one number per channel; integers become float64."""
     if type(value) is np.ndarray and (value.dtype is _FLOAT32 or value.dtype is _FLOAT64):
@@ -175,7 +185,7 @@ def as_index(value: int, name: str) -> int:
         raise TypeError(f"{name} must be an integer, got {type(value).__name__}") from None
 
 
-def _as_number(value: float, name: str) -> float:
+def as_number(value: float, name: str) -> float:
     if isinstance(value, np.ndarray) and value.ndim == 0:
         value = value[()]
     if not isinstance(value, (float, int, np.floating, np.integer)):
@@ -184,14 +194,14 @@ def _as_number(value: float, name: str) -> float:
 
 
 def as_eps(eps: float) -> float:
-    value = eps if type(eps) is float else _as_number(eps, "eps")
+    value = eps if type(eps) is float else as_number(eps, "eps")
     if not 0 <= value < math.inf:
         raise ValueError(f"eps must be finite and at least 0, got {value}")
     return value
 
 
 def as_momentum(momentum: float, weighs: str = "new batch") -> float:
-    value = _as_number(momentum, "momentum")
+    value = as_number(momentum, "momentum")
     if not 0 <= value <= 1:
         raise ValueError(f"momentum, the weight of the {weighs}, must be between 0 and 1, got {value}")
     return value
@@ -214,7 +224,7 @@ def _is_elsewhere(base: Any, out: Array) -> bool:
     return type(base) is np.ndarray and base is not out and bool(base.flags.owndata)
 
 
-def check_overlap(out: Array, inputs: Mapping[str, Any], may_be_same: str = "") -> None:
+def check_overlap(out: Array, inputs: Mapping[str, Any], may_be_same: Collection[str] = ()) -> None:
     """`out` must not share memory with an input, unless it is that very input and the result is written in step."""
     owner = out.flags.owndata
     for name, array in inputs.items():
@@ -223,6 +233,6 @@ def check_overlap(out: Array, inputs: Mapping[str, Any], may_be_same: str = "") 
         if not np.shares_memory(out, array):
             continue
         same = out.__array_interface__["data"] == array.__array_interface__["data"] and out.strides == array.strides
-        if not (name == may_be_same and same and out.shape == array.shape and out.dtype == array.dtype):
-            allowed = f" (out={name} itself is allowed)" if name == may_be_same else ""
+        if not (name in may_be_same and same and out.shape == array.shape and out.dtype == array.dtype):
+            allowed = f" (out={name} itself is allowed)" if name in may_be_same else ""
             raise ValueError(f"out must not overlap {name}{allowed}")

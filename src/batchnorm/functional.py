@@ -11,12 +11,13 @@ Frameworks differ in each of these conventions:
 """
 
 from collections.abc import Collection
-from typing import Any, NamedTuple, NoReturn, overload
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from . import _arrays, _kernels, _threads
+from . import _activation, _arrays, _kernels, _threads
+from ._activation import Activation
 from ._arrays import Array, Float, Layout
 from ._kernels import per_channel
 from ._kernels.runtime import (
@@ -39,24 +40,40 @@ from ._kernels.runtime import (
 )
 from .moments import GradientSums, Moments
 
+if TYPE_CHECKING:
+    from ._kernels.kernels import Bits, Limits
+
 _NEED = ("dx", "dgamma", "dbeta")
-_INFERENCE_NEED = (*_NEED, "dmean", "dvar")
+_INFERENCE_NEED = (*_NEED, "dadd", "dmean", "dvar")
 _THROUGH = ("mean", "variance")
+_NOTHING = None, None, None
+"""After the normalization: no activation, no residual."""
 
 
 def _shape_and_dtype(array: Array | None) -> str:
     return "None" if array is None else f"<{array.dtype} {array.shape}>"
 
 
-class Gradients(NamedTuple):
-    """Gradients with respect to x, gamma and beta; None where not asked for or where there is no such parameter."""
-
+class _Gradients(NamedTuple):
     dx: Array | None
     dgamma: Array | None
     dbeta: Array | None
 
+
+class Gradients(_Gradients):
+    """Gradients with respect to x, gamma and beta; None where not asked for or where there is no such parameter.
+
+    The attribute `dadd` is the one with respect to `add`.
+    """
+
+    dadd: Array | None = None
+
+    def _shown(self, *more: str) -> str:
+        names = *_NEED, *more, *(("dadd",) if self.dadd is not None else ())
+        return f"{type(self).__name__}({', '.join(f'{name}={_shape_and_dtype(getattr(self, name))}' for name in names)})"
+
     def __repr__(self) -> str:
-        return f"Gradients({', '.join(f'{name}={_shape_and_dtype(getattr(self, name))}' for name in _NEED)})"
+        return self._shown()
 
 
 class InferenceGradients(Gradients):
@@ -66,14 +83,13 @@ class InferenceGradients(Gradients):
     dvar: Array | None = None
 
     def __repr__(self) -> str:
-        names = ", ".join(f"{name}={_shape_and_dtype(getattr(self, name))}" for name in _INFERENCE_NEED)
-        return f"InferenceGradients({names})"
+        return self._shown("dmean", "dvar")
 
 
 class Saved:
     """What `forward` leaves for `backward`: a reference to x (not a copy) and a few float64 numbers per channel.
 
-    x must not change until `backward` has run. Its values are not checked; its shape, strides and dtype are checked
+    After an addition and an activation there is one more bit per value. x must not change until `backward` has run. Its values are not checked; its shape, strides and dtype are checked
     whenever x is used. The object itself cannot be changed.
 
     Attributes
@@ -91,9 +107,11 @@ class Saved:
         The scale that `forward` was given; 1 where it was None. Read-only.
     mean_low : ndarray of float64, shape (C,)
         Low-order part of μ: x − mean − mean_low keeps the digits of float64 data far from 0. Read-only.
+    activation : str or tuple, or None
+        As it was given.
     """
 
-    __slots__ = ("_count", "_dtypes", "_eps", "_layout", "_statistics", "_strides", "_x")
+    __slots__ = ("_added", "_closed", "_count", "_dtypes", "_eps", "_layout", "_limits", "_statistics", "_strides", "_x")
 
     def __init__(
         self,
@@ -103,6 +121,9 @@ class Saved:
         statistics: NDArray[np.float64],
         dtypes: tuple[np.dtype[Any], np.dtype[Any] | None, np.dtype[Any] | None],
         count: int,
+        limits: "Limits | None" = None,
+        added: bool = False,
+        closed: "Bits | None" = None,
     ) -> None:
         self._x = x
         self._strides = x.strides
@@ -111,9 +132,13 @@ class Saved:
         self._statistics = statistics
         self._dtypes = dtypes
         self._count = count
+        self._limits = limits
+        self._added = added
+        self._closed = closed
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _restored, (self.x, self._eps, self._layout, self._statistics, self._dtypes, self._count)
+        after = self._limits, self._added, self._closed
+        return _restored, (self.x, self._eps, self._layout, self._statistics, self._dtypes, self._count, *after)
 
     @property
     def x(self) -> Array:
@@ -139,6 +164,10 @@ class Saved:
     @property
     def count(self) -> int:
         return self._count
+
+    @property
+    def activation(self) -> Activation | None:
+        return _activation.activation_of(self._limits)
 
     def _row(self, row: int) -> NDArray[np.float64]:
         self._statistics.flags.writeable = False  # or a view could be made writeable again
@@ -173,7 +202,8 @@ class Saved:
         )
 
     def __repr__(self) -> str:
-        return f"Saved(x={_shape_and_dtype(self._x)}, axis={self.axis}, eps={self._eps}, count={self.count})"
+        after = "" if self._limits is None else f", activation={self.activation!r}"
+        return f"Saved(x={_shape_and_dtype(self._x)}, axis={self.axis}, eps={self._eps}, count={self.count}{after})"
 
 
 def _restored(x: Array, eps: float, layout: Layout, *rest: Any) -> Saved:
@@ -212,6 +242,8 @@ def forward(
     axis: int = 1,
     eps: float = 1e-5,
     moments: Moments | None = None,
+    activation: Activation | None = None,
+    add: ArrayLike | None = None,
     out: NDArray[Float] | None = None,
     num_threads: int | None = None,
 ) -> tuple[NDArray[Float], Saved]: ...
@@ -224,6 +256,8 @@ def forward(
     axis: int = 1,
     eps: float = 1e-5,
     moments: Moments | None = None,
+    activation: Activation | None = None,
+    add: ArrayLike | None = None,
     out: Array | None = None,
     num_threads: int | None = None,
 ) -> tuple[Array, Saved]: ...
@@ -235,13 +269,16 @@ def forward(
     axis: int = 1,
     eps: float = 1e-5,
     moments: Moments | None = None,
+    activation: Activation | None = None,
+    add: ArrayLike | None = None,
     out: Array | None = None,
     num_threads: int | None = None,
 ) -> tuple[Array, Saved]:
     """Normalize with the statistics of this batch: y = gamma·(x − μ)/√(σ² + eps) + beta.
 
     μ = Σx/n and σ² = Σ(x − μ)²/n over all axes but the channel axis, with n values per channel. σ² is the
-    biased variance.
+    biased variance. In the same pass over x, `add` and `activation` make it y = act(gamma·(x − μ)/√(σ² + eps) + beta +
+    add).
 
     Parameters
     ----------
@@ -256,8 +293,12 @@ def forward(
     moments : Moments, optional
         Statistics to normalize with in place of x's own: those of a larger batch that x is a part of (`Moments.of`
         each part, added up), or of any other set of values. With the moments of x itself y is the same, bit for bit.
+    activation : "relu", ("leaky_relu", slope) or ("clip", low, high), optional
+        act(v) is max(v, 0), v where v > 0 else slope·v, or v between the bounds low < high. NaN stays NaN.
+    add : array_like, optional
+        A residual, of x's shape and dtype, added before the activation.
     out : ndarray, optional
-        Where to write y; of x's shape and dtype, sharing no memory with the inputs.
+        Where to write y; of x's shape and dtype. `out=add` is allowed, other overlaps with the inputs are not.
     num_threads : int, optional
         Threads for this call. Its results do not depend on it.
 
@@ -273,8 +314,8 @@ def forward(
     TypeError
         If x has another dtype, or another argument is not of numbers.
     ValueError
-        If a shape, `axis`, `eps` or `moments` does not fit, or `out` is read-only or overlaps an input. Nothing is
-        written then.
+        If a shape, `axis`, `eps`, `moments` or `activation` does not fit, or `out` is read-only or overlaps an input.
+        Nothing is written then.
 
     Notes
     -----
@@ -309,12 +350,15 @@ def forward(
     eps = _arrays.as_eps(eps)
     if moments is not None:
         _check_moments(moments, layout)
+    residual, after = None, _NOTHING
+    if activation is not None or add is not None:
+        residual, after = _after(activation, add, x, layout)
     threads = _threads.threads_for(x.size, num_threads)
     if out is None:
         y = layout.empty(dtype)
     else:
         _arrays.check_out(out, x.shape, dtype)
-        _arrays.check_overlap(out, {"x": given, "gamma": gamma, "beta": beta})
+        _arrays.check_overlap(out, {"x": given, "gamma": gamma, "beta": beta, "add": residual}, ("add",))
         y = layout.room(out, dtype)
     statistics = np.empty((STATISTICS_ROWS, channels))
     kernels = _kernels.of_type[dtype.char]
@@ -323,15 +367,28 @@ def forward(
             statistics, channels, moments.mean, moments.m2, gamma, beta, eps, moments.mean_low, max(1, moments.count)
         )
         if x.size:
-            kernels.normalize(layout.seen(x), layout.seen(y), statistics, threads)
+            kernels.normalize(layout.seen(x), layout.seen(y), statistics, threads, *after)
     elif x.size:
-        kernels.forward(layout.seen(x), layout.seen(y), statistics, gamma, beta, eps, threads)
+        kernels.forward(layout.seen(x), layout.seen(y), statistics, gamma, beta, eps, threads, *after)
     else:
         statistics[...] = 0
     if out is not None:
         y = _arrays.deliver(y, out)
     dtypes = (dtype, None if gamma is None else gamma.dtype, None if beta is None else beta.dtype)
-    return y, Saved(x, eps, layout, statistics, dtypes, layout.values if moments is None else moments.count)
+    count = layout.values if moments is None else moments.count
+    return y, Saved(x, eps, layout, statistics, dtypes, count, after[0], residual is not None, after[2])
+
+
+def _after(
+    activation: Activation | None, add: ArrayLike | None, x: Array, layout: Layout, noted: bool = True
+) -> tuple[Array | None, "tuple[Limits | None, Array | None, Bits | None]"]:
+    """The residual, and what the kernels take: limits, residual and where to note that the activation is closed."""
+    limits = _activation.as_limits(activation)
+    if add is None:
+        return None, (limits, None, None)
+    residual = _arrays.as_like(add, "add", x)
+    closed = _activation.empty_bits(x.size) if noted and limits is not None else None
+    return residual, (limits, layout.seen(layout.bring(residual)), closed)
 
 
 def _check_moments(moments: Moments, layout: Layout) -> None:
@@ -355,12 +412,16 @@ def backward(
     out: Array | None = None,
     num_threads: int | None = None,
 ) -> Gradients:
-    """Gradients of `forward`: dx = gamma·rstd·(dy − dbeta/n − xhat·dgamma/n).
+    """Gradients of `forward`: dx = gamma·rstd·(dy − dbeta/n − xhat·dgamma/n), where dy stands for dy·act′.
 
     dbeta = Σdy and dgamma = Σdy·xhat over all axes but the channel axis, with xhat = (x − μ)·rstd and
     rstd = 1/√(σ² + eps). The gradient goes through the batch's mean and variance too: it is the sum of a direct path,
     dy·gamma·rstd, one through the mean, −gamma·rstd·dbeta/n, and one through the variance,
     −gamma·rstd·xhat·dgamma/n.
+
+    After an activation dy·act′ takes the place of dy everywhere. For ReLU act′ is 0 where its argument is at most 0,
+    else 1; for leaky ReLU it is the slope there; for clip it is 0 at and beyond both bounds. The residual that `forward`
+    added has the gradient dadd = dy·act′.
 
     Parameters
     ----------
@@ -377,7 +438,7 @@ def backward(
     sums : GradientSums, optional
         Sums over all values that were normalized with the `moments` given to `forward`, in place of those of dy alone:
         `grad_sums` of each part, added up. dgamma and dbeta are then those of all parts.
-    need : {"dx", "dgamma", "dbeta"} or collection of them, optional
+    need : {"dx", "dgamma", "dbeta", "dadd"} or collection of them, optional
         The gradients to compute, all by default; the others are None.
     out : ndarray, optional
         Where to write dx; of x's shape and dtype. `out=dy` is allowed, other overlaps are not.
@@ -387,8 +448,8 @@ def backward(
     Returns
     -------
     Gradients
-        A named tuple (dx, dgamma, dbeta). dx has x's dtype and order in memory; dgamma and dbeta have the dtypes of
-        gamma and beta, and are None where those were None.
+        A named tuple (dx, dgamma, dbeta) with the attribute dadd. dx and dadd have x's dtype and order in memory;
+        dgamma and dbeta have the dtypes of gamma and beta. Those of arguments that were None are None.
 
     Raises
     ------
@@ -449,7 +510,7 @@ def backward(
         _check_sums(sums, saved)
         table[SUM_DY : SUM_DY_XMU + 1] = sums._table
     if need is not _NEED:
-        need = _names(need, "need", _NEED)
+        need = _names(need, "need", (*_NEED, "dadd"))
     return _backward(dy, saved, paths, need, table, out, num_threads, sums is not None)
 
 
@@ -467,12 +528,12 @@ def _check_out(out: Array, need: Collection[str], x: Array, dy: Array) -> None:
     if "dx" not in need:
         raise ValueError(f"out is where dx goes, but need does not name it: {need!r}")
     _arrays.check_out(out, x.shape, x.dtype)
-    _arrays.check_overlap(out, {"x": x, "dy": dy}, may_be_same="dy")
+    _arrays.check_overlap(out, {"x": x, "dy": dy}, ("dy",))
 
 
 def check_backward(dy: ArrayLike, saved: Saved, need: Collection[str], out: Array | None) -> None:
     """Refuse what `backward` would refuse."""
-    need, dy = _names(need, "need", _NEED), like_x(dy, saved)
+    need, dy = _names(need, "need", (*_NEED, "dadd")), like_x(dy, saved)
     if out is not None:
         _check_out(out, need, saved.x, dy)
 
@@ -494,6 +555,12 @@ def _backward(
     threads = _threads.threads_for(size, num_threads)
     if out is not None:
         _check_out(out, need, x, dy)
+    limits, dadd = saved._limits, None
+    if limits is not None and saved._closed is not None:
+        dadd = dy = _pass_back(dy, saved._closed, limits, layout, threads)
+        limits = None
+    elif saved._added:
+        dadd = layout.copy(dy)  # because dx may be written over dy
     dx = dgamma = dbeta = None
     if "dx" in need:
         dx = layout.empty(dtype) if out is None else layout.room(out, dtype)
@@ -509,14 +576,48 @@ def _backward(
     if summed:
         per_channel.channel_gradients(statistics, table, dgamma, dbeta)
         if dx is not None and size:
-            kernels.grad_apply(*views, layout.seen(dx), statistics, table, paths, count, threads)
+            kernels.grad_apply(*views, layout.seen(dx), statistics, table, paths, count, threads, limits)
     elif dx is None:
-        kernels.grad_sums(*views, statistics, table, dgamma, dbeta, threads)
+        kernels.grad_sums(*views, statistics, table, dgamma, dbeta, threads, limits)
     else:
-        kernels.backward(*views, layout.seen(dx), statistics, table, dgamma, dbeta, paths, count, threads)
+        kernels.backward(*views, layout.seen(dx), statistics, table, dgamma, dbeta, paths, count, threads, limits)
     if dx is not None and out is not None:
         dx = _arrays.deliver(dx, out)
-    return tuple.__new__(Gradients, (dx, dgamma, dbeta))  # in half the time of Gradients(…)
+    gradients = tuple.__new__(Gradients, (dx, dgamma, dbeta))  # in half the time of Gradients(…)
+    if dadd is not None and (need is _NEED or "dadd" in need):
+        gradients.dadd = dadd
+    return gradients
+
+
+def _pass_back(dy: Array, closed: "Bits", limits: "Limits", layout: Layout, threads: int) -> Array:
+    """dy·act′, where it has been noted where the activation is closed."""
+    passed = layout.empty(dy.dtype)
+    if dy.size:
+        kernels = _kernels.of_type[dy.dtype.char]
+        kernels.pass_back(layout.seen(layout.bring(dy)), closed, layout.seen(passed), limits, threads)
+    return passed
+
+
+def _closed_at(
+    x: Array, layout: Layout, statistics: NDArray[np.float64], limits: "Limits", add: Array | None, threads: int
+) -> "Bits":
+    """Where the activation is closed, from a forward pass with statistics that are known."""
+    closed = _activation.empty_bits(x.size)
+    if x.size:
+        views = layout.seen(x), layout.seen(layout.empty(x.dtype))
+        _kernels.of_type[x.dtype.char].normalize(*views, statistics, threads, limits, add, closed)
+    return closed
+
+
+def upstream(dy: ArrayLike, saved: Saved) -> Array:
+    """The gradient of what is normalized: dy·act′."""
+    dy, layout, limits, closed = like_x(dy, saved), saved._layout, saved._limits, saved._closed
+    if limits is None:
+        return dy
+    threads = _threads.threads_for(dy.size, None)
+    if closed is None:
+        closed = _closed_at(saved.x, layout, saved._statistics, limits, None, threads)
+    return _pass_back(dy, closed, limits, layout, threads)
 
 
 def grad_sums(dy: ArrayLike, saved: Saved, *, num_threads: int | None = None) -> GradientSums:
@@ -556,14 +657,16 @@ def grad_sums(dy: ArrayLike, saved: Saved, *, num_threads: int | None = None) ->
     """
     if not isinstance(saved, Saved):
         raise TypeError(f"saved must be what forward returned, got {type(saved).__name__}")
-    x, layout = saved.x, saved._layout
+    x, layout, limits = saved.x, saved._layout, saved._limits
     dy = like_x(dy, saved)
     table = np.zeros((GRADIENT_ROWS, layout.view[1]))
     if x.size:
         threads = _threads.threads_for(x.size, num_threads)
+        if limits is not None and saved._closed is not None:
+            dy, limits = _pass_back(dy, saved._closed, limits, layout, threads), None
         kernels = _kernels.of_type[x.dtype.char]
         views = layout.seen(layout.bring(dy)), layout.seen(x)
-        kernels.grad_sums(*views, saved._statistics, table, None, None, threads)
+        kernels.grad_sums(*views, saved._statistics, table, None, None, threads, limits)
     return GradientSums(layout.values, table[SUM_DY], table[SUM_DY_XMU])
 
 
@@ -692,6 +795,8 @@ def inference(
     *,
     axis: int = 1,
     eps: float = 1e-5,
+    activation: Activation | None = None,
+    add: ArrayLike | None = None,
     out: NDArray[Float] | None = None,
     num_threads: int | None = None,
 ) -> NDArray[Float]: ...
@@ -705,6 +810,8 @@ def inference(
     *,
     axis: int = 1,
     eps: float = 1e-5,
+    activation: Activation | None = None,
+    add: ArrayLike | None = None,
     out: Array | None = None,
     num_threads: int | None = None,
 ) -> Array: ...
@@ -717,10 +824,12 @@ def inference(
     *,
     axis: int = 1,
     eps: float = 1e-5,
+    activation: Activation | None = None,
+    add: ArrayLike | None = None,
     out: Array | None = None,
     num_threads: int | None = None,
 ) -> Array:
-    """Normalize with given statistics: y = gamma·(x − mean)/√(var + eps) + beta.
+    """Normalize with given statistics: y = act(gamma·(x − mean)/√(var + eps) + beta + add).
 
     Parameters
     ----------
@@ -734,8 +843,10 @@ def inference(
         The channel axis.
     eps : float, default 1e-5
         Added to the variance, under the root; finite, at least 0. A channel with var + eps = 0 gives beta.
+    activation, add
+        As in `forward`.
     out : ndarray, optional
-        Where to write y; of x's shape and dtype. `out=x` is allowed, other overlaps are not.
+        Where to write y; of x's shape and dtype. `out=x` and `out=add` are allowed, other overlaps are not.
     num_threads : int, optional
         Threads for this call. Its results do not depend on it.
 
@@ -763,13 +874,16 @@ def inference(
            [ 0.5,  6. ]])
     """
     x, layout, statistics, given = _fixed_statistics(x, mean, var, gamma, beta, axis, eps)
+    after = _NOTHING
+    if activation is not None or add is not None:
+        given["add"], after = _after(activation, add, x, layout, noted=False)
     threads = _threads.threads_for(x.size, num_threads)
     if out is not None:
         _arrays.check_out(out, x.shape, x.dtype)
-        _arrays.check_overlap(out, given, may_be_same="x")
+        _arrays.check_overlap(out, given, ("x", "add"))
     y = layout.empty(x.dtype) if out is None else layout.room(out, x.dtype)
     if x.size:
-        _kernels.of_type[x.dtype.char].normalize(layout.seen(x), layout.seen(y), statistics, threads)
+        _kernels.of_type[x.dtype.char].normalize(layout.seen(x), layout.seen(y), statistics, threads, *after)
     return y if out is None else _arrays.deliver(y, out)
 
 
@@ -780,8 +894,11 @@ def inference_backward(
     var: ArrayLike,
     gamma: ArrayLike | None = None,
     *,
+    beta: ArrayLike | None = None,
     axis: int = 1,
     eps: float = 1e-5,
+    activation: Activation | None = None,
+    add: ArrayLike | None = None,
     need: Collection[str] = _NEED,
     out: Array | None = None,
     num_threads: int | None = None,
@@ -789,16 +906,17 @@ def inference_backward(
     """Gradients of `inference`: dx = dy·gamma·rstd, because the statistics do not depend on x.
 
     dbeta = Σdy and dgamma = Σdy·(x − mean)·rstd over all axes but the channel axis, with rstd = 1/√(var + eps). The
-    statistics have gradients too: dmean = −gamma·rstd·dbeta and dvar = −½·gamma·rstd²·dgamma.
+    statistics have gradients too: dmean = −gamma·rstd·dbeta and dvar = −½·gamma·rstd²·dgamma. After an activation
+    dy·act′ takes the place of dy everywhere, as in `backward`.
 
     Parameters
     ----------
     dy : array_like
         Upstream gradient, of x's shape and dtype.
-    x, mean, var, gamma, axis, eps
-        As given to `inference`.
-    need : {"dx", "dgamma", "dbeta", "dmean", "dvar"} or collection of them, optional
-        The gradients to compute, the first three by default; the others are None.
+    x, mean, var, gamma, beta, axis, eps, activation, add
+        As given to `inference`. beta and add matter only to an activation.
+    need : {"dx", "dgamma", "dbeta", "dadd", "dmean", "dvar"} or collection of them, optional
+        The gradients to compute, the first three by default, and dadd where there is `add`; the others are None.
     out : ndarray, optional
         Where to write dx; of x's shape and dtype. `out=dy` is allowed, other overlaps are not.
     num_threads : int, optional
@@ -807,7 +925,7 @@ def inference_backward(
     Returns
     -------
     InferenceGradients
-        A named tuple (dx, dgamma, dbeta) with the attributes dmean and dvar. dgamma and dbeta have gamma's dtype; where
+        A named tuple (dx, dgamma, dbeta) with the attributes dadd, dmean and dvar. dgamma and dbeta have gamma's dtype; where
         gamma is None, x's, but at least float32. dmean and dvar have those of mean and var.
 
     Raises
@@ -825,12 +943,19 @@ def inference_backward(
     >>> bn.inference_backward(dy, x, mean=[2.0], var=[4.0], gamma=[3.0], eps=0.0, need="dmean").dmean
     array([-4.5])
     """
-    x, layout, statistics, given = _fixed_statistics(x, mean, var, gamma, None, axis, eps)
+    x, layout, statistics, given = _fixed_statistics(x, mean, var, gamma, beta, axis, eps)
+    limits = closed = None
+    if activation is not None or add is not None:
+        given["add"], (limits, residual, _) = _after(activation, add, x, layout, noted=False)
+        if limits is not None and residual is not None:
+            threads = _threads.threads_for(x.size, num_threads)
+            closed = _closed_at(x, layout, statistics, limits, residual, threads)
     if out is not None:
         _arrays.check_overlap(out, given)
     full = x.dtype if x.itemsize > 2 else np.dtype(np.float32)
     dtype = full if given["gamma"] is None else given["gamma"].dtype
-    saved = Saved(x, eps, layout, statistics, (x.dtype, dtype, dtype), layout.values)
+    dtypes = x.dtype, dtype, dtype
+    saved = Saved(x, eps, layout, statistics, dtypes, layout.values, limits, add is not None, closed)
     table = np.empty((GRADIENT_ROWS, layout.view[1]))
     if need is not _NEED:
         need = _names(need, "need", _INFERENCE_NEED)

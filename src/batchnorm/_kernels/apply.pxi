@@ -1,8 +1,15 @@
 # ---- Apply: write one block -----------------------------------------------------------------------------------------
 # One loop writes y and dx, for both layouts. A value is read before its place is written, so that out may be an input.
 
-cdef struct Coefficients:
-    Row centre, scale, slope, shift
+cdef struct Operands:               # whole arrays, and what is done to their values
+    const stored *x
+    const stored *dy
+    const stored *add
+    stored *out
+    unsigned char *closed
+    Activation act
+    bint plain                      # nothing is added to y, and it has no activation
+    bint sloped                     # dx depends on x
 
 
 cdef inline void write(stored *p, number v, Py_ssize_t count) noexcept nogil:
@@ -14,27 +21,61 @@ cdef inline void write(stored *p, number v, Py_ssize_t count) noexcept nogil:
         store_first(p, v, count)
 
 
-cdef inline number applied(const stored *x, const stored *dy, bint gradient, Py_ssize_t j, Py_ssize_t count,
-                           number centre, number scale, number slope, number shift,
-                           const Coefficients *column) noexcept nogil:
-    """y, or dx, at `count` places from j on; each column has coefficients of its own where they are given."""
-    cdef number value = load(x + j, count, centre)
-    if column != NULL:
-        centre, scale = column_at(column.centre.at + j, centre), column_at(column.scale.at + j, centre)
-        slope, shift = column_at(column.slope.at + j, centre), column_at(column.shift.at + j, centre)
+cdef void note_closed(const Activation *act, number pre, Py_ssize_t count, unsigned char *closed, Py_ssize_t at,
+                      Py_ssize_t first, Py_ssize_t stop) noexcept nogil:
+    """Set the bits of `count` places from `at` on, of the row from first to stop, where the activation is closed."""
+    cdef unsigned found = at_most_bits(pre, everywhere(act.low, pre))
+    if act.bounded:
+        found |= at_most_bits(everywhere(act.high, pre), pre)
+    set_closed(closed, at, found & ((1u << count) - 1), first, stop)
+
+
+cdef inline number calculated(const Operands *o, bint gradient, bint plain, Py_ssize_t i, Py_ssize_t j,
+                              Py_ssize_t count, Py_ssize_t length, const number *k) noexcept nogil:
+    """y, or dx, at `count` places from j on of the row at i."""
+    cdef number pre, dy, x = load(o.x + i + j, count, k[CENTRE])
     if gradient:
-        return dx_of(load(dy + j, count, centre), value, centre, scale, slope, shift)
-    return y_of(value, centre, scale, shift)
+        dy = load(o.dy + i + j, count, k[CENTRE])
+        if not plain and o.act.on:
+            dy = passed(dy, written(x, k, &o.act), &o.act)
+            x = x if o.sloped else k[CENTRE]
+        return dx_of(dy, x, k)
+    pre = y_of(x, k)
+    if plain:
+        return pre
+    if o.add != NULL:
+        pre += load(o.add + i + j, count, k[CENTRE])
+    if o.act.on:
+        pre = rounded(pre)
+        if o.closed != NULL:
+            note_closed(&o.act, pre, count, o.closed, i + j, i, i + length)
+        return activated(pre, &o.act)
+    return pre
 
 
-cdef inline void apply_rows(const stored *x, const stored *dy, bint gradient, stored *out, Py_ssize_t rows,
-                            Py_ssize_t stride, Py_ssize_t length, number centre, number scale, number slope,
-                            number shift, const Coefficients *column, bint stream) noexcept nogil:
-    cdef Py_ssize_t r, j, start, stop, count, size = size_of(centre)
+cdef inline number applied(const Operands *o, bint gradient, bint plain, Py_ssize_t i, Py_ssize_t j, Py_ssize_t count,
+                           Py_ssize_t length, const number *k, const Row *column) noexcept nogil:
+    """The same, where each column may have coefficients of its own."""
+    cdef number own[COEFFICIENTS]
+    if column == NULL:
+        return calculated(o, gradient, plain, i, j, count, length, k)
+    own[CENTRE] = column_at(column[CENTRE].at + j, k[CENTRE])
+    own[SCALE] = column_at(column[SCALE].at + j, k[CENTRE])
+    own[SHIFT] = column_at(column[SHIFT].at + j, k[CENTRE])
+    own[SLOPE] = column_at(column[SLOPE].at + j, k[CENTRE])
+    own[OFFSET] = column_at(column[OFFSET].at + j, k[CENTRE])
+    return calculated(o, gradient, plain, i, j, count, length, own)
+
+
+cdef inline void apply_rows(const Operands *o, bint gradient, bint plain, Py_ssize_t i, Py_ssize_t rows,
+                            Py_ssize_t stride, Py_ssize_t length, const number *k, const Row *column,
+                            bint stream) noexcept nogil:
+    cdef Py_ssize_t r, j, start, stop, count, size = size_of(k[CENTRE])
     cdef Py_ssize_t whole = length - length % size
     cdef bint overlaps = length > size and length % size
     cdef Py_ssize_t pairs = length - length % (2 * size)
-    cdef number first, second, last = centre
+    cdef number first, second, last = k[CENTRE]
+    cdef stored *out = o.out + i
     for r in range(rows):
         if number is vec and stream:
             start = min(to_line(out), length)
@@ -42,82 +83,95 @@ cdef inline void apply_rows(const stored *x, const stored *dy, bint gradient, st
             prefetch(out + stop)        # what is written through the cache holds up the stores after it
             prefetch(out + stride)
             for j from start <= j < stop by size:
-                stream_vec(out + j, applied(x, dy, gradient, j, size, centre, scale, slope, shift, column))
+                stream_vec(out + j, applied(o, gradient, plain, i, j, size, length, k, column))
             j = 0 if start else stop
             while j < length:       # before the first whole line and after the last
                 count = min(size, (start if j < start else length) - j)
-                write(out + j, applied(x, dy, gradient, j, count, centre, scale, slope, shift, column), count)
+                write(out + j, applied(o, gradient, plain, i, j, count, length, k, column), count)
                 j = stop if j + count == start else j + count
+        elif number is wide:        # rare, so short
+            for j from 0 <= j < length by size:
+                count = min(size, length - j)
+                write(out + j, applied(o, gradient, plain, i, j, count, length, k, column), count)
         else:
             if overlaps:        # the last vector ends with the row: it is read before its first places are written
-                last = applied(x, dy, gradient, length - size, size, centre, scale, slope, shift, column)
+                last = applied(o, gradient, plain, i, length - size, size, length, k, column)
             for j from 0 <= j < pairs by 2 * size:
-                first = applied(x, dy, gradient, j, size, centre, scale, slope, shift, column)
-                second = applied(x, dy, gradient, j + size, size, centre, scale, slope, shift, column)
+                first = applied(o, gradient, plain, i, j, size, length, k, column)
+                second = applied(o, gradient, plain, i, j + size, size, length, k, column)
                 write(out + j, first, size)
                 write(out + j + size, second, size)
             if pairs < whole:
-                write(out + pairs, applied(x, dy, gradient, pairs, size, centre, scale, slope, shift, column), size)
+                write(out + pairs, applied(o, gradient, plain, i, pairs, size, length, k, column), size)
             if overlaps:
                 write(out + length - size, last, size)
             elif whole < length:
-                write(out + whole, applied(x, dy, gradient, whole, length - whole, centre, scale, slope, shift, column),
-                      length - whole)
-        x += stride
-        dy += stride
+                count = length - whole
+                write(out + whole, applied(o, gradient, plain, i, whole, count, length, k, column), count)
+        i += stride
         out += stride
 
 
-cdef inline void apply_columns(const Work *work, const Block *block, const stored *x, const stored *dy, bint gradient,
-                               stored *out, const double *value, bint stream) noexcept nogil:
+cdef inline void apply_plain_rows_or_not(const Operands *o, bint gradient, Py_ssize_t i, Py_ssize_t rows,
+                                         Py_ssize_t stride, Py_ssize_t length, const number *k, const Row *column,
+                                         bint stream) noexcept nogil:
+    if number is vec and o.plain:
+        apply_rows(o, gradient, True, i, rows, stride, length, k, column, stream)
+    else:
+        apply_rows(o, gradient, False, i, rows, stride, length, k, column, stream)
+
+
+cdef inline void apply_columns(const Work *work, const Block *block, const Operands *o, bint gradient, bint stream,
+                               const double *value) noexcept nogil:
     """All rows of the block, or `group` of them side by side as one, with the coefficients spread over the columns."""
-    cdef Coefficients column
-    cdef vec none = same_vec(0)
-    cdef Py_ssize_t length = block.channels * block.run, width = length * work.group, C = work.C
-    cdef Py_ssize_t rows = block.rows // work.group, rest = block.rows % work.group, after, rests
-    spread(value + CENTRE * C, block.channels, block.run, work.group, column.centre.at)
-    spread(value + SCALE * C, block.channels, block.run, work.group, column.scale.at)
-    spread(value + SHIFT * C, block.channels, block.run, work.group, column.shift.at)
-    if gradient:
-        spread(value + SLOPE * C, block.channels, block.run, work.group, column.slope.at)
+    cdef Row column[COEFFICIENTS]
+    cdef vec k[COEFFICIENTS]
+    cdef Py_ssize_t length = block.channels * block.run, first = block.first, width = length * work.group
+    cdef Py_ssize_t rows = block.rows // work.group, rest = block.rows % work.group, row, rests
+    for row in range(COEFFICIENTS):
+        k[row] = same_vec(0)
+        if (row != SHIFT or o.act.on) if gradient else row <= SHIFT:
+            spread(value + row * work.C, block.channels, block.run, work.group, column[row].at)
     for rests in range(2):
         if rests:       # rows that do not fill a group, as one shorter row
-            after = rows * work.group * block.stride
-            x, dy, out = x + after, dy + after, out + after
+            first += rows * work.group * block.stride
             rows, width = rest > 0, rest * length
-        apply_rows(x, dy, gradient, out, rows, block.stride * work.group, width, none, none, none, none, &column,
-                   stream)
+        apply_plain_rows_or_not(o, gradient, first, rows, block.stride * work.group, width, k, column, stream)
 
 
-cdef inline void apply_channel(const Block *block, const stored *x, const stored *dy, bint gradient, stored *out,
-                               Py_ssize_t rows, const double *value, Py_ssize_t C, bint stream,
-                               number zero) noexcept nogil:
+cdef inline void apply_channel(const Block *block, const Operands *o, bint gradient, bint stream, Py_ssize_t at,
+                               Py_ssize_t rows, const double *value, Py_ssize_t C, number zero) noexcept nogil:
     """Some rows of one channel."""
-    apply_rows(x, dy, gradient, out, rows, block.stride, block.run, same(value[CENTRE * C], zero),
-               same(value[SCALE * C], zero), same(value[SLOPE * C] if gradient else 0, zero),
-               same(value[SHIFT * C], zero), NULL, stream)
+    cdef number k[COEFFICIENTS]
+    k[CENTRE] = same(value[CENTRE * C], zero)
+    take_y(k, value, C, &o.act)
+    k[SLOPE] = same(value[SLOPE * C] if gradient else 0, zero)
+    k[OFFSET] = same(value[OFFSET * C] if gradient else 0, zero)
+    apply_plain_rows_or_not(o, gradient, at, rows, block.stride, block.run, k, NULL, stream)
 
 
 cdef inline void write_block(const Work *work, Py_ssize_t tile, Py_ssize_t b, const stored *x, const stored *dy,
                              bint gradient, stored *out, bint fit) noexcept nogil:
     cdef Block block = block_of(work, tile, b)
     cdef const double *value = work.coefficient + block.channel
-    cdef bint stream = work.stream and out != x and out != dy
+    cdef bint stream = work.stream and out != x and out != dy and out != work.add
     cdef Py_ssize_t r, c, at, rows, C = work.C
-    x += block.first
-    dy += block.first
-    out += block.first
+    cdef Operands o
+    o.x, o.dy, o.out, o.act = x, dy, out, work.activation
+    o.add, o.closed, o.sloped = work.add, work.closed, is_sloped(work.through)
+    o.plain = work.add == NULL and not work.activation.on
     if work.columns and fit:
-        apply_columns(work, &block, x, dy, gradient, out, value, stream)
+        apply_columns(work, &block, &o, gradient, stream, value)
     else:
         for r from 0 <= r < block.rows by block.visit:
             rows = min(block.visit, block.rows - r)
             for c in range(block.channels):
-                at = r * block.stride + c * block.run
+                at = block.first + r * block.stride + c * block.run
                 if IS_DOUBLE or fit or all_fit(value + c, C, 1, gradient):
-                    apply_channel(&block, x + at, dy + at, gradient, out + at, rows, value + c, C, stream, same_vec(0))
+                    apply_channel(&block, &o, gradient, stream, at, rows, value + c, C, same_vec(0))
                 else:
-                    apply_channel(&block, x + at, dy + at, gradient, out + at, rows, value + c, C, False, same_wide(0))
+                    o.act.in_steps = gradient and all_fit(value + c, C, 1, False)
+                    apply_channel(&block, &o, gradient, False, at, rows, value + c, C, same_wide(0))
     if stream:
         finish_streaming()
 
@@ -129,8 +183,8 @@ cdef void normalize_block(const Work *work, Py_ssize_t tile, Py_ssize_t b, const
 
 cdef void gradient_block(const Work *work, Py_ssize_t tile, Py_ssize_t b, const stored *x, const stored *dy, stored *dx,
                          bint fit) noexcept nogil:
-    """dx = dy·scale + shift where no path depends on x: the same formula as y's, with centre 0."""
-    if is_sloped(work.through):
+    """dx = dy·scale + shift where nothing depends on x: the same formula as y's, with centre 0."""
+    if is_sloped(work.through) or work.activation.on:
         write_block(work, tile, b, x, dy, True, dx, fit)
     else:
         write_block(work, tile, b, dy, dy, False, dx, fit)

@@ -2,9 +2,6 @@
 # float64 arithmetic on numbers per channel. s is a tile's part of the statistics, g of the gradients, p of the blocks'
 # sums and k of the coefficients; rows of a table are C numbers apart.
 
-cdef enum:
-    CENTRE, SCALE, SLOPE, SHIFT, COEFFICIENT_ROWS       # of y = (x − centre)·scale + shift, and of dx
-
 
 cdef inline Py_ssize_t channels_of(const Work *work, Py_ssize_t tile) noexcept nogil:
     return min(work.tile_channels, work.C - tile * work.tile_channels)
@@ -51,11 +48,11 @@ cdef void finish_moments(const Work *work, Py_ssize_t tile) noexcept nogil:
 
 
 cdef void set_centres(const double *restrict s, double *restrict k, Py_ssize_t C, Py_ssize_t channels) noexcept nogil:
-    """What x is shifted by, and in SHIFT the rest of the mean."""
+    """What x is shifted by, and the rest of the mean."""
     cdef Py_ssize_t c
     for c in range(channels):
         k[CENTRE * C + c] = centre_of(s[MEAN * C + c], s[VAR * C + c])
-        k[SHIFT * C + c] = (s[MEAN * C + c] - k[CENTRE * C + c]) + s[MEAN_LOW * C + c]
+        k[REST * C + c] = (s[MEAN * C + c] - k[CENTRE * C + c]) + s[MEAN_LOW * C + c]
 
 
 cdef inline Py_ssize_t misfits(const double *coefficient, Py_ssize_t channels) noexcept nogil:
@@ -72,7 +69,8 @@ cdef bint all_fit(const double *value, Py_ssize_t C, Py_ssize_t channels, bint g
     """Whether these channels can be written in the data's type; one that does not fit is written in float64."""
     return IS_DOUBLE or not (misfits(value + CENTRE * C, channels) + misfits(value + SCALE * C, channels)
                              + misfits(value + SHIFT * C, channels)
-                             + (misfits(value + SLOPE * C, channels) if gradient else 0))
+                             + (misfits(value + SLOPE * C, channels) + misfits(value + OFFSET * C, channels)
+                                if gradient else 0))
 
 
 cdef bint finish_normalize(const Work *work, Py_ssize_t tile) noexcept nogil:
@@ -83,13 +81,17 @@ cdef bint finish_normalize(const Work *work, Py_ssize_t tile) noexcept nogil:
     set_centres(s, k, C, channels_of(work, tile))
     for c in range(channels_of(work, tile)):
         k[SCALE * C + c] = scale_of(s[GAMMA * C + c], s[RSTD * C + c])
-        k[SHIFT * C + c] = s[BETA * C + c] - k[SHIFT * C + c] * k[SCALE * C + c]
+        k[SHIFT * C + c] = s[BETA * C + c] - k[REST * C + c] * k[SCALE * C + c]
     return all_fit(k, C, channels_of(work, tile), False)
 
 
-cdef void start_grad_sums(const Work *work, Py_ssize_t tile) noexcept nogil:
+cdef void start_gradient(const Work *work, Py_ssize_t tile) noexcept nogil:
+    """The centres; and the coefficients of y where an activation asks for them."""
     cdef Py_ssize_t first = tile * work.tile_channels
-    set_centres(work.statistics + first, work.coefficient + first, work.C, channels_of(work, tile))
+    if work.activation.on:
+        finish_normalize(work, tile)
+    else:
+        set_centres(work.statistics + first, work.coefficient + first, work.C, channels_of(work, tile))
 
 
 cdef void finish_grad_sums(const Work *work, Py_ssize_t tile) noexcept nogil:
@@ -101,7 +103,7 @@ cdef void finish_grad_sums(const Work *work, Py_ssize_t tile) noexcept nogil:
     cdef double *restrict g = work.gradients + tile * work.tile_channels
     for c in range(channels_of(work, tile)):
         g[SUM_DY * C + c] = p[SUM * C + c]
-        g[SUM_DY_XMU * C + c] = p[SUM_D * C + c] - k[SHIFT * C + c] * p[SUM * C + c]
+        g[SUM_DY_XMU * C + c] = p[SUM_D * C + c] - k[REST * C + c] * p[SUM * C + c]
         g[DGAMMA * C + c] = dgamma_of(g[SUM_DY_XMU * C + c], s[RSTD * C + c])
 
 
@@ -113,23 +115,24 @@ cdef inline bint is_sloped(int through) noexcept nogil:
 cdef bint finish_grad_apply(const Work *work, Py_ssize_t tile) noexcept nogil:
     """The coefficients of dx, the paper's terms by what they multiply; whether all of them fit the data's type."""
     cdef bint mean = work.through & THROUGH_MEAN, variance = work.through & THROUGH_VARIANCE
-    cdef bint upstream = work.through & UPSTREAM, sloped = is_sloped(work.through)
+    cdef bint given = work.through & UPSTREAM, sloped = is_sloped(work.through), activated = work.activation.on
     cdef double scale, dmean, dvar, upstream_dmean, upstream_dvar
     cdef Py_ssize_t c, C = work.C
     cdef const double *restrict s = work.statistics + tile * work.tile_channels
     cdef const double *restrict g = work.gradients + tile * work.tile_channels
     cdef double *restrict k = work.coefficient + tile * work.tile_channels
-    set_centres(s, k, C, channels_of(work, tile))
+    start_gradient(work, tile)
     for c in range(channels_of(work, tile)):
         # Everything is read, so that choosing needs no branch.
         upstream_dmean, upstream_dvar = g[UPSTREAM_DMEAN * C + c], g[UPSTREAM_DVAR * C + c]
         scale = scale_of(s[GAMMA * C + c], s[RSTD * C + c])
         dmean = dmean_of(scale, g[SUM_DY * C + c])
         dvar = dvar_of(scale, s[RSTD * C + c], g[DGAMMA * C + c])
-        dmean = (dmean if mean else 0) + (upstream_dmean if upstream else 0)
-        dvar = (dvar if variance else 0) + (upstream_dvar if upstream else 0)
+        dmean = (dmean if mean else 0) + (upstream_dmean if given else 0)
+        dvar = (dvar if variance else 0) + (upstream_dvar if given else 0)
         k[SCALE * C + c] = scale
         k[SLOPE * C + c] = slope_of(dvar, work.count)
-        k[SHIFT * C + c] = dmean / work.count - (k[SHIFT * C + c] * k[SLOPE * C + c] if sloped else 0)
-        k[CENTRE * C + c] = k[CENTRE * C + c] if sloped else 0
-    return all_fit(k, C, channels_of(work, tile), sloped)
+        k[OFFSET * C + c] = dmean / work.count - (k[REST * C + c] * k[SLOPE * C + c] if sloped else 0)
+        k[SHIFT * C + c] = k[SHIFT * C + c] if activated else k[OFFSET * C + c]
+        k[CENTRE * C + c] = k[CENTRE * C + c] if sloped or activated else 0
+    return all_fit(k, C, channels_of(work, tile), sloped or activated)

@@ -6,6 +6,11 @@ ctypedef fused number:
     vec
     wide
 
+cdef enum:                  # what y and dx are calculated with, per channel; REST is that of the mean, mean − centre
+    CENTRE, SCALE, SHIFT, SLOPE, OFFSET, COEFFICIENTS
+    REST = COEFFICIENTS
+    COEFFICIENT_ROWS
+
 
 cdef inline Py_ssize_t size_of(number like) noexcept nogil:
     """Values in a vector."""
@@ -36,6 +41,38 @@ cdef inline number same(double value, number like) noexcept nogil:
         return same_wide(value)
 
 
+cdef inline number everywhere(real value, number like) noexcept nogil:
+    """The same of a number that is not NaN."""
+    if number is vec:
+        return everywhere_vec(value)
+    else:
+        return everywhere_wide(value)
+
+
+cdef inline number at_most(number a, number b, number then, number otherwise) noexcept nogil:
+    """`then` in the lanes where a <= b, else `otherwise`."""
+    if number is vec:
+        return at_most_vec(a, b, then, otherwise)
+    else:
+        return at_most_wide(a, b, then, otherwise)
+
+
+cdef inline unsigned at_most_bits(number a, number b) noexcept nogil:
+    """One bit per lane, where a <= b."""
+    if number is vec:
+        return at_most_bits_vec(a, b)
+    else:
+        return at_most_bits_wide(a, b)
+
+
+cdef inline number rounded(number v) noexcept nogil:
+    """Rounded to the data's type."""
+    if number is vec:
+        return v
+    else:
+        return rounded_wide(v)
+
+
 cdef inline number tree(number *row, Py_ssize_t rows) noexcept nogil:
     """Sum of 8, 4, 2 or 1 vectors by halving: few roundings after each other, and equal values add up without any."""
     if rows == 8:
@@ -49,23 +86,54 @@ cdef inline number tree(number *row, Py_ssize_t rows) noexcept nogil:
     return row[0] + row[1] if rows >= 2 else row[0]
 
 
-cdef inline void summands(const stored *x, const stored *dy, bint gradient, Py_ssize_t count, number pivot, number *a,
-                          number *a_d) noexcept nogil:
-    """What is summed, a and a·d with d = x − pivot: a is d itself for the moments, dy for the gradient."""
-    cdef number d = load(x, count, pivot) - pivot
-    a[0] = load(dy, count, same(0, pivot)) if gradient else d
+cdef inline void summands(const stored *x, const stored *dy, bint gradient, const Activation *act, Py_ssize_t count,
+                          const number *k, number *a, number *a_d) noexcept nogil:
+    """What is summed, a and a·d with d = x − pivot: a is d itself for the moments, dy·act′ for the gradient."""
+    cdef number value = load(x, count, k[CENTRE])
+    cdef number d = value - k[CENTRE]
+    a[0] = load(dy, count, same(0, d)) if gradient else d
+    if act != NULL:
+        a[0] = passed(a[0], written(value, k, act), act)
     a_d[0] = a[0] * d
 
 
-cdef inline number y_of(number x, number centre, number scale, number shift) noexcept nogil:
+cdef inline number y_of(number x, const number *k) noexcept nogil:
     """y = (x − centre)·scale + shift, with scale = gamma·rstd and shift = beta − (mean − centre)·scale."""
-    return (x - centre) * scale + shift
+    return (x - k[CENTRE]) * k[SCALE] + k[SHIFT]
 
 
-cdef inline number dx_of(number dy, number x, number centre, number scale, number slope,
-                         number shift) noexcept nogil:
-    """dx = dy·scale + (x − centre)·slope + shift, with slope = 2·dvar/n and shift = dmean/n − (mean − centre)·slope."""
-    return dy * scale + ((x - centre) * slope + shift)
+cdef inline void take_y(number *k, const double *value, Py_ssize_t C, const Activation *act) noexcept nogil:
+    """A channel's coefficients of y, as y was written with them."""
+    if act.in_steps:
+        k[SCALE], k[SHIFT] = same(<real> value[SCALE * C], k[0]), same(<real> value[SHIFT * C], k[0])
+    else:
+        k[SCALE], k[SHIFT] = same(value[SCALE * C], k[0]), same(value[SHIFT * C], k[0])
+
+
+cdef inline number written(number x, const number *k, const Activation *act) noexcept nogil:
+    """y before the activation, with each rounding that it was written with: they decide where that is closed."""
+    if number is wide and act.in_steps:
+        return rounded(rounded(rounded(x - k[CENTRE]) * k[SCALE]) + k[SHIFT])
+    return rounded(y_of(x, k))
+
+
+cdef inline number activated(number pre, const Activation *act) noexcept nogil:
+    """act(pre): slope·pre or low where pre <= low, high where pre >= high. NaN stays."""
+    cdef number low = everywhere(act.low, pre), high = everywhere(act.high, pre)
+    cdef number y = at_most(pre, low, everywhere(act.slope, pre) * pre if act.leaky else low, pre)
+    return at_most(high, pre, high, y) if act.bounded else y
+
+
+cdef inline number passed(number dy, number pre, const Activation *act) noexcept nogil:
+    """dy·act′(pre): act′ is slope or 0 where pre <= low, 0 where pre >= high, else 1."""
+    cdef number none = everywhere(0, pre)
+    cdef number g = at_most(pre, everywhere(act.low, pre), everywhere(act.slope, pre) * dy if act.leaky else none, dy)
+    return at_most(everywhere(act.high, pre), pre, none, g) if act.bounded else g
+
+
+cdef inline number dx_of(number dy, number x, const number *k) noexcept nogil:
+    """dx = dy·scale + (x − centre)·slope + offset: slope = 2·dvar/n, offset = dmean/n − (mean − centre)·slope."""
+    return dy * k[SCALE] + ((x - k[CENTRE]) * k[SLOPE] + k[OFFSET])
 
 
 cdef inline double centre_of(double mean, double var) noexcept nogil:

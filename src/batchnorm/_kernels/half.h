@@ -14,7 +14,6 @@
 typedef uint16_t stored;
 typedef uint16_t packed __attribute__((vector_size(VEC * sizeof(stored))));
 typedef uint32_t bits __attribute__((vector_size(BYTES)));
-typedef int32_t mask __attribute__((vector_size(BYTES)));
 
 static inline bits chosen(mask condition, bits a, bits b)
 {

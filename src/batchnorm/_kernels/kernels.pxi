@@ -39,7 +39,7 @@ from batchnorm._kernels.runtime cimport (
 
 cdef extern from "stored.h" nogil:
     enum:
-        VEC, PART, LINE, LANES, VECTORS, CARRIED, UNROLLED, TOTALS, WIDEST
+        VEC, PART, LINE, LANES, VECTORS, CARRIED, UNROLLED, TOTALS, WIDEST, SPARE
         CAN_STREAM
         IS_DOUBLE
     const double SMALLEST, LARGEST, FINEST, COARSEST
@@ -65,6 +65,15 @@ cdef extern from "stored.h" nogil:
     double plain(double) noexcept
     vec same_vec(double) noexcept
     wide same_wide(double) noexcept
+    vec everywhere_vec(real) noexcept
+    wide everywhere_wide(real) noexcept
+    vec at_most_vec(vec, vec, vec, vec) noexcept
+    wide at_most_wide(wide, wide, wide, wide) noexcept
+    unsigned at_most_bits_vec(vec, vec) noexcept
+    unsigned at_most_bits_wide(wide, wide) noexcept
+    void set_closed(unsigned char *, Py_ssize_t, unsigned, Py_ssize_t, Py_ssize_t) noexcept
+    vec closed_vec(const unsigned char *, Py_ssize_t, vec, vec) noexcept
+    wide rounded_wide(wide) noexcept
     void add_vec(double *, vec) noexcept
     void add_wide(double *, wide) noexcept
     void add_lanes_vec(double *, const vec *) noexcept
@@ -89,9 +98,27 @@ cdef int check_view(str name, const stored[:, :, ::1] array, const Py_ssize_t *v
     return 0
 
 
-cdef int begin(Work *work, const stored[:, :, ::1] x, Py_ssize_t arrays, statistics, gradients) except -1:
+cdef int check_closed(const unsigned char[::1] closed, const Py_ssize_t *view) except -1:
+    if closed.shape[0] < view[0] * view[1] * view[2] // 8 + SPARE:
+        raise ValueError(f"closed must have one bit per value and {SPARE} bytes more, got {closed.shape[0]} bytes")
+    return 0
+
+
+cdef int set_activation(Activation *act, activation) except -1:
+    """From (low, high, slope), or none."""
+    act.on = activation is not None
+    if act.on:
+        act.low, act.high, act.slope = activation
+        act.leaky, act.bounded, act.in_steps = act.slope != 0, act.high < INFINITY, True
+    return 0
+
+
+cdef int begin(Work *work, const stored[:, :, ::1] x, Py_ssize_t arrays, statistics, gradients,
+               activation) except -1:
     """Cut the work, and get scratch for a few numbers per block and channel, which `free(work.coefficient)` returns."""
     cut(work, x.shape[0], x.shape[1], x.shape[2], arrays)
+    set_activation(&work.activation, activation)
+    work.add, work.closed = NULL, NULL
     work.statistics = borrow("statistics", statistics, STATISTICS_ROWS, work.C)
     if gradients is not None:
         work.gradients = borrow("gradients", gradients, GRADIENT_ROWS, work.C)
@@ -99,6 +126,17 @@ cdef int begin(Work *work, const stored[:, :, ::1] x, Py_ssize_t arrays, statist
     if work.coefficient == NULL:
         raise MemoryError(f"no memory for the sums of {work.blocks} blocks of {work.C} channels")
     work.partial = work.coefficient + COEFFICIENT_ROWS * work.C
+    return 0
+
+
+cdef int take_operands(Work *work, const stored[:, :, ::1] x, const stored[:, :, ::1] add,
+                       unsigned char[::1] closed) except -1:
+    if add is not None:
+        check_view("add", add, x.shape)
+        work.add = &add[0, 0, 0]
+    if closed is not None:
+        check_closed(closed, x.shape)
+        work.closed = &closed[0]
     return 0
 
 
@@ -149,7 +187,7 @@ cdef void forward_tile(const Work *work, Py_ssize_t tile, const stored *x, store
 cdef void grad_sums_of_all(const Work *work, const stored *x, const stored *dy, int threads) noexcept nogil:
     cdef Py_ssize_t tile
     for tile in range(work.tiles):
-        start_grad_sums(work, tile)
+        start_gradient(work, tile)
     reduce_all(work, x, dy, True, threads)
     for tile in range(work.tiles):
         finish_grad_sums(work, tile)
@@ -169,11 +207,22 @@ cdef void grad_apply_all(const Work *work, const stored *x, const stored *dy, st
             gradient_block(&ordered, tile_at(&ordered, i), block_at(&ordered, i), x, dy, dx, fit)
 
 
+cdef void pass_run(const stored *dy, const unsigned char *closed, stored *out, Py_ssize_t start, Py_ssize_t stop,
+                   const Activation *act) noexcept nogil:
+    """dy·act′ at the places from start to stop."""
+    cdef Py_ssize_t i
+    cdef vec g
+    for i from start <= i < stop by VEC:
+        g = load(dy + i, min(VEC, stop - i), same_vec(0))
+        g = closed_vec(closed, i, everywhere_vec(act.slope) * g if act.leaky else same_vec(0), g)
+        write(out + i, g, min(VEC, stop - i))
+
+
 cdef void backward_tile(const Work *work, Py_ssize_t tile, const stored *x, const stored *dy,
                         stored *dx) noexcept nogil:
     cdef Py_ssize_t b
     cdef bint fit
-    start_grad_sums(work, tile)
+    start_gradient(work, tile)
     for b in range(work.blocks):
         reduce_block(work, tile, b, x, dy, True)
     finish_grad_sums(work, tile)
@@ -186,15 +235,16 @@ def moments(const stored[:, :, ::1] x, statistics, double eps, int num_threads):
     """mean, m2, var and rstd of each channel into `statistics`."""
     cdef Work work
     cdef int threads = team_size(num_threads)
-    begin(&work, x, 1, statistics, None)
+    begin(&work, x, 1, statistics, None, None)
     work.eps = eps
     with nogil:
         moments_of_all(&work, &x[0, 0, 0], threads)
     free(work.coefficient)
 
 
-def forward(const stored[:, :, ::1] x, stored[:, :, ::1] y, statistics, gamma, beta, double eps, int num_threads):
-    """`moments`, then y = gamma·(x − mean)·rstd + beta."""
+def forward(const stored[:, :, ::1] x, stored[:, :, ::1] y, statistics, gamma, beta, double eps, int num_threads,
+            activation=None, const stored[:, :, ::1] add=None, unsigned char[::1] closed=None):
+    """`moments`, then y = act(gamma·(x − mean)·rstd + beta + add), and in `closed` where act is closed."""
     cdef Work work
     cdef int threads = team_size(num_threads)
     cdef const stored *x0 = &x[0, 0, 0]
@@ -202,7 +252,8 @@ def forward(const stored[:, :, ::1] x, stored[:, :, ::1] y, statistics, gamma, b
     cdef Py_ssize_t tile
     check_view("y", y, x.shape)
     set_parameters(borrow("statistics", statistics, STATISTICS_ROWS, x.shape[1]), gamma, beta, x.shape[1])
-    begin(&work, x, 2, statistics, None)
+    begin(&work, x, 2, statistics, None, activation)
+    take_operands(&work, x, add, closed)
     work.eps = eps
     with nogil:
         if work.by_tile:
@@ -218,24 +269,29 @@ def forward(const stored[:, :, ::1] x, stored[:, :, ::1] y, statistics, gamma, b
     free(work.coefficient)
 
 
-def normalize(const stored[:, :, ::1] x, stored[:, :, ::1] y, statistics, int num_threads):
-    """y = gamma·(x − mean)·rstd + beta with the mean and rstd in `statistics`."""
+def normalize(const stored[:, :, ::1] x, stored[:, :, ::1] y, statistics, int num_threads, activation=None,
+              const stored[:, :, ::1] add=None, unsigned char[::1] closed=None):
+    """The same with the mean and rstd in `statistics`."""
     cdef Work work
     cdef int threads = team_size(num_threads)
     check_view("y", y, x.shape)
-    begin(&work, x, 1, statistics, None)        # streaming pays only where one array fills the cache
+    begin(&work, x, 1, statistics, None, activation)    # streaming pays only where one array fills the cache
+    take_operands(&work, x, add, closed)
     with nogil:
         normalize_all(&work, &x[0, 0, 0], &y[0, 0, 0], threads)
     free(work.coefficient)
 
 
 def grad_sums(const stored[:, :, ::1] dy, const stored[:, :, ::1] x, statistics, gradients, dgamma, dbeta,
-              int num_threads):
-    """Σdy, Σdy·(x − mean) and dgamma of each channel into `gradients`, dgamma and dbeta = Σdy where they go too."""
+              int num_threads, activation=None):
+    """Σdy, Σdy·(x − mean) and dgamma of each channel into `gradients`, dgamma and dbeta = Σdy where they go too.
+
+    With an activation of y, dy·act′ takes the place of dy, here and below.
+    """
     cdef Work work
     cdef int threads = team_size(num_threads)
     check_view("dy", dy, x.shape)
-    begin(&work, x, 2, statistics, gradients)
+    begin(&work, x, 2, statistics, gradients, activation)
     with nogil:
         grad_sums_of_all(&work, &x[0, 0, 0], &dy[0, 0, 0], threads)
     free(work.coefficient)
@@ -243,7 +299,7 @@ def grad_sums(const stored[:, :, ::1] dy, const stored[:, :, ::1] x, statistics,
 
 
 def grad_apply(const stored[:, :, ::1] dy, const stored[:, :, ::1] x, stored[:, :, ::1] dx, statistics, gradients,
-               int through, double count, int num_threads):
+               int through, double count, int num_threads, activation=None):
     """dx = dy·gamma·rstd + dmean/n + dvar·2(x − mean)/n from the sums in `gradients`, as far as `through` says.
 
     n is `count`, the values of a channel that the statistics were made of. With both paths it is
@@ -253,7 +309,7 @@ def grad_apply(const stored[:, :, ::1] dy, const stored[:, :, ::1] x, stored[:, 
     cdef int threads = team_size(num_threads)
     check_view("dy", dy, x.shape)
     check_view("dx", dx, x.shape)
-    begin(&work, x, 3, statistics, gradients)
+    begin(&work, x, 3, statistics, gradients, activation)
     work.through, work.count = through, count
     with nogil:
         grad_apply_all(&work, &x[0, 0, 0], &dy[0, 0, 0], &dx[0, 0, 0], threads)
@@ -261,7 +317,7 @@ def grad_apply(const stored[:, :, ::1] dy, const stored[:, :, ::1] x, stored[:, 
 
 
 def backward(const stored[:, :, ::1] dy, const stored[:, :, ::1] x, stored[:, :, ::1] dx, statistics, gradients, dgamma,
-             dbeta, int through, double count, int num_threads):
+             dbeta, int through, double count, int num_threads, activation=None):
     """`grad_sums`, then `grad_apply`."""
     cdef Work work
     cdef int threads = team_size(num_threads)
@@ -271,7 +327,7 @@ def backward(const stored[:, :, ::1] dy, const stored[:, :, ::1] x, stored[:, :,
     cdef Py_ssize_t tile
     check_view("dy", dy, x.shape)
     check_view("dx", dx, x.shape)
-    begin(&work, x, 3, statistics, gradients)
+    begin(&work, x, 3, statistics, gradients, activation)
     work.through, work.count = through, count
     with nogil:
         if work.by_tile:
@@ -286,6 +342,23 @@ def backward(const stored[:, :, ::1] dy, const stored[:, :, ::1] x, stored[:, :,
             grad_apply_all(&work, x0, dy0, dx0, threads)
     free(work.coefficient)
     take_parameters(work.gradients, dgamma, dbeta, work.C)
+
+
+def pass_back(const stored[:, :, ::1] dy, const unsigned char[::1] closed, stored[:, :, ::1] out, activation,
+              int num_threads):
+    """dy·act′, by what `forward` noted."""
+    cdef Activation act
+    cdef int threads = team_size(num_threads)
+    cdef const stored *dy0 = &dy[0, 0, 0]
+    cdef stored *out0 = &out[0, 0, 0]
+    cdef const unsigned char *closed0 = &closed[0]
+    cdef Py_ssize_t i, size = dy.shape[0] * dy.shape[1] * dy.shape[2]
+    check_view("out", out, dy.shape)
+    check_closed(closed, dy.shape)
+    set_activation(&act, activation)
+    for i in prange(ceil_div(size, BLOCK), schedule="static", num_threads=threads, nogil=True,
+                    use_threads_if=threads > 1):
+        pass_run(dy0, closed0, out0, i * BLOCK, min(size, (i + 1) * BLOCK), &act)
 
 
 def partition(Py_ssize_t N, Py_ssize_t C, Py_ssize_t S, Py_ssize_t arrays, bint ordered):

@@ -1,6 +1,7 @@
 """The functions of every compiled kernel module, for one dtype each: x, y, dy and dx are its (N, C, S) views.
 
 `statistics` and `gradients` are float64 tables with the rows that `runtime` names and one column per channel.
+`activation` is (low, high, slope), and `closed` has one bit per value for where it is closed.
 """
 
 from typing import Any, Protocol
@@ -11,6 +12,8 @@ from numpy.typing import NDArray
 View = NDArray[np.floating[Any]]
 PerChannel = NDArray[np.floating[Any]]
 Table = NDArray[np.float64]
+Bits = NDArray[np.uint8]
+Limits = tuple[float, float, float]
 
 class Kernels(Protocol):
     def moments(self, x: View, statistics: Table, eps: float, num_threads: int) -> None: ...
@@ -23,8 +26,20 @@ class Kernels(Protocol):
         beta: PerChannel | None,
         eps: float,
         num_threads: int,
+        activation: Limits | None = None,
+        add: View | None = None,
+        closed: Bits | None = None,
     ) -> None: ...
-    def normalize(self, x: View, y: View, statistics: Table, num_threads: int) -> None: ...
+    def normalize(
+        self,
+        x: View,
+        y: View,
+        statistics: Table,
+        num_threads: int,
+        activation: Limits | None = None,
+        add: View | None = None,
+        closed: Bits | None = None,
+    ) -> None: ...
     def grad_sums(
         self,
         dy: View,
@@ -34,6 +49,7 @@ class Kernels(Protocol):
         dgamma: PerChannel | None,
         dbeta: PerChannel | None,
         num_threads: int,
+        activation: Limits | None = None,
     ) -> None: ...
     def grad_apply(
         self,
@@ -45,6 +61,7 @@ class Kernels(Protocol):
         through: int,
         count: float,
         num_threads: int,
+        activation: Limits | None = None,
     ) -> None: ...
     def backward(
         self,
@@ -58,7 +75,9 @@ class Kernels(Protocol):
         through: int,
         count: float,
         num_threads: int,
+        activation: Limits | None = None,
     ) -> None: ...
+    def pass_back(self, dy: View, closed: Bits, out: View, activation: Limits, num_threads: int) -> None: ...
     def partition(
         self, N: int, C: int, S: int, arrays: int, ordered: bool
     ) -> list[tuple[int, int, int, int, int, int]]: ...

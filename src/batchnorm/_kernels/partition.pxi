@@ -19,6 +19,13 @@ cdef enum:
     NEAR = 40960            # bytes that stay in a core's nearest cache
     CACHE = 524288          # bytes of a tile that stay in a core's cache between two passes
 
+cdef struct Activation:
+    bint on
+    bint leaky                      # slope·pre at low and below, else low
+    bint bounded                    # high at high and above
+    bint in_steps                   # float64 numbers are rounded as the data's type is
+    real low, high, slope
+
 cdef struct Work:
     Py_ssize_t N, C, S              # the view
     bint columns                    # which loop sums
@@ -35,8 +42,12 @@ cdef struct Work:
     double eps
     double count                    # values of a channel that its statistics were made of
     int through                     # the paths of the gradient
+    Activation activation
+    const stored *add               # what is added to y before the activation, or NULL
+    unsigned char *closed           # one bit per value, where it is closed, or NULL
 
 cdef struct Block:
+    bint columns
     Py_ssize_t channel, channels
     Py_ssize_t first                # offset of its first value
     Py_ssize_t rows, stride
@@ -109,6 +120,7 @@ cdef Block block_of(const Work *work, Py_ssize_t tile, Py_ssize_t b) noexcept no
     cdef Block block
     cdef Py_ssize_t row = b // work.segments * work.block_rows
     cdef Py_ssize_t start = b % work.segments * work.segment
+    block.columns = work.columns
     block.channel = tile * work.tile_channels
     block.channels = min(work.tile_channels, work.C - block.channel)
     block.rows = min(work.block_rows, work.N - row)

@@ -35,50 +35,61 @@ cdef inline void fetch(const stored *x, const stored *dy, bint gradient, Py_ssiz
             prefetch(dy + i)
 
 
-cdef inline void add_tree(const stored *x, const stored *dy, bint gradient, Py_ssize_t rows, Py_ssize_t stride,
-                          Py_ssize_t count, number pivot, number *sum1, number *sum2) noexcept nogil:
+cdef inline void add_tree(const stored *x, const stored *dy, bint gradient, const Activation *act, Py_ssize_t rows,
+                          Py_ssize_t stride, Py_ssize_t count, const number *k, number *sum1,
+                          number *sum2) noexcept nogil:
     """Add Σa and Σa·d of 8, 4, 2 or 1 rows, one vector wide."""
     cdef number a[UNROLLED]
     cdef number a_d[UNROLLED]
     cdef Py_ssize_t r
     for r in range(rows):
-        summands(x + r * stride, dy + r * stride, gradient, count, pivot, a + r, a_d + r)
+        summands(x + r * stride, dy + r * stride, gradient, act, count, k, a + r, a_d + r)
     sum1[0] += tree(a, rows)
     sum2[0] += tree(a_d, rows)
 
 
-cdef inline void add_vectors(const stored *x, const stored *dy, bint gradient, Py_ssize_t rows, Py_ssize_t stride,
-                             Py_ssize_t vectors, Py_ssize_t count, number pivot, number *sum1,
+cdef inline void add_vectors(const stored *x, const stored *dy, bint gradient, const Activation *act, Py_ssize_t rows,
+                             Py_ssize_t stride, Py_ssize_t vectors, Py_ssize_t count, const number *k, number *sum1,
                              number *sum2) noexcept nogil:
     """The same some vectors wide."""
-    cdef Py_ssize_t k
-    for k in range(vectors):
-        add_tree(x + k * size_of(pivot), dy + k * size_of(pivot), gradient, rows, stride, count, pivot, sum1 + k,
-                 sum2 + k)
+    cdef Py_ssize_t i, size = size_of(k[CENTRE])
+    for i in range(vectors):
+        if number is vec:
+            add_tree(x + i * size, dy + i * size, gradient, act, rows, stride, count, k, sum1 + i, sum2 + i)
+        else:
+            add_tree_in_float64(x + i * size, dy + i * size, gradient, act, rows, stride, count, k, sum1 + i, sum2 + i)
 
 
-cdef inline void add_rows(const stored *x, const stored *dy, bint gradient, Py_ssize_t rows, Py_ssize_t stride,
-                          Py_ssize_t vectors, Py_ssize_t count, number pivot, number *sum1,
+cdef void add_tree_in_float64(const stored *x, const stored *dy, bint gradient, const Activation *act, Py_ssize_t rows,
+                              Py_ssize_t stride, Py_ssize_t count, const wide *k, wide *sum1,
+                              wide *sum2) noexcept nogil:
+    """Not inline, because it is rare."""
+    add_tree(x, dy, gradient, act, rows, stride, count, k, sum1, sum2)
+
+
+cdef inline void add_rows(const stored *x, const stored *dy, bint gradient, const Activation *act, Py_ssize_t rows,
+                          Py_ssize_t stride, Py_ssize_t vectors, Py_ssize_t count, const number *k, number *sum1,
                           number *sum2) noexcept nogil:
     """The same for at most 8 rows: the largest tree first."""
     if rows == 8:
-        add_vectors(x, dy, gradient, 8, stride, vectors, count, pivot, sum1, sum2)
+        add_vectors(x, dy, gradient, act, 8, stride, vectors, count, k, sum1, sum2)
     if rows & 4:
-        add_vectors(x, dy, gradient, 4, stride, vectors, count, pivot, sum1, sum2)
+        add_vectors(x, dy, gradient, act, 4, stride, vectors, count, k, sum1, sum2)
     x, dy = x + (rows & 4) * stride, dy + (rows & 4) * stride
     if rows & 2:
-        add_vectors(x, dy, gradient, 2, stride, vectors, count, pivot, sum1, sum2)
+        add_vectors(x, dy, gradient, act, 2, stride, vectors, count, k, sum1, sum2)
     x, dy = x + (rows & 2) * stride, dy + (rows & 2) * stride
     if rows & 1:
-        add_vectors(x, dy, gradient, 1, stride, vectors, count, pivot, sum1, sum2)
+        add_vectors(x, dy, gradient, act, 1, stride, vectors, count, k, sum1, sum2)
 
 
-cdef inline void sum_lanes(const stored *x, const stored *dy, bint gradient, Py_ssize_t rows, Py_ssize_t stride,
-                           Py_ssize_t length, bint more, number pivot, double *total1, double *total2) noexcept nogil:
+cdef inline void sum_lanes(const stored *x, const stored *dy, bint gradient, const Activation *act, Py_ssize_t rows,
+                           Py_ssize_t stride, Py_ssize_t length, bint more, const number *k, double *total1,
+                           double *total2) noexcept nogil:
     """Add the sums of the rows of one channel to TOTALS totals each, after CARRIED values a lane or a few more."""
     cdef number sum1[VECTORS]
     cdef number sum2[VECTORS]
-    cdef Py_ssize_t r, i, j, k, stop, whole, ahead, added = 0, size = size_of(pivot), vectors = LANES // size
+    cdef Py_ssize_t r, i, j, v, stop, whole, ahead, added = 0, size = size_of(k[CENTRE]), vectors = LANES // size
     for r in range(rows):
         # What follows in a long row, else the next row, if there is one.
         ahead = LONG_ROW if length > LONG_ROW else stride if more or r + 1 < rows else 0
@@ -88,13 +99,13 @@ cdef inline void sum_lanes(const stored *x, const stored *dy, bint gradient, Py_
             if ahead:
                 fetch(x + i + ahead, dy + i + ahead, gradient, stop - i)
             if added == 0:
-                for k in range(vectors):
-                    sum1[k] = sum2[k] = same(0, pivot)
-            add_rows(x + i, dy + i, gradient, (whole - i) // LANES, LANES, vectors, size, pivot, sum1, sum2)
-            for k in range(vectors):
-                j = whole + k * size
+                for v in range(vectors):
+                    sum1[v] = sum2[v] = same(0, k[CENTRE])
+            add_rows(x + i, dy + i, gradient, act, (whole - i) // LANES, LANES, vectors, size, k, sum1, sum2)
+            for v in range(vectors):
+                j = whole + v * size
                 if j < stop:
-                    add_tree(x + j, dy + j, gradient, 1, 0, min(size, stop - j), pivot, sum1 + k, sum2 + k)
+                    add_tree(x + j, dy + j, gradient, act, 1, 0, min(size, stop - j), k, sum1 + v, sum2 + v)
             added += ceil_div(stop - i, LANES)
             if added >= CARRIED or (r + 1 == rows and stop == length):
                 added = 0
@@ -104,11 +115,12 @@ cdef inline void sum_lanes(const stored *x, const stored *dy, bint gradient, Py_
         dy += stride
 
 
-cdef inline void sum_columns(const stored *x, const stored *dy, bint gradient, Py_ssize_t rows, Py_ssize_t stride,
-                             Py_ssize_t width, const real *pivot, double *total1, double *total2,
+cdef inline void sum_columns(const stored *x, const stored *dy, bint gradient, const Activation *act, Py_ssize_t rows,
+                             Py_ssize_t stride, Py_ssize_t width, const Row *column, double *total1, double *total2,
                              number zero) noexcept nogil:
     """Add the sums of the columns to one total each, in which there is room for a whole vector at the end."""
-    cdef number sum1, sum2, centre
+    cdef number sum1, sum2
+    cdef number k[COEFFICIENTS]
     cdef Py_ssize_t r, j, taken, size = size_of(zero)
     for r from 0 <= r < rows by UNROLLED:
         taken = min(rows - r, UNROLLED)
@@ -116,11 +128,14 @@ cdef inline void sum_columns(const stored *x, const stored *dy, bint gradient, P
             if stride == width:     # what follows in memory, a share beside each vector
                 fetch(x + UNROLLED * (width + j), dy + UNROLLED * (width + j), gradient, UNROLLED * size)
             sum1 = sum2 = zero
-            centre = column_at(pivot + j, zero)
+            k[CENTRE] = column_at(column[CENTRE].at + j, zero)
+            if act != NULL:
+                k[SCALE] = column_at(column[SCALE].at + j, zero)
+                k[SHIFT] = column_at(column[SHIFT].at + j, zero)
             if j + size <= width:
-                add_rows(x + j, dy + j, gradient, taken, stride, 1, size, centre, &sum1, &sum2)
+                add_rows(x + j, dy + j, gradient, act, taken, stride, 1, size, k, &sum1, &sum2)
             else:
-                add_rows(x + j, dy + j, gradient, taken, stride, 1, width - j, centre, &sum1, &sum2)
+                add_rows(x + j, dy + j, gradient, act, taken, stride, 1, width - j, k, &sum1, &sum2)
             add_columns(total1 + j, sum1)
             add_columns(total2 + j, sum2)
         x += taken * stride
@@ -165,28 +180,43 @@ cdef void gather(double *column, Py_ssize_t channels, Py_ssize_t run, Py_ssize_t
 
 
 cdef void sum_block(const Work *work, const Block *block, const stored *x, const stored *dy, bint gradient,
-                    const double *pivot, double *sum1, double *sum2, number zero) noexcept nogil:
-    """Σa and Σa·d of each channel of the block."""
-    if work.columns and gradient:
-        sum_block_of_columns(work, block, x, dy, True, pivot, sum1, sum2, zero)
-    elif work.columns:
-        sum_block_of_columns(work, block, x, x, False, pivot, sum1, sum2, zero)
-    elif gradient:
-        sum_block_of_lanes(block, x, dy, True, pivot, sum1, sum2, zero)
+                    const Activation *activation, const double *pivot, double *sum1, double *sum2,
+                    number zero) noexcept nogil:
+    """Σa and Σa·d of each channel of the block; with an activation, `pivot` is a row of the coefficients."""
+    cdef Activation act
+    if number is wide:
+        sum_block_of(work, block, x, dy, gradient, activation if gradient and activation.on else NULL, pivot, sum1,
+                     sum2, zero)
+    elif not gradient:
+        sum_block_of(work, block, x, x, False, NULL, pivot, sum1, sum2, zero)
+    elif not activation.on:
+        sum_block_of(work, block, x, dy, True, NULL, pivot, sum1, sum2, zero)
     else:
-        sum_block_of_lanes(block, x, x, False, pivot, sum1, sum2, zero)
+        act = activation[0]
+        sum_block_of(work, block, x, dy, True, &act, pivot, sum1, sum2, zero)
+
+
+cdef inline void sum_block_of(const Work *work, const Block *block, const stored *x, const stored *dy, bint gradient,
+                              const Activation *act, const double *pivot, double *sum1, double *sum2,
+                              number zero) noexcept nogil:
+    if block.columns:
+        sum_block_of_columns(work, block, x, dy, gradient, act, pivot, sum1, sum2, zero)
+    else:
+        sum_block_of_lanes(work, block, x, dy, gradient, act, pivot, sum1, sum2, zero)
 
 
 cdef void sum_block_in_float64(const Work *work, const Block *block, const stored *x, const stored *dy, bint gradient,
-                               const double *pivot, double *sum1, double *sum2) noexcept nogil:
+                               const Activation *act, const double *pivot, double *sum1, double *sum2) noexcept nogil:
     if IS_DOUBLE:
-        sum_block(work, block, x, dy, gradient, pivot, sum1, sum2, same_vec(0))
+        sum_block(work, block, x, dy, gradient, act, pivot, sum1, sum2, same_vec(0))
     else:
-        sum_block(work, block, x, dy, gradient, pivot, sum1, sum2, same_wide(0))
+        sum_block(work, block, x, dy, gradient, act, pivot, sum1, sum2, same_wide(0))
 
 
-cdef inline void sum_block_of_lanes(const Block *block, const stored *x, const stored *dy, bint gradient,
-                                    const double *pivot, double *sum1, double *sum2, number zero) noexcept nogil:
+cdef inline void sum_block_of_lanes(const Work *work, const Block *block, const stored *x, const stored *dy,
+                                    bint gradient, const Activation *act, const double *pivot, double *sum1,
+                                    double *sum2, number zero) noexcept nogil:
+    cdef number k[COEFFICIENTS]
     cdef double total1[TOGETHER * TOTALS]
     cdef double total2[TOGETHER * TOTALS]
     cdef Py_ssize_t c, r, at, rows
@@ -196,21 +226,27 @@ cdef inline void sum_block_of_lanes(const Block *block, const stored *x, const s
         rows = min(block.visit, block.rows - r)
         for c in range(block.channels):
             at = r * block.stride + c * block.run
-            sum_lanes(x + at, dy + at, gradient, rows, block.stride, block.run, block.more or r + rows < block.rows,
-                      same(pivot[c], zero), total1 + c * TOTALS, total2 + c * TOTALS)
+            k[CENTRE] = same(pivot[c], zero)
+            if act != NULL:
+                take_y(k, pivot + c, work.C, act)
+            sum_lanes(x + at, dy + at, gradient, act, rows, block.stride, block.run,
+                      block.more or r + rows < block.rows, k, total1 + c * TOTALS, total2 + c * TOTALS)
     for c in range(block.channels):
         sum1[c] = fold(total1 + c * TOTALS)
         sum2[c] = fold(total2 + c * TOTALS)
 
 
 cdef inline void sum_block_of_columns(const Work *work, const Block *block, const stored *x, const stored *dy,
-                                      bint gradient, const double *pivot, double *sum1, double *sum2,
-                                      number zero) noexcept nogil:
-    cdef Row column
+                                      bint gradient, const Activation *act, const double *pivot, double *sum1,
+                                      double *sum2, number zero) noexcept nogil:
+    cdef Row column[SHIFT + 1]
     cdef WideRow total1, total2
     cdef Py_ssize_t length = block.channels * block.run, width = length * work.group
     cdef Py_ssize_t rows = block.rows // work.group, rest = block.rows % work.group, after, rests
-    spread(pivot, block.channels, block.run, work.group, column.at)
+    spread(pivot, block.channels, block.run, work.group, column[CENTRE].at)
+    if act != NULL:
+        spread(pivot + SCALE * work.C, block.channels, block.run, work.group, column[SCALE].at)
+        spread(pivot + SHIFT * work.C, block.channels, block.run, work.group, column[SHIFT].at)
     memset(total1.at, 0, (width + VEC) * sizeof(double))
     memset(total2.at, 0, (width + VEC) * sizeof(double))
     for rests in range(2):
@@ -218,7 +254,7 @@ cdef inline void sum_block_of_columns(const Work *work, const Block *block, cons
             after = rows * work.group * block.stride
             x, dy = x + after, dy + after
             rows, width = rest > 0, rest * length
-        sum_columns(x, dy, gradient, rows, block.stride * work.group, width, column.at, total1.at, total2.at, zero)
+        sum_columns(x, dy, gradient, act, rows, block.stride * work.group, width, column, total1.at, total2.at, zero)
     gather(total1.at, block.channels, block.run, work.group, sum1)
     gather(total2.at, block.channels, block.run, work.group, sum2)
 
@@ -298,10 +334,25 @@ cdef void sum_again(const Work *work, const Block *block, const stored *x, const
                 if not gradient and mean - mean == 0:
                     pivot[c] = <real> mean
         if lost:
-            sum_block_in_float64(work, &some, x + at, dy + at, gradient, pivot + first, again1, again2)
+            sum_block_in_float64(work, &some, x + at, dy + at, gradient, &work.activation, pivot + first, again1,
+                                 again2)
             for c in range(first, first + some.channels):
                 if not trusted(sum1[c], sum2[c], n, gradient):
                     sum1[c], sum2[c] = again1[c - first], again2[c - first]
+
+
+cdef void sum_misfits(const Work *work, const Block *block, const stored *x, const stored *dy, const double *pivot,
+                      double *sum1, double *sum2) noexcept nogil:
+    """The sums of channels whose y was written in float64, because of which the activation is seen there as well."""
+    cdef Activation act = work.activation
+    cdef Block one = block[0]
+    cdef Py_ssize_t c
+    one.columns, one.channels = False, 1
+    act.in_steps = False
+    for c in range(block.channels):
+        if not all_fit(pivot + c, work.C, 1, False):
+            sum_block_in_float64(work, &one, x + c * block.run, dy + c * block.run, True, &act, pivot + c, sum1 + c,
+                                 sum2 + c)
 
 
 cdef void about_the_mean(double *restrict sum1, double *restrict sum2, Py_ssize_t channels, double n) noexcept nogil:
@@ -329,10 +380,12 @@ cdef void reduce_block(const Work *work, Py_ssize_t tile, Py_ssize_t b, const st
     else:
         choose_pivots(&block, x, block.run, pivot)
     if work.N * work.S < FEW:
-        sum_block_in_float64(work, &block, x, dy, gradient, pivot, sum1, sum2)
+        sum_block_in_float64(work, &block, x, dy, gradient, &work.activation, pivot, sum1, sum2)
     else:
-        sum_block(work, &block, x, dy, gradient, pivot, sum1, sum2, same_vec(0))
+        sum_block(work, &block, x, dy, gradient, &work.activation, pivot, sum1, sum2, same_vec(0))
     if doubtful(sum1, sum2, block.channels, n, gradient):
         sum_again(work, &block, x, dy, gradient, pivot, sum1, sum2, n)
+    if gradient and work.activation.on and not all_fit(pivot, work.C, block.channels, False):
+        sum_misfits(work, &block, x, dy, pivot, sum1, sum2)
     if not gradient:
         about_the_mean(sum1, sum2, block.channels, n)

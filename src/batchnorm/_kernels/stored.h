@@ -5,6 +5,7 @@
 #ifndef BATCHNORM_STORED_H
 #define BATCHNORM_STORED_H
 
+#include "closed.h"
 #include "half.h"
 
 #if !IS_SHORT

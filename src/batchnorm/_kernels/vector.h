@@ -10,7 +10,7 @@
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
-#if defined(__AVX__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
@@ -52,6 +52,12 @@ enum {
 
 typedef real vec __attribute__((vector_size(BYTES)));
 typedef double wide __attribute__((vector_size(BYTES)));
+typedef int64_t wide_mask __attribute__((vector_size(BYTES)));
+#if BATCHNORM_SINGLE
+typedef int32_t mask __attribute__((vector_size(BYTES)));
+#else
+typedef wide_mask mask;
+#endif
 typedef real part __attribute__((vector_size(PART * sizeof(real))));
 typedef real folded __attribute__((vector_size(TOTALS * sizeof(real))));
 
@@ -111,6 +117,38 @@ static inline wide same_wide(double value)
 static inline void prefetch(const void *p)
 {
     __builtin_prefetch(p);
+}
+
+static inline vec everywhere_vec(real value)
+{
+    return value - (vec){0};
+}
+
+static inline wide everywhere_wide(real value)
+{
+    return (double)value - (wide){0};
+}
+
+/* `then` in the lanes where a <= b, and `otherwise` in the others; NaN is not. */
+static inline vec at_most_vec(vec a, vec b, vec then, vec otherwise)
+{
+    mask m = a <= b;
+    return (vec)((m & (mask)then) | (~m & (mask)otherwise));
+}
+
+static inline wide at_most_wide(wide a, wide b, wide then, wide otherwise)
+{
+    wide_mask m = a <= b;
+    return (wide)((m & (wide_mask)then) | (~m & (wide_mask)otherwise));
+}
+
+/* Rounded to the data's type. */
+static inline wide rounded_wide(wide v)
+{
+    part p;
+    for (int i = 0; i < PART; i++)
+        p[i] = (real)v[i];
+    return widened(p);
 }
 
 /* Add a number to each of PART totals. */

@@ -49,8 +49,8 @@ def textbook(saved: Saved, dtype: DTypeLike = np.float64) -> reference.Cache:
 
 
 def upstream(dy: ArrayLike, saved: Saved, dtype: DTypeLike = np.float64) -> Array:
-    """dy, like x."""
-    return _by_channel(functional.like_x(dy, saved), saved, dtype)
+    """dy, or dy·act′ after an activation, like x."""
+    return _by_channel(functional.upstream(dy, saved), saved, dtype)
 
 
 def _by_channel(array: Array, saved: Saved, dtype: DTypeLike) -> Array:

@@ -1,0 +1,67 @@
+/* One bit per value: whether it lies where the activation is closed, in the order of memory.
+ */
+#ifndef BATCHNORM_CLOSED_H
+#define BATCHNORM_CLOSED_H
+
+#include "vector.h"
+
+enum {
+    SPARE = 3   /* bytes after the bits, because so many are read together */
+};
+
+/* Bit i is 1 where a[i] <= b[i]. */
+static inline unsigned at_most_bits_vec(vec a, vec b)
+{
+    mask m = a <= b;
+#if defined(__AVX512F__) && BATCHNORM_SINGLE
+    return _mm512_movepi32_mask((__m512i)m);
+#elif defined(__AVX512F__)
+    return _mm512_movepi64_mask((__m512i)m);
+#elif defined(__AVX__) && BATCHNORM_SINGLE
+    return (unsigned)_mm256_movemask_ps((__m256)m);
+#elif defined(__AVX__)
+    return (unsigned)_mm256_movemask_pd((__m256d)m);
+#elif defined(__SSE2__) && BATCHNORM_SINGLE
+    return (unsigned)_mm_movemask_ps((__m128)m);
+#else
+    unsigned found = 0;
+    for (int i = 0; i < VEC; i++)
+        found |= (m[i] & 1u) << i;
+    return found;
+#endif
+}
+
+static inline unsigned at_most_bits_wide(wide a, wide b)
+{
+    wide_mask m = a <= b;
+    unsigned found = 0;
+    for (int i = 0; i < PART; i++)
+        found |= (m[i] & 1u) << i;
+    return found;
+}
+
+/* Set bits from place `at` on. The first and the last byte of a run, [first, stop), may be another thread's as well. */
+static inline void set_closed(uint8_t *closed, ptrdiff_t at, unsigned found, ptrdiff_t first, ptrdiff_t stop)
+{
+    uint8_t *byte = closed + at / 8;
+    for (unsigned rest = found << at % 8; rest; rest >>= 8, byte++) {
+        if (byte == closed + first / 8 || byte == closed + (stop - 1) / 8)
+            __atomic_fetch_or(byte, (uint8_t)rest, __ATOMIC_RELAXED);
+        else
+            *byte |= (uint8_t)rest;
+    }
+}
+
+/* `then` in the lanes whose bit is set from place `at` on, and `otherwise` in the others. */
+static inline vec closed_vec(const uint8_t *closed, ptrdiff_t at, vec then, vec otherwise)
+{
+    const uint8_t *byte = closed + at / 8;
+    int found = (byte[0] | byte[1] << 8 | byte[2] << 16) >> at % 8;
+    mask lane, m;
+    for (int i = 0; i < VEC; i++)
+        lane[i] = 1 << i;
+    m = ((found - (mask){0}) & lane) != 0;
+    return (vec)((m & (mask)then) | (~m & (mask)otherwise));
+}
+
+#endif
