@@ -1,6 +1,9 @@
 # ---- Apply: write one block -----------------------------------------------------------------------------------------
 # One loop writes y and dx, for both layouts. A value is read before its place is written, so that out may be an input.
 
+cdef enum:                          # what follows the formula of y, or precedes that of dx: each has loops of its own
+    NOTHING, ACTIVATION, ANYTHING
+
 cdef struct Operands:               # whole arrays, and what is done to their values
     const stored *x
     const stored *dy
@@ -8,7 +11,6 @@ cdef struct Operands:               # whole arrays, and what is done to their va
     stored *out
     unsigned char *closed
     Activation act
-    bint plain                      # nothing is added to y, and it has no activation
     bint sloped                     # dx depends on x
 
 
@@ -21,53 +23,49 @@ cdef inline void write(stored *p, number v, Py_ssize_t count) noexcept nogil:
         store_first(p, v, count)
 
 
-cdef void note_closed(const Activation *act, number pre, Py_ssize_t count, unsigned char *closed, Py_ssize_t at,
-                      Py_ssize_t first, Py_ssize_t stop) noexcept nogil:
-    """Set the bits of `count` places from `at` on, of the row from first to stop, where the activation is closed."""
+cdef inline void note_closed(Notes *notes, const Activation *act, number pre, Py_ssize_t count) noexcept nogil:
     cdef unsigned found = at_most_bits(pre, everywhere(act.low, pre))
     if act.bounded:
         found |= at_most_bits(everywhere(act.high, pre), pre)
-    set_closed(closed, at, found & ((1u << count) - 1), first, stop)
+    note(notes, found & ((1u << count) - 1), count)
 
 
-cdef inline number calculated(const Operands *o, bint gradient, bint plain, Py_ssize_t i, Py_ssize_t j,
-                              Py_ssize_t count, Py_ssize_t length, const number *k) noexcept nogil:
+cdef inline number calculated(const Operands *o, bint gradient, int kind, Py_ssize_t i, Py_ssize_t j,
+                              Py_ssize_t count, Notes *notes, const number *k) noexcept nogil:
     """y, or dx, at `count` places from j on of the row at i."""
     cdef number pre, dy, x = load(o.x + i + j, count, k[CENTRE])
     if gradient:
         dy = load(o.dy + i + j, count, k[CENTRE])
-        if not plain and o.act.on:
+        if kind == ACTIVATION or (kind == ANYTHING and o.act.on):
             dy = passed(dy, written(x, k, &o.act), &o.act)
             x = x if o.sloped else k[CENTRE]
         return dx_of(dy, x, k)
     pre = y_of(x, k)
-    if plain:
-        return pre
-    if o.add != NULL:
+    if kind == ANYTHING and o.add != NULL:
         pre += load(o.add + i + j, count, k[CENTRE])
-    if o.act.on:
-        pre = rounded(pre)
-        if o.closed != NULL:
-            note_closed(&o.act, pre, count, o.closed, i + j, i, i + length)
-        return activated(pre, &o.act)
-    return pre
+    if kind == NOTHING or not o.act.on:
+        return pre
+    pre = rounded(pre)
+    if kind == ANYTHING and o.closed != NULL:
+        note_closed(notes, &o.act, pre, count)
+    return activated(pre, &o.act)
 
 
-cdef inline number applied(const Operands *o, bint gradient, bint plain, Py_ssize_t i, Py_ssize_t j, Py_ssize_t count,
-                           Py_ssize_t length, const number *k, const Row *column) noexcept nogil:
+cdef inline number applied(const Operands *o, bint gradient, int kind, Py_ssize_t i, Py_ssize_t j, Py_ssize_t count,
+                           Notes *notes, const number *k, const Row *column) noexcept nogil:
     """The same, where each column may have coefficients of its own."""
     cdef number own[COEFFICIENTS]
     if column == NULL:
-        return calculated(o, gradient, plain, i, j, count, length, k)
+        return calculated(o, gradient, kind, i, j, count, notes, k)
     own[CENTRE] = column_at(column[CENTRE].at + j, k[CENTRE])
     own[SCALE] = column_at(column[SCALE].at + j, k[CENTRE])
     own[SHIFT] = column_at(column[SHIFT].at + j, k[CENTRE])
     own[SLOPE] = column_at(column[SLOPE].at + j, k[CENTRE])
     own[OFFSET] = column_at(column[OFFSET].at + j, k[CENTRE])
-    return calculated(o, gradient, plain, i, j, count, length, own)
+    return calculated(o, gradient, kind, i, j, count, notes, own)
 
 
-cdef inline void apply_rows(const Operands *o, bint gradient, bint plain, Py_ssize_t i, Py_ssize_t rows,
+cdef inline void apply_rows(const Operands *o, bint gradient, int kind, Py_ssize_t i, Py_ssize_t rows,
                             Py_ssize_t stride, Py_ssize_t length, const number *k, const Row *column,
                             bint stream) noexcept nogil:
     cdef Py_ssize_t r, j, start, stop, count, size = size_of(k[CENTRE])
@@ -76,6 +74,8 @@ cdef inline void apply_rows(const Operands *o, bint gradient, bint plain, Py_ssi
     cdef Py_ssize_t pairs = length - length % (2 * size)
     cdef number first, second, last = k[CENTRE]
     cdef stored *out = o.out + i
+    cdef Notes here
+    cdef Notes *notes = &here
     for r in range(rows):
         if number is vec and stream:
             start = min(to_line(out), length)
@@ -83,42 +83,49 @@ cdef inline void apply_rows(const Operands *o, bint gradient, bint plain, Py_ssi
             prefetch(out + stop)        # what is written through the cache holds up the stores after it
             prefetch(out + stride)
             for j from start <= j < stop by size:
-                stream_vec(out + j, applied(o, gradient, plain, i, j, size, length, k, column))
+                stream_vec(out + j, applied(o, gradient, kind, i, j, size, notes, k, column))
             j = 0 if start else stop
             while j < length:       # before the first whole line and after the last
                 count = min(size, (start if j < start else length) - j)
-                write(out + j, applied(o, gradient, plain, i, j, count, length, k, column), count)
+                write(out + j, applied(o, gradient, kind, i, j, count, notes, k, column), count)
                 j = stop if j + count == start else j + count
-        elif number is wide:        # rare, so short
-            for j from 0 <= j < length by size:
-                count = min(size, length - j)
-                write(out + j, applied(o, gradient, plain, i, j, count, length, k, column), count)
+        elif kind == ANYTHING:
+            here = notes_from(o.closed, i)
+            for j from 0 <= j < whole by size:
+                write(out + j, applied(o, gradient, kind, i, j, size, notes, k, column), size)
+            if whole < length:
+                count = length - whole
+                write(out + whole, applied(o, gradient, kind, i, whole, count, notes, k, column), count)
+            if o.closed != NULL:
+                finish_notes(notes)
         else:
             if overlaps:        # the last vector ends with the row: it is read before its first places are written
-                last = applied(o, gradient, plain, i, length - size, size, length, k, column)
+                last = applied(o, gradient, kind, i, length - size, size, notes, k, column)
             for j from 0 <= j < pairs by 2 * size:
-                first = applied(o, gradient, plain, i, j, size, length, k, column)
-                second = applied(o, gradient, plain, i, j + size, size, length, k, column)
+                first = applied(o, gradient, kind, i, j, size, notes, k, column)
+                second = applied(o, gradient, kind, i, j + size, size, notes, k, column)
                 write(out + j, first, size)
                 write(out + j + size, second, size)
             if pairs < whole:
-                write(out + pairs, applied(o, gradient, plain, i, pairs, size, length, k, column), size)
+                write(out + pairs, applied(o, gradient, kind, i, pairs, size, notes, k, column), size)
             if overlaps:
                 write(out + length - size, last, size)
             elif whole < length:
                 count = length - whole
-                write(out + whole, applied(o, gradient, plain, i, whole, count, length, k, column), count)
+                write(out + whole, applied(o, gradient, kind, i, whole, count, notes, k, column), count)
         i += stride
         out += stride
 
 
-cdef inline void apply_plain_rows_or_not(const Operands *o, bint gradient, Py_ssize_t i, Py_ssize_t rows,
-                                         Py_ssize_t stride, Py_ssize_t length, const number *k, const Row *column,
-                                         bint stream) noexcept nogil:
-    if number is vec and o.plain:
-        apply_rows(o, gradient, True, i, rows, stride, length, k, column, stream)
+cdef inline void apply_rows_of_a_kind(const Operands *o, bint gradient, Py_ssize_t i, Py_ssize_t rows,
+                                      Py_ssize_t stride, Py_ssize_t length, const number *k, const Row *column,
+                                      bint stream) noexcept nogil:
+    if number is wide or (not gradient and o.add != NULL):
+        apply_rows(o, gradient, ANYTHING, i, rows, stride, length, k, column, stream)
+    elif o.act.on:
+        apply_rows(o, gradient, ACTIVATION, i, rows, stride, length, k, column, stream)
     else:
-        apply_rows(o, gradient, False, i, rows, stride, length, k, column, stream)
+        apply_rows(o, gradient, NOTHING, i, rows, stride, length, k, column, stream)
 
 
 cdef inline void apply_columns(const Work *work, const Block *block, const Operands *o, bint gradient, bint stream,
@@ -136,7 +143,7 @@ cdef inline void apply_columns(const Work *work, const Block *block, const Opera
         if rests:       # rows that do not fill a group, as one shorter row
             first += rows * work.group * block.stride
             rows, width = rest > 0, rest * length
-        apply_plain_rows_or_not(o, gradient, first, rows, block.stride * work.group, width, k, column, stream)
+        apply_rows_of_a_kind(o, gradient, first, rows, block.stride * work.group, width, k, column, stream)
 
 
 cdef inline void apply_channel(const Block *block, const Operands *o, bint gradient, bint stream, Py_ssize_t at,
@@ -147,19 +154,18 @@ cdef inline void apply_channel(const Block *block, const Operands *o, bint gradi
     take_y(k, value, C, &o.act)
     k[SLOPE] = same(value[SLOPE * C] if gradient else 0, zero)
     k[OFFSET] = same(value[OFFSET * C] if gradient else 0, zero)
-    apply_plain_rows_or_not(o, gradient, at, rows, block.stride, block.run, k, NULL, stream)
+    apply_rows_of_a_kind(o, gradient, at, rows, block.stride, block.run, k, NULL, stream)
 
 
 cdef inline void write_block(const Work *work, Py_ssize_t tile, Py_ssize_t b, const stored *x, const stored *dy,
                              bint gradient, stored *out, bint fit) noexcept nogil:
     cdef Block block = block_of(work, tile, b)
     cdef const double *value = work.coefficient + block.channel
-    cdef bint stream = work.stream and out != x and out != dy and out != work.add
+    cdef bint stream = work.stream and out != x and out != dy and out != work.add and work.closed == NULL
     cdef Py_ssize_t r, c, at, rows, C = work.C
     cdef Operands o
     o.x, o.dy, o.out, o.act = x, dy, out, work.activation
     o.add, o.closed, o.sloped = work.add, work.closed, is_sloped(work.through)
-    o.plain = work.add == NULL and not work.activation.on
     if work.columns and fit:
         apply_columns(work, &block, &o, gradient, stream, value)
     else:

@@ -40,16 +40,42 @@ static inline unsigned at_most_bits_wide(wide a, wide b)
     return found;
 }
 
-/* Set bits from place `at` on. The first and the last byte of a run, [first, stop), may be another thread's as well. */
-static inline void set_closed(uint8_t *closed, ptrdiff_t at, unsigned found, ptrdiff_t first, ptrdiff_t stop)
+/* Bits that are written one after the other. The first and the last byte may be another thread's as well. */
+typedef struct {
+    uint8_t *byte;
+    uint64_t bits;
+    int count;
+    int shared;
+} Notes;
+
+static inline Notes notes_from(uint8_t *closed, ptrdiff_t at)
 {
-    uint8_t *byte = closed + at / 8;
-    for (unsigned rest = found << at % 8; rest; rest >>= 8, byte++) {
-        if (byte == closed + first / 8 || byte == closed + (stop - 1) / 8)
-            __atomic_fetch_or(byte, (uint8_t)rest, __ATOMIC_RELAXED);
+    return (Notes){closed + at / 8, 0, (int)(at % 8), 1};
+}
+
+static inline void share_byte(Notes *notes)
+{
+    __atomic_fetch_or(notes->byte, (uint8_t)notes->bits, __ATOMIC_RELAXED);
+}
+
+static inline void note(Notes *notes, unsigned found, ptrdiff_t count)
+{
+    notes->bits |= (uint64_t)found << notes->count;
+    for (notes->count += (int)count; notes->count >= 8; notes->count -= 8) {
+        if (notes->shared)
+            share_byte(notes);
         else
-            *byte |= (uint8_t)rest;
+            *notes->byte = (uint8_t)notes->bits;
+        notes->shared = 0;
+        notes->byte++;
+        notes->bits >>= 8;
     }
+}
+
+static inline void finish_notes(Notes *notes)
+{
+    if (notes->count)
+        share_byte(notes);
 }
 
 /* `then` in the lanes whose bit is set from place `at` on, and `otherwise` in the others. */

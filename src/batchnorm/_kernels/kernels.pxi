@@ -71,7 +71,11 @@ cdef extern from "stored.h" nogil:
     wide at_most_wide(wide, wide, wide, wide) noexcept
     unsigned at_most_bits_vec(vec, vec) noexcept
     unsigned at_most_bits_wide(wide, wide) noexcept
-    void set_closed(unsigned char *, Py_ssize_t, unsigned, Py_ssize_t, Py_ssize_t) noexcept
+    ctypedef struct Notes:
+        pass
+    Notes notes_from(unsigned char *, Py_ssize_t) noexcept
+    void note(Notes *, unsigned, Py_ssize_t) noexcept
+    void finish_notes(Notes *) noexcept
     vec closed_vec(const unsigned char *, Py_ssize_t, vec, vec) noexcept
     wide rounded_wide(wide) noexcept
     void add_vec(double *, vec) noexcept
