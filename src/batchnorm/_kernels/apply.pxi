@@ -36,7 +36,7 @@ cdef inline number calculated(const Operands *o, bint gradient, int kind, Py_ssi
     cdef number pre, dy, x = load(o.x + i + j, count, k[CENTRE])
     if gradient:
         dy = load(o.dy + i + j, count, k[CENTRE])
-        if kind == ACTIVATION or (kind == ANYTHING and o.act.on):
+        if kind == ANYTHING and o.act.on:
             dy = passed(dy, written(x, k, &o.act), &o.act)
             x = x if o.sloped else k[CENTRE]
         return dx_of(dy, x, k)
@@ -120,9 +120,9 @@ cdef inline void apply_rows(const Operands *o, bint gradient, int kind, Py_ssize
 cdef inline void apply_rows_of_a_kind(const Operands *o, bint gradient, Py_ssize_t i, Py_ssize_t rows,
                                       Py_ssize_t stride, Py_ssize_t length, const number *k, const Row *column,
                                       bint stream) noexcept nogil:
-    if number is wide or (not gradient and o.add != NULL):
+    if number is wide or o.add != NULL or (gradient and o.act.on):
         apply_rows(o, gradient, ANYTHING, i, rows, stride, length, k, column, stream)
-    elif o.act.on:
+    elif not gradient and o.act.on:
         apply_rows(o, gradient, ACTIVATION, i, rows, stride, length, k, column, stream)
     else:
         apply_rows(o, gradient, NOTHING, i, rows, stride, length, k, column, stream)

@@ -55,7 +55,7 @@ cdef void set_centres(const double *restrict s, double *restrict k, Py_ssize_t C
         k[REST * C + c] = (s[MEAN * C + c] - k[CENTRE * C + c]) + s[MEAN_LOW * C + c]
 
 
-cdef inline Py_ssize_t misfits(const double *coefficient, Py_ssize_t channels) noexcept nogil:
+cdef Py_ssize_t misfits(const double *coefficient, Py_ssize_t channels) noexcept nogil:
     """How many coefficients lose digits in the data's type, or products with them; infinities and NaN have none."""
     cdef Py_ssize_t c, found = 0
     cdef double size

@@ -32,7 +32,7 @@ from cython.parallel import prange
 from libc.math cimport INFINITY, fabs, sqrt
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
-from batchnorm._kernels.per_channel cimport borrow, set_parameters, take_parameters
+from batchnorm._kernels.per_channel cimport borrow, borrow_values, set_parameters, take_parameters
 from batchnorm._kernels.runtime cimport (
     BETA, DGAMMA, GAMMA, GRADIENT_ROWS, M2, MEAN, MEAN_LOW, RSTD, STATISTICS_ROWS, SUM_DY, SUM_DY_XMU, THROUGH_MEAN,
     THROUGH_VARIANCE, UPSTREAM, UPSTREAM_DMEAN, UPSTREAM_DVAR, VAR, team_size)
@@ -102,12 +102,6 @@ cdef int check_view(str name, const stored[:, :, ::1] array, const Py_ssize_t *v
     return 0
 
 
-cdef int check_closed(const unsigned char[::1] closed, const Py_ssize_t *view) except -1:
-    if closed.shape[0] < view[0] * view[1] * view[2] // 8 + SPARE:
-        raise ValueError(f"closed must have one bit per value and {SPARE} bytes more, got {closed.shape[0]} bytes")
-    return 0
-
-
 cdef int set_activation(Activation *act, activation) except -1:
     """From (low, high, slope), or none."""
     act.on = activation is not None
@@ -117,12 +111,21 @@ cdef int set_activation(Activation *act, activation) except -1:
     return 0
 
 
-cdef int begin(Work *work, const stored[:, :, ::1] x, Py_ssize_t arrays, statistics, gradients,
-               activation) except -1:
+cdef unsigned char *bits(closed, Py_ssize_t values, bint written) except NULL:
+    return <unsigned char *> borrow_values("closed", closed, values // 8 + SPARE, 1, written)
+
+
+cdef int begin(Work *work, const stored[:, :, ::1] x, Py_ssize_t arrays, statistics, gradients, activation, add,
+               closed) except -1:
     """Cut the work, and get scratch for a few numbers per block and channel, which `free(work.coefficient)` returns."""
+    cdef Py_ssize_t values = x.shape[0] * x.shape[1] * x.shape[2]
     cut(work, x.shape[0], x.shape[1], x.shape[2], arrays)
     set_activation(&work.activation, activation)
     work.add, work.closed = NULL, NULL
+    if add is not None:
+        work.add = <const stored *> borrow_values("add", add, values, sizeof(stored), False)
+    if closed is not None:
+        work.closed = bits(closed, values, True)
     work.statistics = borrow("statistics", statistics, STATISTICS_ROWS, work.C)
     if gradients is not None:
         work.gradients = borrow("gradients", gradients, GRADIENT_ROWS, work.C)
@@ -130,17 +133,6 @@ cdef int begin(Work *work, const stored[:, :, ::1] x, Py_ssize_t arrays, statist
     if work.coefficient == NULL:
         raise MemoryError(f"no memory for the sums of {work.blocks} blocks of {work.C} channels")
     work.partial = work.coefficient + COEFFICIENT_ROWS * work.C
-    return 0
-
-
-cdef int take_operands(Work *work, const stored[:, :, ::1] x, const stored[:, :, ::1] add,
-                       unsigned char[::1] closed) except -1:
-    if add is not None:
-        check_view("add", add, x.shape)
-        work.add = &add[0, 0, 0]
-    if closed is not None:
-        check_closed(closed, x.shape)
-        work.closed = &closed[0]
     return 0
 
 
@@ -239,7 +231,7 @@ def moments(const stored[:, :, ::1] x, statistics, double eps, int num_threads):
     """mean, m2, var and rstd of each channel into `statistics`."""
     cdef Work work
     cdef int threads = team_size(num_threads)
-    begin(&work, x, 1, statistics, None, None)
+    begin(&work, x, 1, statistics, None, None, None, None)
     work.eps = eps
     with nogil:
         moments_of_all(&work, &x[0, 0, 0], threads)
@@ -247,7 +239,7 @@ def moments(const stored[:, :, ::1] x, statistics, double eps, int num_threads):
 
 
 def forward(const stored[:, :, ::1] x, stored[:, :, ::1] y, statistics, gamma, beta, double eps, int num_threads,
-            activation=None, const stored[:, :, ::1] add=None, unsigned char[::1] closed=None):
+            activation=None, add=None, closed=None):
     """`moments`, then y = act(gamma·(x − mean)·rstd + beta + add), and in `closed` where act is closed."""
     cdef Work work
     cdef int threads = team_size(num_threads)
@@ -256,8 +248,7 @@ def forward(const stored[:, :, ::1] x, stored[:, :, ::1] y, statistics, gamma, b
     cdef Py_ssize_t tile
     check_view("y", y, x.shape)
     set_parameters(borrow("statistics", statistics, STATISTICS_ROWS, x.shape[1]), gamma, beta, x.shape[1])
-    begin(&work, x, 2, statistics, None, activation)
-    take_operands(&work, x, add, closed)
+    begin(&work, x, 2, statistics, None, activation, add, closed)
     work.eps = eps
     with nogil:
         if work.by_tile:
@@ -273,14 +264,14 @@ def forward(const stored[:, :, ::1] x, stored[:, :, ::1] y, statistics, gamma, b
     free(work.coefficient)
 
 
-def normalize(const stored[:, :, ::1] x, stored[:, :, ::1] y, statistics, int num_threads, activation=None,
-              const stored[:, :, ::1] add=None, unsigned char[::1] closed=None):
+def normalize(const stored[:, :, ::1] x, stored[:, :, ::1] y, statistics, int num_threads, activation=None, add=None,
+              closed=None):
     """The same with the mean and rstd in `statistics`."""
     cdef Work work
     cdef int threads = team_size(num_threads)
     check_view("y", y, x.shape)
-    begin(&work, x, 1, statistics, None, activation)    # streaming pays only where one array fills the cache
-    take_operands(&work, x, add, closed)
+    # Streaming pays only where one array fills the cache.
+    begin(&work, x, 1, statistics, None, activation, add, closed)
     with nogil:
         normalize_all(&work, &x[0, 0, 0], &y[0, 0, 0], threads)
     free(work.coefficient)
@@ -295,7 +286,7 @@ def grad_sums(const stored[:, :, ::1] dy, const stored[:, :, ::1] x, statistics,
     cdef Work work
     cdef int threads = team_size(num_threads)
     check_view("dy", dy, x.shape)
-    begin(&work, x, 2, statistics, gradients, activation)
+    begin(&work, x, 2, statistics, gradients, activation, None, None)
     with nogil:
         grad_sums_of_all(&work, &x[0, 0, 0], &dy[0, 0, 0], threads)
     free(work.coefficient)
@@ -313,7 +304,7 @@ def grad_apply(const stored[:, :, ::1] dy, const stored[:, :, ::1] x, stored[:, 
     cdef int threads = team_size(num_threads)
     check_view("dy", dy, x.shape)
     check_view("dx", dx, x.shape)
-    begin(&work, x, 3, statistics, gradients, activation)
+    begin(&work, x, 3, statistics, gradients, activation, None, None)
     work.through, work.count = through, count
     with nogil:
         grad_apply_all(&work, &x[0, 0, 0], &dy[0, 0, 0], &dx[0, 0, 0], threads)
@@ -331,7 +322,7 @@ def backward(const stored[:, :, ::1] dy, const stored[:, :, ::1] x, stored[:, :,
     cdef Py_ssize_t tile
     check_view("dy", dy, x.shape)
     check_view("dx", dx, x.shape)
-    begin(&work, x, 3, statistics, gradients, activation)
+    begin(&work, x, 3, statistics, gradients, activation, None, None)
     work.through, work.count = through, count
     with nogil:
         if work.by_tile:
@@ -348,21 +339,19 @@ def backward(const stored[:, :, ::1] dy, const stored[:, :, ::1] x, stored[:, :,
     take_parameters(work.gradients, dgamma, dbeta, work.C)
 
 
-def pass_back(const stored[:, :, ::1] dy, const unsigned char[::1] closed, stored[:, :, ::1] out, activation,
-              int num_threads):
+def pass_back(const stored[:, :, ::1] dy, closed, stored[:, :, ::1] out, activation, int num_threads):
     """dy·act′, by what `forward` noted."""
     cdef Activation act
     cdef int threads = team_size(num_threads)
     cdef const stored *dy0 = &dy[0, 0, 0]
     cdef stored *out0 = &out[0, 0, 0]
-    cdef const unsigned char *closed0 = &closed[0]
     cdef Py_ssize_t i, size = dy.shape[0] * dy.shape[1] * dy.shape[2]
+    cdef const unsigned char *noted = bits(closed, size, False)
     check_view("out", out, dy.shape)
-    check_closed(closed, dy.shape)
     set_activation(&act, activation)
     for i in prange(ceil_div(size, BLOCK), schedule="static", num_threads=threads, nogil=True,
                     use_threads_if=threads > 1):
-        pass_run(dy0, closed0, out0, i * BLOCK, min(size, (i + 1) * BLOCK), &act)
+        pass_run(dy0, noted, out0, i * BLOCK, min(size, (i + 1) * BLOCK), &act)
 
 
 def partition(Py_ssize_t N, Py_ssize_t C, Py_ssize_t S, Py_ssize_t arrays, bint ordered):

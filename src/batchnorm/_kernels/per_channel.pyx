@@ -24,6 +24,18 @@ cdef double *borrow(str name, table, Py_ssize_t rows, Py_ssize_t channels) excep
     return <double *> buffer.buf
 
 
+cdef void *borrow_values(str name, values, Py_ssize_t least, Py_ssize_t itemsize, bint written) except NULL:
+    """Where some values lie side by side, which their caller holds."""
+    cdef Py_buffer buffer
+    cdef bint fits
+    PyObject_GetBuffer(values, &buffer, PyBUF_CONTIG if written else PyBUF_CONTIG_RO)
+    fits = buffer.itemsize == itemsize and buffer.len >= least * itemsize
+    PyBuffer_Release(&buffer)
+    if not fits:
+        raise ValueError(f"{name} must have {least} values of {itemsize} bytes or more")
+    return buffer.buf
+
+
 cdef int get_buffer(values, Py_buffer *buffer, int flags, Py_ssize_t channels) except -1:
     """ValueError also of 16-bit numbers: bfloat16 has no buffer."""
     PyObject_GetBuffer(values, buffer, flags)

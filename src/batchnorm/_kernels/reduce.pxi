@@ -12,6 +12,12 @@ cdef inline double fold(const double *total) noexcept nogil:
     return ((total[0] + total[4]) + (total[2] + total[6])) + ((total[1] + total[5]) + (total[3] + total[7]))
 
 
+cdef void fold_all(const double *total, Py_ssize_t channels, double *folded) noexcept nogil:
+    cdef Py_ssize_t c
+    for c in range(channels):
+        folded[c] = fold(total + c * TOTALS)
+
+
 cdef inline void add_lanes(double *total, const number *lanes) noexcept nogil:
     if number is vec:
         add_lanes_vec(total, lanes)
@@ -231,9 +237,8 @@ cdef inline void sum_block_of_lanes(const Work *work, const Block *block, const 
                 take_y(k, pivot + c, work.C, act)
             sum_lanes(x + at, dy + at, gradient, act, rows, block.stride, block.run,
                       block.more or r + rows < block.rows, k, total1 + c * TOTALS, total2 + c * TOTALS)
-    for c in range(block.channels):
-        sum1[c] = fold(total1 + c * TOTALS)
-        sum2[c] = fold(total2 + c * TOTALS)
+    fold_all(total1, block.channels, sum1)
+    fold_all(total2, block.channels, sum2)
 
 
 cdef inline void sum_block_of_columns(const Work *work, const Block *block, const stored *x, const stored *dy,
@@ -261,8 +266,7 @@ cdef inline void sum_block_of_columns(const Work *work, const Block *block, cons
 
 # ---- Pivots, and whether sums about them can be trusted
 
-cdef inline void choose_pivots(const Block *block, const stored *x, Py_ssize_t step,
-                               double *restrict pivot) noexcept nogil:
+cdef void choose_pivots(const Block *block, const stored *x, Py_ssize_t step, double *restrict pivot) noexcept nogil:
     """A value near the mean of each channel: of eight from all over the block, to about 1/16 of their spread.
 
     It is the value itself where they are equal.
@@ -375,8 +379,6 @@ cdef void reduce_block(const Work *work, Py_ssize_t tile, Py_ssize_t b, const st
     dy += block.first
     if gradient:
         pivot = work.coefficient + CENTRE * work.C + block.channel
-    elif block.run == 1:
-        choose_pivots(&block, x, 1, pivot)
     else:
         choose_pivots(&block, x, block.run, pivot)
     if work.N * work.S < FEW:
