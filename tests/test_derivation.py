@@ -37,7 +37,7 @@ LETTERS = {
     r"\mathrm{dxhat}": "C",
     r"\mathrm{dmean}": "E",
     r"\mathrm{scale}": "F",
-    r"\mathrm{shift}": "G",
+    r"\mathrm{offset}": "G",
     r"\mathrm{slope}": "H",
     r"\mathrm{dvar}": "K",
     r"\mathrm{rstd}": "r",

@@ -167,7 +167,7 @@ BACKWARD = {
     "need a statistic": (
         lambda: bn.backward(X, SAVED, need=["dmean"]),
         ValueError,
-        r"need must be a name or a collection of names out of \('dx', 'dgamma', 'dbeta'\), got \['dmean'\]",
+        r"need must be a name or a collection of names out of \('dx', 'dgamma', 'dbeta', 'dadd'\), got \['dmean'\]",
     ),
     "dmean too short": (
         lambda: bn.backward(X, SAVED, dmean=np.ones(2)),

@@ -471,7 +471,7 @@ def test_x_that_was_overwritten_is_not_used(rng):
     layer(x, out=np.empty_like(x))
     layer.backward(x)
     layer(x, out=x)
-    with pytest.raises(RuntimeError, match="backward needs x, but the last call wrote y over it"):
+    with pytest.raises(RuntimeError, match="backward needs x and add, but the last call wrote y over one of them"):
         layer.backward(x)
     with pytest.raises(ValueError, match="out must not overlap x"):
         layer.train()(x, out=x)

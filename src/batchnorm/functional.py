@@ -11,7 +11,7 @@ Frameworks differ in each of these conventions:
 """
 
 from collections.abc import Collection
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, overload
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Self, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -43,10 +43,12 @@ from .moments import GradientSums, Moments
 if TYPE_CHECKING:
     from ._kernels.kernels import Bits, Limits
 
-_NEED = ("dx", "dgamma", "dbeta")
-_INFERENCE_NEED = (*_NEED, "dadd", "dmean", "dvar")
+    After = tuple[Limits | None, Array | None, Bits | None]
+
+NEED = ("dx", "dgamma", "dbeta")
+_INFERENCE_NEED = (*NEED, "dadd", "dmean", "dvar")
 _THROUGH = ("mean", "variance")
-_NOTHING = None, None, None
+_NOTHING: "After" = None, None, None
 """After the normalization: no activation, no residual."""
 
 
@@ -68,9 +70,16 @@ class Gradients(_Gradients):
 
     dadd: Array | None = None
 
+    def _replace(self, /, **changes: Any) -> Self:
+        gradients = super()._replace(**changes)
+        gradients.__dict__.update(self.__dict__)
+        return gradients
+
     def _shown(self, *more: str) -> str:
-        names = *_NEED, *more, *(("dadd",) if self.dadd is not None else ())
-        return f"{type(self).__name__}({', '.join(f'{name}={_shape_and_dtype(getattr(self, name))}' for name in names)})"
+        names = *NEED, *more, *(("dadd",) if self.dadd is not None else ())
+        return (
+            f"{type(self).__name__}({', '.join(f'{name}={_shape_and_dtype(getattr(self, name))}' for name in names)})"
+        )
 
     def __repr__(self) -> str:
         return self._shown()
@@ -89,8 +98,9 @@ class InferenceGradients(Gradients):
 class Saved:
     """What `forward` leaves for `backward`: a reference to x (not a copy) and a few float64 numbers per channel.
 
-    After an addition and an activation there is one more bit per value. x must not change until `backward` has run. Its values are not checked; its shape, strides and dtype are checked
-    whenever x is used. The object itself cannot be changed.
+    After an addition and an activation there is also one bit per value. x must not change until `backward` has run. Its
+    values are not checked; its shape, strides and dtype are checked whenever x is used. The object itself cannot be
+    changed.
 
     Attributes
     ----------
@@ -111,7 +121,18 @@ class Saved:
         As it was given.
     """
 
-    __slots__ = ("_added", "_closed", "_count", "_dtypes", "_eps", "_layout", "_limits", "_statistics", "_strides", "_x")
+    __slots__ = (
+        "_added",
+        "_closed",
+        "_count",
+        "_dtypes",
+        "_eps",
+        "_layout",
+        "_limits",
+        "_statistics",
+        "_strides",
+        "_x",
+    )
 
     def __init__(
         self,
@@ -381,7 +402,7 @@ def forward(
 
 def _after(
     activation: Activation | None, add: ArrayLike | None, x: Array, layout: Layout, noted: bool = True
-) -> tuple[Array | None, "tuple[Limits | None, Array | None, Bits | None]"]:
+) -> "tuple[Array | None, After]":
     """The residual, and what the kernels take: limits, residual and where to note that the activation is closed."""
     limits = _activation.as_limits(activation)
     if add is None:
@@ -408,7 +429,7 @@ def backward(
     dmean: ArrayLike | None = None,
     dvar: ArrayLike | None = None,
     sums: GradientSums | None = None,
-    need: Collection[str] = _NEED,
+    need: Collection[str] = NEED,
     out: Array | None = None,
     num_threads: int | None = None,
 ) -> Gradients:
@@ -420,8 +441,8 @@ def backward(
     −gamma·rstd·xhat·dgamma/n.
 
     After an activation dy·act′ takes the place of dy everywhere. For ReLU act′ is 0 where its argument is at most 0,
-    else 1; for leaky ReLU it is the slope there; for clip it is 0 at and beyond both bounds. The residual that `forward`
-    added has the gradient dadd = dy·act′.
+    else 1; for leaky ReLU it is the slope there; for clip it is 0 at and beyond both bounds. What `forward` added has
+    the gradient dadd = dy·act′.
 
     Parameters
     ----------
@@ -509,8 +530,8 @@ def backward(
     if sums is not None:
         _check_sums(sums, saved)
         table[SUM_DY : SUM_DY_XMU + 1] = sums._table
-    if need is not _NEED:
-        need = _names(need, "need", (*_NEED, "dadd"))
+    if need is not NEED:
+        need = _names(need, "need", (*NEED, "dadd"))
     return _backward(dy, saved, paths, need, table, out, num_threads, sums is not None)
 
 
@@ -533,7 +554,7 @@ def _check_out(out: Array, need: Collection[str], x: Array, dy: Array) -> None:
 
 def check_backward(dy: ArrayLike, saved: Saved, need: Collection[str], out: Array | None) -> None:
     """Refuse what `backward` would refuse."""
-    need, dy = _names(need, "need", (*_NEED, "dadd")), like_x(dy, saved)
+    need, dy = _names(need, "need", (*NEED, "dadd")), like_x(dy, saved)
     if out is not None:
         _check_out(out, need, saved.x, dy)
 
@@ -556,11 +577,10 @@ def _backward(
     if out is not None:
         _check_out(out, need, x, dy)
     limits, dadd = saved._limits, None
-    if limits is not None and saved._closed is not None:
-        dadd = dy = _pass_back(dy, saved._closed, limits, layout, threads)
-        limits = None
-    elif saved._added:
-        dadd = layout.copy(dy)  # because dx may be written over dy
+    wanted = saved._added and (need is NEED or "dadd" in need)
+    if wanted or saved._closed is not None:
+        dadd, _ = before_addition(dy, saved, threads)
+        dy, limits = dadd, None
     dx = dgamma = dbeta = None
     if "dx" in need:
         dx = layout.empty(dtype) if out is None else layout.room(out, dtype)
@@ -584,7 +604,7 @@ def _backward(
     if dx is not None and out is not None:
         dx = _arrays.deliver(dx, out)
     gradients = tuple.__new__(Gradients, (dx, dgamma, dbeta))  # in half the time of Gradients(…)
-    if dadd is not None and (need is _NEED or "dadd" in need):
+    if wanted:
         gradients.dadd = dadd
     return gradients
 
@@ -607,6 +627,18 @@ def _closed_at(
         views = layout.seen(x), layout.seen(layout.empty(x.dtype))
         _kernels.of_type[x.dtype.char].normalize(*views, statistics, threads, limits, add, closed)
     return closed
+
+
+def before_addition(dy: Array, saved: Saved, threads: int | None = None) -> tuple[Array, Saved]:
+    """dadd = dy·act′, and what is saved of the normalization alone; both as they are where nothing was added."""
+    if not saved._added:
+        return dy, saved
+    layout, limits, closed = saved._layout, saved._limits, saved._closed
+    if limits is None or closed is None:
+        dadd = layout.copy(dy)  # because dx may be written over dy
+    else:
+        dadd = _pass_back(dy, closed, limits, layout, threads or _threads.threads_for(dy.size, None))
+    return dadd, Saved(saved.x, saved.eps, layout, saved._statistics, saved._dtypes, saved.count)
 
 
 def upstream(dy: ArrayLike, saved: Saved) -> Array:
@@ -662,8 +694,8 @@ def grad_sums(dy: ArrayLike, saved: Saved, *, num_threads: int | None = None) ->
     table = np.zeros((GRADIENT_ROWS, layout.view[1]))
     if x.size:
         threads = _threads.threads_for(x.size, num_threads)
-        if limits is not None and saved._closed is not None:
-            dy, limits = _pass_back(dy, saved._closed, limits, layout, threads), None
+        if saved._closed is not None:
+            (dy, _), limits = before_addition(dy, saved, threads), None
         kernels = _kernels.of_type[x.dtype.char]
         views = layout.seen(layout.bring(dy)), layout.seen(x)
         kernels.grad_sums(*views, saved._statistics, table, None, None, threads, limits)
@@ -899,7 +931,7 @@ def inference_backward(
     eps: float = 1e-5,
     activation: Activation | None = None,
     add: ArrayLike | None = None,
-    need: Collection[str] = _NEED,
+    need: Collection[str] = NEED,
     out: Array | None = None,
     num_threads: int | None = None,
 ) -> InferenceGradients:
@@ -925,8 +957,8 @@ def inference_backward(
     Returns
     -------
     InferenceGradients
-        A named tuple (dx, dgamma, dbeta) with the attributes dadd, dmean and dvar. dgamma and dbeta have gamma's dtype; where
-        gamma is None, x's, but at least float32. dmean and dvar have those of mean and var.
+        A named tuple (dx, dgamma, dbeta) with the attributes dadd, dmean and dvar. dgamma and dbeta have gamma's dtype;
+        where gamma is None, x's, but at least float32. dmean and dvar have those of mean and var.
 
     Raises
     ------
@@ -957,9 +989,12 @@ def inference_backward(
     dtypes = x.dtype, dtype, dtype
     saved = Saved(x, eps, layout, statistics, dtypes, layout.values, limits, add is not None, closed)
     table = np.empty((GRADIENT_ROWS, layout.view[1]))
-    if need is not _NEED:
+    if need is not NEED:
         need = _names(need, "need", _INFERENCE_NEED)
-    gradients = InferenceGradients(*_backward(dy, saved, 0, need, table, out, num_threads))
+    found = _backward(dy, saved, 0, need, table, out, num_threads)
+    gradients = InferenceGradients(*found)
+    if found.dadd is not None:
+        gradients.dadd = found.dadd
     if "dmean" in need or "dvar" in need:
         per_channel.channel_gradients(statistics, table)
     if "dmean" in need:

@@ -20,7 +20,8 @@ from typing import Any, Self, overload
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from . import _arrays, functional
+from . import _activation, _arrays, functional
+from ._activation import Activation
 from ._arrays import Array, Float
 from ._kernels import per_channel
 from ._state import ARRAYS, MOST_BATCHES, State
@@ -28,6 +29,7 @@ from .functional import Gradients, Saved
 from .moments import Moments, population
 
 # What a file says of a layer besides its state. A missing momentum means None; the last two are there only where false.
+# An activation is written as (low, high, slope).
 _SETTINGS: dict[str, type[np.generic]] = {
     "num_features": np.int64,
     "axis": np.int64,
@@ -43,12 +45,12 @@ _OPTIONAL = ("momentum", "has_bias", "unbiased")
 
 # PyTorch's names of the arrays, in its order.
 _NAMES = {"weight": "gamma", "bias": "beta", "running_mean": "running_mean", "running_var": "running_var"}
-_IN_A_FILE = (*_SETTINGS, *_NAMES, "num_batches_tracked")
+_IN_A_FILE = (*_SETTINGS, *_NAMES, "num_batches_tracked", "activation")
 
 # Why there is no gradient.
 _NOT_CALLED = "backward needs a call of the layer before it"
 _NOT_KEPT = "backward needs x, which evaluation does not keep: call layer.eval(keep_input=True) before the layer"
-_OVERWRITTEN = "backward needs x, but the last call wrote y over it: call the layer without out=x"
+_OVERWRITTEN = "backward needs x and add, but the last call wrote y over one of them: call the layer without out="
 
 
 def _settings(found: Mapping[str, Array]) -> dict[str, Any]:
@@ -73,6 +75,14 @@ def _settings(found: Mapping[str, Array]) -> dict[str, Any]:
     for name, array in arrays.items():
         if array.dtype != own:
             raise TypeError(f"{name} must have dtype {own}, got {array.dtype}")
+    if "activation" in found:
+        limits = found["activation"]
+        if limits.shape != (3,) or limits.dtype != np.float64:
+            raise ValueError(f"activation must be three float64 numbers, got {limits!r}")
+        low, high, slope = limits.tolist()
+        settings["activation"] = _activation.activation_of((low, high, slope))
+        if _activation.as_limits(settings["activation"]) != (low, high, slope):
+            raise ValueError(f"activation must be (low, high, slope) of a known one, got {limits}")
     if "has_bias" in settings:
         settings["bias"] = settings.pop("has_bias")
     return {"momentum": None, "dtype": own} | settings
@@ -103,7 +113,7 @@ class _Array:
 
 
 class BatchNorm:
-    """Batch normalization with state: y = gamma·(x − μ)/√(σ² + eps) + beta.
+    """Batch normalization with state: y = act(gamma·(x − μ)/√(σ² + eps) + beta + add).
 
     In training, μ and σ² are those of the batch and the running statistics move towards them,
     r ← (1 − momentum)·r + momentum·batch; in evaluation they are the running statistics.
@@ -129,6 +139,8 @@ class BatchNorm:
     unbiased : bool, default True
         Whether the running variance takes the unbiased variance of a batch, n/(n − 1) times the one it is normalized
         with, as in PyTorch. Keras, Flax and ONNX take the biased one.
+    activation : "relu", ("leaky_relu", slope) or ("clip", low, high), optional
+        What follows the normalization, in the same pass over x; see `forward`.
     dtype : float32 or float64, default float32
         Of parameters, their gradients and running statistics. x may have another one, also float16 or bfloat16.
 
@@ -143,6 +155,8 @@ class BatchNorm:
         Whether evaluation keeps x for `backward`; see `eval`.
     dgamma, dbeta : ndarray of shape (C,), or None
         Set, not added to, by `backward`.
+    dadd : ndarray, or None
+        The gradient of what the last call added; set by `backward`.
 
     Notes
     -----
@@ -172,6 +186,7 @@ class BatchNorm:
 
     dgamma: Array | None
     dbeta: Array | None
+    dadd: Array | None
     gamma = _Array()
     beta = _Array()
     running_mean = _Array()
@@ -188,6 +203,7 @@ class BatchNorm:
         bias: bool = True,
         track_running_stats: bool = True,
         unbiased: bool = True,
+        activation: Activation | None = None,
         dtype: DTypeLike = np.float32,
     ) -> None:
         self.num_features = _arrays.as_index(num_features, "num_features")
@@ -202,10 +218,12 @@ class BatchNorm:
         if self.dtype not in (np.dtype(np.float32), np.dtype(np.float64)):
             raise TypeError(f"dtype must be float32 or float64, got {self.dtype}")
         self.unbiased = bool(unbiased)
+        self.activation = activation
         self.training = True
         self.keep_input = False
         self.dgamma = None
         self.dbeta = None
+        self.dadd = None
         there = {
             "running_mean": self.track_running_stats,
             "running_var": self.track_running_stats,
@@ -221,6 +239,7 @@ class BatchNorm:
 
     def __repr__(self) -> str:
         more = ", bias=False" * (self.affine and self.beta is None) + ", unbiased=False" * (not self.unbiased)
+        more += "" if self.activation is None else f", activation={self.activation!r}"
         return (
             f"{type(self).__name__}({self.num_features}, axis={self.axis}, eps={self.eps}, momentum={self.momentum}, "
             f"affine={self.affine}, track_running_stats={self.track_running_stats}, dtype={self.dtype}{more})"
@@ -234,6 +253,15 @@ class BatchNorm:
     @momentum.setter
     def momentum(self, momentum: float | None) -> None:
         self._momentum = None if momentum is None else _arrays.as_momentum(momentum)
+
+    @property
+    def activation(self) -> Activation | None:
+        """What follows the normalization."""
+        return self._activation
+
+    @activation.setter
+    def activation(self, activation: Activation | None) -> None:
+        self._activation = _activation.activation_of(_activation.as_limits(activation))
 
     @property
     def num_batches_tracked(self) -> int:
@@ -288,18 +316,27 @@ class BatchNorm:
 
     @overload
     def __call__(
-        self, x: NDArray[Float], *, out: NDArray[Float] | None = None, num_threads: int | None = None
+        self,
+        x: NDArray[Float],
+        *,
+        add: ArrayLike | None = None,
+        out: NDArray[Float] | None = None,
+        num_threads: int | None = None,
     ) -> NDArray[Float]: ...
     @overload
-    def __call__(self, x: ArrayLike, *, out: Array | None = None, num_threads: int | None = None) -> Array: ...
-    def __call__(self, x: ArrayLike, *, out: Array | None = None, num_threads: int | None = None) -> Array:
+    def __call__(
+        self, x: ArrayLike, *, add: ArrayLike | None = None, out: Array | None = None, num_threads: int | None = None
+    ) -> Array: ...
+    def __call__(
+        self, x: ArrayLike, *, add: ArrayLike | None = None, out: Array | None = None, num_threads: int | None = None
+    ) -> Array:
         """Normalize x, and in training move the running statistics.
 
         Parameters
         ----------
         x : array_like of float64, float32, float16 or bfloat16
             With `num_features` channels along `axis`.
-        out, num_threads
+        add, out, num_threads
             As in `forward` and `inference`.
 
         Raises
@@ -313,19 +350,22 @@ class BatchNorm:
             if mean is not None and var is not None:
                 if self.keep_input:
                     x = _arrays.as_float(x, "x")
+                    add = None if add is None else _arrays.as_float(add, "add")
+                settings: dict[str, Any] = {"axis": self.axis, "eps": self.eps, "activation": self._activation}
                 try:
                     y = functional.inference(
-                        x, mean, var, gamma, beta, axis=self.axis, eps=self.eps, out=out, num_threads=num_threads
+                        x, mean, var, gamma, beta, add=add, out=out, num_threads=num_threads, **settings
                     )
                 except ValueError:
                     self._check_channels(_arrays.as_float(x, "x"))
                     raise
                 if not self.keep_input:
                     self._kept = _NOT_KEPT
-                elif out is not None and np.shares_memory(out, x):
+                elif out is not None and any(np.shares_memory(out, kept) for kept in (x, add) if kept is not None):
                     self._kept = _OVERWRITTEN
                 else:
-                    self._kept = {"x": x, "mean": mean, "var": var, "gamma": gamma, "axis": self.axis, "eps": self.eps}
+                    given = {"x": x, "mean": mean, "var": var, "gamma": gamma, "beta": beta, "add": add}
+                    self._kept = given | settings
                 return y
         x = _arrays.as_float(x, "x")
         self._check_channels(x)
@@ -336,7 +376,15 @@ class BatchNorm:
             )
         state = self._state
         y, saved = functional.forward(
-            x, state.gamma, state.beta, axis=self.axis, eps=self.eps, out=out, num_threads=num_threads
+            x,
+            state.gamma,
+            state.beta,
+            axis=self.axis,
+            eps=self.eps,
+            activation=self._activation,
+            add=add,
+            out=out,
+            num_threads=num_threads,
         )
         self._follow(saved)
         return y
@@ -364,11 +412,11 @@ class BatchNorm:
         self,
         dy: ArrayLike,
         *,
-        need: Collection[str] = ("dx", "dgamma", "dbeta"),
+        need: Collection[str] = functional.NEED,
         out: Array | None = None,
         num_threads: int | None = None,
     ) -> Array | None:
-        """Gradient of the last call; sets `dgamma` and `dbeta`.
+        """Gradient of the last call; sets `dgamma` and `dbeta`, and `dadd` where it added something.
 
         Parameters
         ----------
@@ -399,6 +447,7 @@ class BatchNorm:
         state = self._state
         self.dgamma = None if state.gamma is None else gradients.dgamma
         self.dbeta = None if state.beta is None else gradients.dbeta
+        self.dadd = gradients.dadd
         return gradients.dx
 
     def _backward(
@@ -546,9 +595,12 @@ class BatchNorm:
         values = {name: getattr(self, name, None) for name in _SETTINGS} | {"float_bits": 8 * self.dtype.itemsize}
         values["has_bias"] = False if self.affine and self.beta is None else None
         values["unbiased"] = None if self.unbiased else False
+        limits = _activation.as_limits(self._activation)
         try:
             found = {name: np.array(value, _SETTINGS[name]) for name, value in values.items() if value is not None}
             found |= self.state_dict()
+            if limits is not None:
+                found["activation"] = np.array(limits)
             BatchNorm._restored(found)
         except (TypeError, ValueError) as error:
             raise type(error)(f"the layer must be one that load takes: {error}; no file was written") from None
@@ -596,7 +648,7 @@ class BatchNorm:
     def _restored(cls, found: Mapping[str, Array], **arguments: Any) -> Self:
         """The layer whose file holds these arrays."""
         settings = _settings(found)
-        state = {name: found[name] for name in found if name not in _SETTINGS}
+        state = {name: found[name] for name in found if name not in (*_SETTINGS, "activation")}
         tracked = bool(settings["track_running_stats"])
         settings["track_running_stats"] = tracked or "running_mean" in state
         layer = cls(**settings, **arguments)

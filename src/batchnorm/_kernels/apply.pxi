@@ -120,7 +120,7 @@ cdef inline void apply_rows(const Operands *o, bint gradient, int kind, Py_ssize
 cdef inline void apply_rows_of_a_kind(const Operands *o, bint gradient, Py_ssize_t i, Py_ssize_t rows,
                                       Py_ssize_t stride, Py_ssize_t length, const number *k, const Row *column,
                                       bint stream) noexcept nogil:
-    if number is wide or o.add != NULL or (gradient and o.act.on):
+    if number is wide or o.add != NULL or o.closed != NULL or (gradient and o.act.on):
         apply_rows(o, gradient, ANYTHING, i, rows, stride, length, k, column, stream)
     elif not gradient and o.act.on:
         apply_rows(o, gradient, ACTIVATION, i, rows, stride, length, k, column, stream)
@@ -151,7 +151,8 @@ cdef inline void apply_channel(const Block *block, const Operands *o, bint gradi
     """Some rows of one channel."""
     cdef number k[COEFFICIENTS]
     k[CENTRE] = same(value[CENTRE * C], zero)
-    take_y(k, value, C, &o.act)
+    k[SCALE] = same(value[SCALE * C], zero)
+    k[SHIFT] = same(value[SHIFT * C], zero)
     k[SLOPE] = same(value[SLOPE * C] if gradient else 0, zero)
     k[OFFSET] = same(value[OFFSET * C] if gradient else 0, zero)
     apply_rows_of_a_kind(o, gradient, at, rows, block.stride, block.run, k, NULL, stream)

@@ -70,7 +70,7 @@ cdef inline number rounded(number v) noexcept nogil:
     if number is vec:
         return v
     else:
-        return rounded_wide(v)
+        return first_part(narrowed(v))
 
 
 cdef inline number tree(number *row, Py_ssize_t rows) noexcept nogil:
@@ -102,18 +102,12 @@ cdef inline number y_of(number x, const number *k) noexcept nogil:
     return (x - k[CENTRE]) * k[SCALE] + k[SHIFT]
 
 
-cdef inline void take_y(number *k, const double *value, Py_ssize_t C, const Activation *act) noexcept nogil:
-    """A channel's coefficients of y, as y was written with them."""
-    if act.in_steps:
-        k[SCALE], k[SHIFT] = same(<real> value[SCALE * C], k[0]), same(<real> value[SHIFT * C], k[0])
-    else:
-        k[SCALE], k[SHIFT] = same(value[SCALE * C], k[0]), same(value[SHIFT * C], k[0])
-
-
 cdef inline number written(number x, const number *k, const Activation *act) noexcept nogil:
     """y before the activation, with each rounding that it was written with: they decide where that is closed."""
+    cdef vec own[SHIFT + 1]
     if number is wide and act.in_steps:
-        return rounded(rounded(rounded(x - k[CENTRE]) * k[SCALE]) + k[SHIFT])
+        own[CENTRE], own[SCALE], own[SHIFT] = narrowed(k[CENTRE]), narrowed(k[SCALE]), narrowed(k[SHIFT])
+        return first_part(y_of(narrowed(x), own))
     return rounded(y_of(x, k))
 
 
@@ -127,7 +121,8 @@ cdef inline number activated(number pre, const Activation *act) noexcept nogil:
 cdef inline number passed(number dy, number pre, const Activation *act) noexcept nogil:
     """dy·act′(pre): act′ is slope or 0 where pre <= low, 0 where pre >= high, else 1."""
     cdef number none = everywhere(0, pre)
-    cdef number g = at_most(pre, everywhere(act.low, pre), everywhere(act.slope, pre) * dy if act.leaky else none, dy)
+    cdef number below = rounded(everywhere(act.slope, pre) * dy) if act.leaky else none
+    cdef number g = at_most(pre, everywhere(act.low, pre), below, dy)
     return at_most(everywhere(act.high, pre), pre, none, g) if act.bounded else g
 
 

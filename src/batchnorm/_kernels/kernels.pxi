@@ -77,7 +77,8 @@ cdef extern from "stored.h" nogil:
     void note(Notes *, unsigned, Py_ssize_t) noexcept
     void finish_notes(Notes *) noexcept
     vec closed_vec(const unsigned char *, Py_ssize_t, vec, vec) noexcept
-    wide rounded_wide(wide) noexcept
+    vec narrowed(wide) noexcept
+    wide first_part(vec) noexcept
     void add_vec(double *, vec) noexcept
     void add_wide(double *, wide) noexcept
     void add_lanes_vec(double *, const vec *) noexcept

@@ -23,7 +23,7 @@ cdef struct Activation:
     bint on
     bint leaky                      # slope·pre at low and below, else low
     bint bounded                    # high at high and above
-    bint in_steps                   # float64 numbers are rounded as the data's type is
+    bint in_steps                   # y was written in the data's type, not in float64
     real low, high, slope
 
 cdef struct Work:

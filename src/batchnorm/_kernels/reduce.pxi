@@ -234,7 +234,8 @@ cdef inline void sum_block_of_lanes(const Work *work, const Block *block, const 
             at = r * block.stride + c * block.run
             k[CENTRE] = same(pivot[c], zero)
             if act != NULL:
-                take_y(k, pivot + c, work.C, act)
+                k[SCALE] = same(pivot[SCALE * work.C + c], zero)
+                k[SHIFT] = same(pivot[SHIFT * work.C + c], zero)
             sum_lanes(x + at, dy + at, gradient, act, rows, block.stride, block.run,
                       block.more or r + rows < block.rows, k, total1 + c * TOTALS, total2 + c * TOTALS)
     fold_all(total1, block.channels, sum1)

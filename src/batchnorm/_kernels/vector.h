@@ -142,12 +142,20 @@ static inline wide at_most_wide(wide a, wide b, wide then, wide otherwise)
     return (wide)((m & (wide_mask)then) | (~m & (wide_mask)otherwise));
 }
 
-/* Rounded to the data's type. */
-static inline wide rounded_wide(wide v)
+/* PART numbers rounded to the data's type. */
+static inline vec narrowed(wide v)
+{
+    vec rounded = {0};
+    for (int i = 0; i < PART; i++)
+        rounded[i] = (real)v[i];
+    __asm__("" : "+m"(rounded)); /* or GCC 12 drops this conversion together with the one back */
+    return rounded;
+}
+
+static inline wide first_part(vec v)
 {
     part p;
-    for (int i = 0; i < PART; i++)
-        p[i] = (real)v[i];
+    memcpy(&p, &v, sizeof p);
     return widened(p);
 }
 

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from .. import _arrays, _kernels, functional
+from .._activation import Activation
 from .._arrays import Array, Float
 from .._extras import requirements
 from ..functional import Gradients, Saved
@@ -66,7 +67,7 @@ class SyncBatchNorm(BatchNorm):
     reduce : {"local", "sum"}, default "local"
         What `dgamma` and `dbeta` are. "local": the sums over this rank's values, to be added up over the ranks like the
         other gradients of the network. "sum": the sums over all values, which must not be added up again.
-    axis, eps, momentum, affine, bias, track_running_stats, unbiased, dtype
+    axis, eps, momentum, affine, bias, track_running_stats, unbiased, activation, dtype
         As for `BatchNorm`.
 
     Raises
@@ -107,6 +108,7 @@ class SyncBatchNorm(BatchNorm):
         bias: bool = True,
         track_running_stats: bool = True,
         unbiased: bool = True,
+        activation: Activation | None = None,
         dtype: DTypeLike = np.float32,
     ) -> None:
         self.comm = world() if comm is None else comm
@@ -122,6 +124,7 @@ class SyncBatchNorm(BatchNorm):
                 bias=bias,
                 track_running_stats=track_running_stats,
                 unbiased=unbiased,
+                activation=activation,
                 dtype=dtype,
             )
             if reduce not in ("local", "sum"):
@@ -142,11 +145,20 @@ class SyncBatchNorm(BatchNorm):
 
     @overload
     def __call__(
-        self, x: NDArray[Float], *, out: NDArray[Float] | None = None, num_threads: int | None = None
+        self,
+        x: NDArray[Float],
+        *,
+        add: ArrayLike | None = None,
+        out: NDArray[Float] | None = None,
+        num_threads: int | None = None,
     ) -> NDArray[Float]: ...
     @overload
-    def __call__(self, x: ArrayLike, *, out: Array | None = None, num_threads: int | None = None) -> Array: ...
-    def __call__(self, x: ArrayLike, *, out: Array | None = None, num_threads: int | None = None) -> Array:
+    def __call__(
+        self, x: ArrayLike, *, add: ArrayLike | None = None, out: Array | None = None, num_threads: int | None = None
+    ) -> Array: ...
+    def __call__(
+        self, x: ArrayLike, *, add: ArrayLike | None = None, out: Array | None = None, num_threads: int | None = None
+    ) -> Array:
         """Normalize x, and in training move the running statistics; all ranks have to take part in training.
 
         Parameters
@@ -154,7 +166,7 @@ class SyncBatchNorm(BatchNorm):
         x : array_like of float64, float32, float16 or bfloat16
             This rank's part, with `num_features` channels along `axis` and possibly no samples. All ranks need the same
             dtype.
-        out, num_threads
+        add, out, num_threads
             As in `forward`.
 
         Raises
@@ -166,22 +178,25 @@ class SyncBatchNorm(BatchNorm):
             On the other ranks if one raises an error of its own. Then the layers are as they were.
         """
         if not self.training and self.running_mean is not None:
-            return super().__call__(x, out=out, num_threads=num_threads)
+            return super().__call__(x, add=add, out=out, num_threads=num_threads)
 
-        def own() -> tuple[float, Numbers, tuple[Array, Array, tuple[Array | None, Array | None]]]:
+        def own() -> tuple[float, Numbers, tuple[Array, Array | None, Array, tuple[Array | None, Array | None]]]:
             array = _arrays.as_float(x, "x")
             self._check_channels(array)
             _arrays.as_eps(self.eps)
             parameters = self.gamma, self.beta
+            residual = None if add is None else _arrays.as_like(add, "add", array)
             if out is not None:
                 _arrays.check_out(out, array.shape, array.dtype)
-                _arrays.check_overlap(out, {"x": array, "gamma": self.gamma, "beta": self.beta})
+                inputs = {"x": array, "gamma": self.gamma, "beta": self.beta, "add": residual}
+                _arrays.check_overlap(out, inputs, ("add",))
             given, layout = _arrays.lay_out(array, self.axis)
             y = layout.empty(given.dtype) if out is None else layout.room(out, given.dtype)
+            residual = None if residual is None else layout.bring(residual)
             moments = Moments.of(given, self.axis, num_threads=num_threads)
-            return _STATUS[given.dtype.char], _packed(moments), (given, y, parameters)
+            return _STATUS[given.dtype.char], _packed(moments), (given, residual, y, parameters)
 
-        packets, (given, y, (gamma, beta)) = self._exchange(own, 1 + 3 * self.num_features)
+        packets, (given, residual, y, (gamma, beta)) = self._exchange(own, 1 + 3 * self.num_features)
         if len({packet[0] for packet in packets}) > 1:
             names = [list(_kernels.NAMES.values())[int(packet[0])] for packet in packets]
             raise TypeError(f"x must have the same dtype on all ranks, got {', '.join(names)}")
@@ -189,7 +204,16 @@ class SyncBatchNorm(BatchNorm):
         if total.count == 1:
             raise ValueError("training needs more than one value per channel on all ranks together, got 1")
         y, saved = functional.forward(
-            given, gamma, beta, axis=self.axis, eps=self.eps, moments=total, out=y, num_threads=num_threads
+            given,
+            gamma,
+            beta,
+            axis=self.axis,
+            eps=self.eps,
+            moments=total,
+            activation=self.activation,
+            add=residual,
+            out=y,
+            num_threads=num_threads,
         )
         self._follow(saved)
         return y if out is None else _arrays.deliver(y, out)
@@ -224,24 +248,26 @@ class SyncBatchNorm(BatchNorm):
     def _backward(
         self, dy: ArrayLike, saved: Saved, need: Collection[str], out: Array | None, num_threads: int | None
     ) -> Gradients:
-        def own() -> tuple[float, Numbers, tuple[GradientSums, Array, Array | None]]:
+        def own() -> tuple[float, Numbers, tuple[GradientSums, Array, Array | None, Saved]]:
             functional.check_backward(dy, saved, need, out)
             layout = saved._layout
-            given = layout.bring(functional.like_x(dy, saved))
+            given, normalized = functional.before_addition(layout.bring(functional.like_x(dy, saved)), saved)
             dx = None
             if "dx" in need:
                 dx = layout.empty(given.dtype) if out is None else layout.room(out, given.dtype)
-            sums = functional.grad_sums(given, saved, num_threads=num_threads)
-            return _STATUS[given.dtype.char], sums._table.ravel(), (sums, given, dx)
+            sums = functional.grad_sums(given, normalized, num_threads=num_threads)
+            return _STATUS[given.dtype.char], sums._table.ravel(), (sums, given, dx, normalized)
 
-        packets, (local, given, dx) = self._exchange(own, 2 * self.num_features)
+        packets, (local, given, dx, normalized) = self._exchange(own, 2 * self.num_features)
         total = GradientSums.merge_all(saved.count, packets[:, 1:].reshape(len(packets), 2, -1))
-        gradients = functional.backward(given, saved, sums=total, need=need, out=dx, num_threads=num_threads)
+        gradients = functional.backward(given, normalized, sums=total, need=need, out=dx, num_threads=num_threads)
         if out is not None and dx is not None:
             gradients = gradients._replace(dx=_arrays.deliver(dx, out))
-        if self.reduce == "sum":
-            return gradients
-        dgamma, dbeta = functional.own_parameters(local, saved)
-        return gradients._replace(
-            dgamma=None if gradients.dgamma is None else dgamma, dbeta=None if gradients.dbeta is None else dbeta
-        )
+        if self.reduce == "local":
+            dgamma, dbeta = functional.own_parameters(local, saved)
+            gradients = gradients._replace(
+                dgamma=None if gradients.dgamma is None else dgamma, dbeta=None if gradients.dbeta is None else dbeta
+            )
+        if normalized is not saved and (need is functional.NEED or "dadd" in need):
+            gradients.dadd = given
+        return gradients
