@@ -60,6 +60,45 @@ def test_the_self_check(ranks):
 
 
 @needs_mpiexec
+def test_activation_and_residual(tmp_path):
+    """As one process with the whole batch; nothing is sent for them, and a wrong one is an error on all ranks."""
+    path = program(
+        tmp_path,
+        """
+        from batchnorm import BatchNorm
+        rng = np.random.default_rng(1)
+        x, dy, add = (rng.standard_normal((12, 4, 5)).astype("f4") for _ in range(3))
+        mine = slice(4 * rank, 4 * rank + 4)
+        for activation in (None, "relu", ("leaky_relu", 0.1), ("clip", -0.5, 1)):
+            for residual in (None, add):
+                for reduce in ("local", "sum"):
+                    whole = BatchNorm(4, activation=activation)
+                    layer = SyncBatchNorm(4, activation=activation, reduce=reduce)
+                    for each in (whole, layer):
+                        each.gamma, each.beta = [1, -1, 2, 0.5], [0.5, 0, -1, 1]
+                    own = None if residual is None else residual[mine]
+                    y, dx = whole(x, add=residual), whole.backward(dy)
+                    np.testing.assert_allclose(layer(x[mine], add=own), y[mine], rtol=1e-5, atol=1e-6)
+                    np.testing.assert_allclose(layer.backward(dy[mine]), dx[mine], rtol=1e-4, atol=1e-5)
+                    got = layer.dgamma if reduce == "sum" else comm.allreduce(layer.dgamma)
+                    np.testing.assert_allclose(got, whole.dgamma, rtol=1e-4, atol=1e-5)
+                    assert residual is None or np.array_equal(layer.dadd, whole.dadd[mine])
+                    assert residual is not None or layer.dadd is None
+        layer = SyncBatchNorm(4, activation="relu")
+        try:
+            layer(x, add=x if rank else x[:1])
+        except (ValueError, RuntimeError) as error:
+            say(type(error).__name__, error)
+        assert layer.num_batches_tracked == 0
+        """,
+    )
+    done = run(3, path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "ValueError add must have the shape of x" in done.stdout
+    assert done.stdout.count("RuntimeError rank 0 refused its arguments") == 2
+
+
+@needs_mpiexec
 def test_the_self_check_sees_a_difference(tmp_path):
     """A layer that averages the variances of ranks, as others do, is detected."""
     path = program(

@@ -50,7 +50,9 @@ def main():
 
     def results(x):
         y, saved = bn.forward(x, num_threads=4)
-        return y.tobytes() + bn.backward(x, saved, num_threads=4).dx.tobytes()
+        after, noted = bn.forward(x, activation="relu", add=y, num_threads=4)
+        gradients = [bn.backward(x, saved, num_threads=4).dx, bn.backward(x, noted, num_threads=4).dadd]
+        return b"".join(array.tobytes() for array in (y, after, *gradients))
 
     expected, wrong = [results(x) for x in inputs], []
     layer = bn.BatchNorm(32)

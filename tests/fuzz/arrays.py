@@ -117,11 +117,25 @@ def target(source):
         assert y.shape == shape
         assert gradients.dx.shape == shape
         return "empty"
+    if not special and call["eps"]:
+        judge_after(source, call, dy, y, saved)
     if dtype == "f2":
         judge_rounding(call, dy, y, gradients)
     else:
         judge(call, x, dy, y, saved, gradients, special)
     return f"{dtype}{' special' if special else ''}"
+
+
+def judge_after(source, call, dy, y, saved):
+    """ReLU in the same call, and what is added before it, give what they give in calls of their own."""
+    add = values(source, y.shape, y.dtype, 1.0, 0.0) if source.integer(0, 1) and y.itemsize > 2 else None
+    after = {"activation": "relu", "add": add, "out": np.empty(y.shape, y.dtype)}
+    result, noted = bn.forward(**call | after)
+    pre = y if add is None else y + add
+    assert np.array_equal(result, np.where(pre <= 0, 0, pre).astype(y.dtype), equal_nan=True), "not what two calls give"
+    passed = np.where(result > 0, dy, 0).astype(y.dtype)
+    got, expected = bn.backward(dy, noted), bn.backward(passed, saved)
+    assert y.itemsize == 2 or np.array_equal(got.dx, expected.dx, equal_nan=True), "dx is not what two calls give"
 
 
 def judge(call, x, dy, y, saved, gradients, special):
