@@ -6,6 +6,8 @@
 - JAX: jitted. Its backward pass is the formula with saved statistics; differentiating the forward pass takes longer.
 - ONNX Runtime has inference alone, only with the channels second, and numba and it have no 16-bit floats here.
 - numba: the loops that a user would write, parallel over channels, with its fast mathematics.
+- With ReLU after the normalization, NumPy and torch make two calls, ONNX Runtime has a graph of two nodes, which it
+  fuses if it can, and batchnorm takes `activation=`; "batchnorm alone" is without ReLU. The others are left out.
 - The limit is that of `batchnorm.profile`, on the arrays of batchnorm, in its process.
 """
 
@@ -38,6 +40,46 @@ def torch_out(problem, threads):
         "forward": lambda: call((None, None), True, saved),
         "inference": lambda: call((mean, var), False, (nothing, nothing)),
     }
+
+
+def relu_in_numpy(problem, threads=1):
+    calls, y = measure.numpy_calls(problem, threads), problem.activated()
+    room = problem._replace(dy=np.empty_like(problem.dy))
+    backward = measure.numpy_calls(room, threads)["backward"]
+
+    def through_relu():
+        np.multiply(problem.dy, y > 0, out=room.dy)
+        return backward()
+
+    return {
+        "forward": lambda: np.maximum(calls["forward"](), 0),
+        "backward": through_relu,
+        "inference": lambda: np.maximum(calls["inference"](), 0),
+    }
+
+
+def relu_in_torch(problem, threads):
+    import torch
+
+    arrays = problem.x, problem.dy, problem.activated()
+    x, dy, y = (measure.as_tensor(array).movedim(problem.axis, 1) for array in arrays)
+    gamma, beta = map(measure.as_tensor, problem[2:4])
+    calls = measure.torch_calls(problem, threads)
+    _, *saved = torch.native_batch_norm(x, gamma, beta, None, None, True, 0.1, EPS)
+    grad, of_relu = torch.ops.aten.native_batch_norm_backward, torch.ops.aten.threshold_backward
+
+    def backward():
+        return grad(of_relu(dy, y, 0), x, gamma, None, None, *saved, True, EPS, [True, True, True])[0]
+
+    return {
+        "forward": lambda: torch.relu_(calls["forward"]()),
+        "backward": backward,
+        "inference": lambda: torch.relu_(calls["inference"]()),
+    }
+
+
+def relu_in_batchnorm(problem, threads, allocate=False):
+    return measure.batchnorm_calls(problem, threads, allocate, activation="relu")
 
 
 def jax(problem, _threads):
@@ -80,7 +122,7 @@ def jax(problem, _threads):
     }
 
 
-def onnx_runtime(problem, threads):
+def onnx_runtime(problem, threads, relu=False):
     import onnx
     import onnxruntime
 
@@ -90,7 +132,10 @@ def onnx_runtime(problem, threads):
     names = ("x", "gamma", "beta", "mean", "var")
     kind = onnx.helper.np_dtype_to_tensor_dtype(x.dtype)
     graph = onnx.helper.make_graph(
-        [onnx.helper.make_node("BatchNormalization", names, ["y"], epsilon=EPS)],
+        [
+            onnx.helper.make_node("BatchNormalization", names, ["pre" if relu else "y"], epsilon=EPS),
+            *([onnx.helper.make_node("Relu", ["pre"], ["y"])] if relu else []),
+        ],
         "batch_normalization",
         [onnx.helper.make_tensor_value_info("x", kind, x.shape)],
         [onnx.helper.make_tensor_value_info("y", kind, x.shape)],
@@ -186,6 +231,19 @@ PROCESSES = {
     "numba": {"numba": numba},
     BUILD: {BUILD: measure.batchnorm_calls},
 }
+ALONE = f"{OURS} alone"
+WITH_RELU = {
+    OURS: {
+        OURS: partial(relu_in_batchnorm, allocate=True),
+        OURS_OUT: relu_in_batchnorm,
+        ALONE: partial(measure.batchnorm_calls, allocate=True),
+        f"{ALONE}, out=": measure.batchnorm_calls,
+        **LIMITS,
+    },
+    "numpy": {"NumPy": relu_in_numpy},
+    "torch": {"torch": relu_in_torch},
+    "onnxruntime": {"ONNX Runtime": partial(onnx_runtime, relu=True)},
+}
 RIVALS = [name for name in PROCESSES if name not in (OURS, BUILD)]
 FRAMEWORKS = ("torch", "JAX", "ONNX Runtime")
 MODULES = {"torch": ("torch",), "jax": ("jax",), "onnxruntime": ("onnx", "onnxruntime"), "numba": ("numba",)}
@@ -211,22 +269,21 @@ class Bout:
         return f"{batchnorm.__version__}, {level} kernels, {Path(batchnorm.__file__).parent}"
 
     def calls_of(self, which, *case):
-        """The case is a shape, an axis and a dtype; fresh arrays if it is another one."""
+        """The case is a shape, an axis, a dtype and whether ReLU follows; fresh arrays if it is another one."""
         if self.case != case:
             self.case, self.problem, self.calls = case, None, None
-            self.problem = measure.activations(*case)
-            self.calls = {name: prepare(self.problem, self.threads) for name, prepare in self.mine.items()}
+            *about, relu = case
+            self.problem = measure.activations(*about)
+            mine = (WITH_RELU if relu else PROCESSES)[self.process]
+            self.calls = {name: prepare(self.problem, self.threads) for name, prepare in mine.items()}
         return {name: passes[which] for name, passes in self.calls.items() if which in passes}
-
-    @property
-    def mine(self):
-        return PROCESSES[self.process]
 
     def error(self, which, *case):
         """How far each result is from that of the reference in a wider dtype."""
         calls = self.calls_of(which, *case)
-        exact = measure.numpy_calls(self.problem.widened())[which]()
-        results = {name: call() for name, call in calls.items() if name not in LIMITS}
+        reference = relu_in_numpy if case[-1] else measure.numpy_calls
+        exact = reference(self.problem.widened())[which]()
+        results = {name: call() for name, call in calls.items() if name not in (*LIMITS, ALONE, f"{ALONE}, out=")}
         if self.process != "torch":  # whose results have the channels second, which `error` knows
             results = {name: np.asarray(result) for name, result in results.items()}
         return self.own({name: self.problem.error(result, exact) for name, result in results.items()})

@@ -107,11 +107,19 @@ def test_the_layers_of_a_network_are_added_up(tmp_path):
         assert f"| three layers | float32 | 1 | {which} | {1e3 * seconds:.2f} | {ratio:.2f} |" in done.stdout
 
 
+def test_relu_is_held_against_two_calls():
+    done = bench("--quick", "--only", "32×64", "--threads", "1", "--relu", "--against", "numpy")
+    assert done.returncode == 0, done.stderr
+    assert "| batchnorm µs | out= µs | GB/s | over limit | batchnorm alone | NumPy |" in done.stdout
+    assert "is wrong" not in done.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--against", "NumPy"], "must be names out of numpy, torch, jax, onnxruntime, numba joined by commas"),
         (["--build", "old=/nonexistent"], "must be NAME=DIRECTORY with a package batchnorm in it"),
+        (["--relu", "--against", "jax"], "not with --build, and against numpy, torch, onnxruntime alone"),
         (["--only", "nothing"], "no shape's name holds 'nothing'"),
         (["--output", "/nonexistent/a.md"], "must be in a directory that exists"),
     ],

@@ -120,6 +120,7 @@ cdef inline void apply_rows(const Operands *o, bint gradient, int kind, Py_ssize
 cdef inline void apply_rows_of_a_kind(const Operands *o, bint gradient, Py_ssize_t i, Py_ssize_t rows,
                                       Py_ssize_t stride, Py_ssize_t length, const number *k, const Row *column,
                                       bint stream) noexcept nogil:
+    """Short loops for what is rare or waits for memory, long ones for y alone and for y with an activation."""
     if number is wide or o.add != NULL or o.closed != NULL or (gradient and o.act.on):
         apply_rows(o, gradient, ANYTHING, i, rows, stride, length, k, column, stream)
     elif not gradient and o.act.on:

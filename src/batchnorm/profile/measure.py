@@ -75,6 +75,13 @@ class Problem(NamedTuple):
         array = result if isinstance(result, np.ndarray) else np.moveaxis(result.double().numpy(), 1, self.axis)
         return float(abs(self.first_channels(array) - exact).max() / (abs(exact).max() or 1))
 
+    def activated(self) -> Array:
+        """What ReLU makes of y, with the signs of the data's own type."""
+        full = (array.astype(self.gamma.dtype, copy=False) for array in self[:4])
+        x, _, gamma, beta = full
+        y: Array = np.maximum(reference.forward(x, gamma, beta, self.axis, EPS)[0], 0).astype(self.x.dtype)
+        return y
+
     def moved(self, which: str) -> int:
         """Bytes that a pass cannot avoid reading and writing."""
         return (len(PASSES[which]) + 1) * self.x.nbytes
@@ -140,10 +147,11 @@ def torch_calls(problem: Problem, threads: int) -> Calls:
     }
 
 
-def batchnorm_calls(problem: Problem, threads: int, allocate: bool = False) -> Calls:
+def batchnorm_calls(problem: Problem, threads: int, allocate: bool = False, **after: Any) -> Calls:
+    """`after` the normalization: an activation."""
     x, dy, gamma, beta, mean, var, out, axis = problem
-    _, saved = functional.forward(x, gamma, beta, axis=axis, eps=EPS)
-    given: dict[str, Any] = {"axis": axis, "eps": EPS}
+    given: dict[str, Any] = {"axis": axis, "eps": EPS, **after}
+    _, saved = functional.forward(x, gamma, beta, **given)
     where: dict[str, Any] = {"num_threads": threads} | ({} if allocate else {"out": out})
     return {
         "forward": lambda: functional.forward(x, gamma, beta, **given, **where)[0],
