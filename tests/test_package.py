@@ -45,7 +45,7 @@ def test_examples_in_docstrings(name):
 
 
 def test_all_public_names_are_documented():
-    for name in set(bn.__all__) - {"__version__"}:
+    for name in set(bn.__all__) - {"__version__", "Activation"}:  # which are no functions and no classes
         assert getattr(bn, name).__doc__, name
     compute = (bn.forward, bn.backward, bn.inference, bn.inference_backward, bn.update_running, bn.BatchNorm)
     explain = (bn.pathways, bn.moment_gradients, bn.jacobian, bn.centering_matrix, bn.diagnose)

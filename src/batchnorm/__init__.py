@@ -8,6 +8,7 @@ any number of threads and any processor.
 import importlib
 from typing import TYPE_CHECKING
 
+from ._activation import Activation
 from ._config import show_config
 from ._threads import get_num_threads, num_threads, set_num_threads
 from ._version import __version__
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from .reference import MomentGradients
 
 __all__ = [
+    "Activation",
     "BatchNorm",
     "Diagnosis",
     "GradientSums",

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ._kernels.kernels import Bits, Limits
 
 Activation = Literal["relu"] | tuple[Literal["leaky_relu"], float] | tuple[Literal["clip"], float, float]
+"""The type of `activation=`."""
 
 _SPARE = 3
 """Bytes after the bits, because the kernels read so many together."""

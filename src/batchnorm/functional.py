@@ -360,6 +360,9 @@ def forward(
            [ 1.,  1.]])
     >>> saved.mean, saved.var
     (array([ 2., 20.]), array([  1., 100.]))
+    >>> bn.forward(x, eps=0.0, activation="relu", add=np.full((2, 2), 0.5))[0]
+    array([[0. , 0. ],
+           [1.5, 1.5]])
     """
     given = _arrays.as_float(x, "x")
     x, layout = _arrays.lay_out(given, axis)

@@ -17,6 +17,8 @@ def results_have_the_type_of_x(x: NDArray[np.float32], h: NDArray[np.float16]) -
     assert_type(bn.inference([[1.0]], [0.0], [1.0]), NDArray[np.floating[Any]])
     assert_type(bn.backward(y, saved).dx, NDArray[np.floating[Any]] | None)
     assert_type(bn.backward(y, saved).dadd, NDArray[np.floating[Any]] | None)
+    activation: bn.Activation = "leaky_relu", 0.1
+    assert_type(bn.forward(h, activation=activation, add=h)[0], NDArray[np.float16])
     assert_type(bn.forward(h, activation=("clip", 0, 6), add=h)[0], NDArray[np.float16])
     assert_type(bn.BatchNorm(3, activation="relu")(x, add=x), NDArray[np.float32])
     return y
