@@ -262,6 +262,10 @@ def work():
         for threads in (1, 2):
             _, saved = bn.forward(a, axis=axis, num_threads=threads)
             bn.backward(a, saved, num_threads=threads)
+            _, noted = bn.forward(a, axis=axis, activation="relu", add=a, num_threads=threads)
+            bn.backward(a, noted, num_threads=threads)
+            _, seen = bn.forward(a, axis=axis, activation="relu", num_threads=threads)
+            bn.backward(a, seen, num_threads=threads)
             bn.inference(a, ones, ones, axis=axis, num_threads=threads)
     done.append(True)
 
