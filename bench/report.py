@@ -187,6 +187,7 @@ def draw(path, rows, names, facts):
         panel.spines[["top", "right", "left"]].set_visible(False)
     panels[-1].set_xlabel("times as fast as the others (line: geometric mean)")
     measured = f"{dtype}, {threads} thread{'s' if threads > 1 else ''}, {len(shown) // len(PASSES)} shapes"
+    measured += ", followed by ReLU" if any(row.get("relu") for row in shown) else ""
     figure.suptitle(f"{measured}\n{textwrap.fill(facts, 90)}", fontsize=7, color="0.3")
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
