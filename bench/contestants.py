@@ -268,12 +268,12 @@ class Bout:
         level = batchnorm.show_config(mode="dicts")["kernels"]["level"]
         return f"{batchnorm.__version__}, {level} kernels, {Path(batchnorm.__file__).parent}"
 
-    def calls_of(self, which, *case):
-        """The case is a shape, an axis, a dtype and whether ReLU follows; fresh arrays if it is another one."""
+    def calls_of(self, which, shape, axis, dtype, relu=False):
+        """Whether ReLU follows is part of the case; fresh arrays if it is another one."""
+        case = shape, axis, dtype, relu
         if self.case != case:
             self.case, self.problem, self.calls = case, None, None
-            *about, relu = case
-            self.problem = measure.activations(*about)
+            self.problem = measure.activations(shape, axis, dtype)
             mine = (WITH_RELU if relu else PROCESSES)[self.process]
             self.calls = {name: prepare(self.problem, self.threads) for name, prepare in mine.items()}
         return {name: passes[which] for name, passes in self.calls.items() if which in passes}
@@ -281,7 +281,8 @@ class Bout:
     def error(self, which, *case):
         """How far each result is from that of the reference in a wider dtype."""
         calls = self.calls_of(which, *case)
-        reference = relu_in_numpy if case[-1] else measure.numpy_calls
+        *_, relu = self.case
+        reference = relu_in_numpy if relu else measure.numpy_calls
         exact = reference(self.problem.widened())[which]()
         results = {name: call() for name, call in calls.items() if name not in (*LIMITS, ALONE, f"{ALONE}, out=")}
         if self.process != "torch":  # whose results have the channels second, which `error` knows
