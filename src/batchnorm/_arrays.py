@@ -145,13 +145,13 @@ def lay_out(x: Array, axis: int) -> tuple[Array, Layout]:
     return (x, layout) if layout.fits(x) else (layout.copy(x), layout)
 
 
-def as_like(value: ArrayLike, name: str, x: Array) -> Array:
+def as_like(value: ArrayLike, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
     """The argument as an array of x's shape and dtype."""
     array = as_float(value, name)
-    if array.shape != x.shape:
-        raise ValueError(f"{name} must have the shape of x, {x.shape}, got {array.shape}")
-    if array.dtype != x.dtype:
-        raise TypeError(f"{name} must have the dtype of x, {x.dtype}, got {array.dtype}")
+    if array.shape != shape:
+        raise ValueError(f"{name} must have the shape of x, {shape}, got {array.shape}")
+    if array.dtype != dtype:
+        raise TypeError(f"{name} must have the dtype of x, {dtype}, got {array.dtype}")
     return array
 
 

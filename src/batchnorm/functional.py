@@ -246,12 +246,7 @@ def like_x(dy: ArrayLike, saved: Saved) -> Array:
     shape, dtype = saved._layout.shape, saved._dtypes[0]
     if type(dy) is np.ndarray and dy.dtype is dtype and dy.shape == shape:
         return dy
-    array = _arrays.as_float(dy, "dy")
-    if array.shape != shape:
-        raise ValueError(f"dy must have the shape of x, {shape}, got {array.shape}")
-    if array.dtype != dtype:
-        raise TypeError(f"dy must have the dtype of x, {dtype}, got {array.dtype}")
-    return array
+    return _arrays.as_like(dy, "dy", shape, dtype)
 
 
 @overload
@@ -410,7 +405,7 @@ def _after(
     limits = _activation.as_limits(activation)
     if add is None:
         return None, (limits, None, None)
-    residual = _arrays.as_like(add, "add", x)
+    residual = _arrays.as_like(add, "add", x.shape, x.dtype)
     closed = _activation.empty_bits(x.size) if noted and limits is not None else None
     return residual, (limits, layout.seen(layout.bring(residual)), closed)
 

@@ -185,7 +185,7 @@ class SyncBatchNorm(BatchNorm):
             self._check_channels(array)
             _arrays.as_eps(self.eps)
             parameters = self.gamma, self.beta
-            residual = None if add is None else _arrays.as_like(add, "add", array)
+            residual = None if add is None else _arrays.as_like(add, "add", array.shape, array.dtype)
             if out is not None:
                 _arrays.check_out(out, array.shape, array.dtype)
                 inputs = {"x": array, "gamma": self.gamma, "beta": self.beta, "add": residual}
