@@ -400,7 +400,7 @@ BAD = {
         "other must have 3 channels, got 2",
     ),
     "bytes of a wrong length": (
-        lambda: bn.Moments.from_bytes(bytes(24)),
+        lambda: bn.Moments.from_bytes(bytes(16)),
         ValueError,
         "data must hold a count and three",
     ),

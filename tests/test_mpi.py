@@ -107,10 +107,11 @@ def test_the_self_check_sees_a_difference(tmp_path):
         import sys
         from batchnorm import moments
         from batchnorm.mpi import check
-        def averaged(counts, tables):
-            var = np.mean([table[2] / n for n, table in zip(counts, tables) if n], axis=0)
-            mean = np.mean([table[0] for n, table in zip(counts, tables) if n], axis=0)
-            return moments.Moments(int(sum(counts)), mean, sum(counts) * var)
+        def averaged(parts):
+            parts = [part for part in parts if part.count]
+            n = sum(part.count for part in parts)
+            var = np.mean([part.var() for part in parts], axis=0)
+            return moments.Moments(n, np.mean([part.mean for part in parts], axis=0), n * var)
         moments.Moments.merge_all = staticmethod(averaged)
         sys.exit(check.main())
         """,

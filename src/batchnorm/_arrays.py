@@ -38,20 +38,17 @@ class Layout:
     axis: int
     view: tuple[int, int, int]
     order: tuple[int, ...] | None
-
-    @property
-    def values(self) -> int:
-        """Values per channel."""
-        return self.view[0] * self.view[2]
+    values: int
+    """Per channel."""
 
     def fits(self, array: Array) -> bool:
         """Whether the array lies in memory as this layout says."""
         flags = array.flags if self.order is None else array.transpose(self.order).flags
         return flags.c_contiguous and flags.aligned
 
-    def copy(self, array: Array) -> Array:
+    def copy(self, array: Array, dtype: np.dtype[Any] | None = None) -> Array:
         """A copy that fits."""
-        copy = self.empty(array.dtype)
+        copy = self.empty(array.dtype if dtype is None else dtype)
         copy[...] = array
         return copy
 
@@ -95,7 +92,7 @@ def layout_of(shape: tuple[int, ...], axis: int, order: tuple[int, ...] | None =
     where = channel if order is None else order.index(channel)
     lengths = shape if order is None else tuple(shape[i] for i in order)
     view = (math.prod(lengths[:where]), lengths[where], math.prod(lengths[where + 1 :]))
-    return Layout(shape, channel, view, order)
+    return Layout(shape, channel, view, order, view[0] * view[2])
 
 
 def as_float(value: ArrayLike, name: str, integers: bool = False) -> Array:

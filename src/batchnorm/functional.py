@@ -38,10 +38,11 @@ from ._kernels.runtime import (
     UPSTREAM_DVAR,
     VAR,
 )
-from .moments import GradientSums, Moments
+from ._selection import Selection, Tally, selection_of
+from .moments import GradientSums, Moments, moments_of
 
 if TYPE_CHECKING:
-    from ._kernels.kernels import Bits, Limits
+    from ._kernels.kernels import Bits, Chosen, Limits
 
     After = tuple[Limits | None, Array | None, Bits | None]
 
@@ -110,7 +111,7 @@ class Saved:
         The channel axis, at least 0.
     eps : float
     count : int
-        n, the number of values per channel that the statistics are of.
+        n, the number of values per channel that the statistics are of; with weights, of those whose weight is not 0.
     mean, var, rstd : ndarray of float64, shape (C,)
         Batch mean μ, biased variance σ² and 1/√(σ² + eps). Read-only.
     gamma : ndarray of float64, shape (C,)
@@ -124,11 +125,12 @@ class Saved:
     __slots__ = (
         "_added",
         "_closed",
-        "_count",
+        "_counted",
         "_dtypes",
         "_eps",
         "_layout",
         "_limits",
+        "_selection",
         "_statistics",
         "_strides",
         "_x",
@@ -141,7 +143,8 @@ class Saved:
         layout: Layout,
         statistics: NDArray[np.float64],
         dtypes: tuple[np.dtype[Any], np.dtype[Any] | None, np.dtype[Any] | None],
-        count: int,
+        counted: Tally | None = None,
+        selection: Selection | None = None,
         limits: "Limits | None" = None,
         added: bool = False,
         closed: "Bits | None" = None,
@@ -152,14 +155,15 @@ class Saved:
         self._layout = layout
         self._statistics = statistics
         self._dtypes = dtypes
-        self._count = count
+        self._counted = counted
+        self._selection = selection
         self._limits = limits
         self._added = added
         self._closed = closed
 
     def __reduce__(self) -> tuple[Any, ...]:
-        after = self._limits, self._added, self._closed
-        return _restored, (self.x, self._eps, self._layout, self._statistics, self._dtypes, self._count, *after)
+        after = self._selection, self._limits, self._added, self._closed
+        return _restored, (self.x, self._eps, self._layout, self._statistics, self._dtypes, self._counted, *after)
 
     @property
     def x(self) -> Array:
@@ -184,7 +188,11 @@ class Saved:
 
     @property
     def count(self) -> int:
-        return self._count
+        return self.tally().values
+
+    def tally(self) -> Tally:
+        """What the statistics are of: by default all values of x."""
+        return Tally.of_all(self._layout.values) if self._counted is None else self._counted
 
     @property
     def activation(self) -> Activation | None:
@@ -232,6 +240,15 @@ def _restored(x: Array, eps: float, layout: Layout, *rest: Any) -> Saved:
     return Saved(layout.bring(x), eps, layout, *rest)
 
 
+def _chosen(selection: Selection | None, fill: float = 0.0) -> "Chosen | None":
+    return None if selection is None else selection.chosen(fill)
+
+
+def _normalized(layout: Layout, selection: Selection | None) -> int:
+    """Values per channel that are normalized."""
+    return layout.values if selection is None else selection.normalized(layout)
+
+
 def _names(names: Collection[str], argument: str, known: tuple[str, ...]) -> Collection[str]:
     """The names; a single name may come as a string."""
     if isinstance(names, str):
@@ -258,6 +275,10 @@ def forward(
     axis: int = 1,
     eps: float = 1e-5,
     moments: Moments | None = None,
+    mask: ArrayLike | None = None,
+    lengths: ArrayLike | None = None,
+    weights: ArrayLike | None = None,
+    fill: float = 0.0,
     activation: Activation | None = None,
     add: ArrayLike | None = None,
     out: NDArray[Float] | None = None,
@@ -272,6 +293,10 @@ def forward(
     axis: int = 1,
     eps: float = 1e-5,
     moments: Moments | None = None,
+    mask: ArrayLike | None = None,
+    lengths: ArrayLike | None = None,
+    weights: ArrayLike | None = None,
+    fill: float = 0.0,
     activation: Activation | None = None,
     add: ArrayLike | None = None,
     out: Array | None = None,
@@ -285,6 +310,10 @@ def forward(
     axis: int = 1,
     eps: float = 1e-5,
     moments: Moments | None = None,
+    mask: ArrayLike | None = None,
+    lengths: ArrayLike | None = None,
+    weights: ArrayLike | None = None,
+    fill: float = 0.0,
     activation: Activation | None = None,
     add: ArrayLike | None = None,
     out: Array | None = None,
@@ -309,6 +338,18 @@ def forward(
     moments : Moments, optional
         Statistics to normalize with in place of x's own: those of a larger batch that x is a part of (`Moments.of`
         each part, added up), or of any other set of values. With the moments of x itself y is the same, bit for bit.
+    mask : array_like of bool, optional
+        True where x counts: of x's shape with 1 at the channel axis, or without that axis; other lengths may be 1 too.
+        Where it is False x is not looked at, y is `fill`, and in `backward` dy is not looked at and dx is 0.
+    lengths : array_like of int, shape (N,), optional
+        The same for sequences, x with three dimensions: of sequence i the first lengths[i] places count. Sequences lie
+        along the first axis besides that of the channels, their places along the other one.
+    weights : array_like, optional
+        How much each value counts in the statistics, at least 0; shapes as for `mask`. With W = Σw, μ = Σwx/W and
+        σ² = Σw(x − μ)²/W. A weight of 0 is not a mask: the value is normalized, and its dy counts. At most one of
+        `mask`, `lengths` and `weights` can be given.
+    fill : float, default 0
+        What y is where x does not count.
     activation : "relu", ("leaky_relu", slope) or ("clip", low, high), optional
         act(v) is max(v, 0), v where v > 0 else slope·v, or v between the bounds low < high. NaN stays NaN.
     add : array_like, optional
@@ -330,8 +371,8 @@ def forward(
     TypeError
         If x has another dtype, or another argument is not of numbers.
     ValueError
-        If a shape, `axis`, `eps`, `moments` or `activation` does not fit, or `out` is read-only or overlaps an input.
-        Nothing is written then.
+        If a shape, `axis`, `eps`, `moments`, `mask`, `lengths`, `weights` or `activation` does not fit, all weights are
+        0, or `out` is read-only or overlaps an input. Nothing is written then.
 
     Notes
     -----
@@ -339,7 +380,7 @@ def forward(
     are too large, as in NumPy. Sums are shifted by a value near the mean, gathered in float64
     and merged in a fixed order: the same input gives the same bits for any number of threads on any processor. Equal
     values in a channel give var = 0 and y = beta exactly. A channel that holds NaN or infinity becomes NaN; the others
-    are not affected. An empty batch gives an empty y and statistics of 0.
+    are not affected. An empty batch gives an empty y and statistics of 0; so is a batch that is masked as a whole.
 
     References
     ----------
@@ -358,6 +399,9 @@ def forward(
     >>> bn.forward(x, eps=0.0, activation="relu", add=np.full((2, 2), 0.5))[0]
     array([[0. , 0. ],
            [1.5, 1.5]])
+    >>> padded = np.array([[[1.0, 3.0, np.nan], [2.0, np.nan, np.nan]]]).reshape(2, 1, 3)
+    >>> bn.forward(padded, lengths=[2, 1], eps=0.0)[1].mean
+    array([2.])
     """
     given = _arrays.as_float(x, "x")
     x, layout = _arrays.lay_out(given, axis)
@@ -367,8 +411,13 @@ def forward(
     if beta is not None:
         beta = _arrays.as_channels(beta, "beta", channels, layout)
     eps = _arrays.as_eps(eps)
+    selection = None
+    if mask is not None or lengths is not None or weights is not None:
+        selection = selection_of(layout, dtype, mask, lengths, weights)
     if moments is not None:
-        _check_moments(moments, layout)
+        _check_moments(moments, layout, selection)
+    elif weights is not None and selection is not None and x.size and not selection.tally.weight:
+        raise ValueError("weights must not all be 0")
     residual, after = None, _NOTHING
     if activation is not None or add is not None:
         residual, after = _after(activation, add, x, layout)
@@ -381,21 +430,30 @@ def forward(
         y = layout.room(out, dtype)
     statistics = np.empty((STATISTICS_ROWS, channels))
     kernels = _kernels.of_type[dtype.char]
+    counted = chosen = None
+    if selection is not None:
+        counted = selection.tally
+        if weights is None:
+            chosen = selection.chosen(_arrays.as_number(fill, "fill"))
+        elif moments is None:  # weights make other statistics, and y of them as ever
+            moments = moments_of(x, layout, selection, threads)
     if moments is not None:
+        counted = moments._tally
         per_channel.fix_statistics(
-            statistics, channels, moments.mean, moments.m2, gamma, beta, eps, moments.mean_low, max(1, moments.count)
+            statistics, channels, moments.mean, moments.m2, gamma, beta, eps, moments.mean_low, moments.weight or 1
         )
         if x.size:
-            kernels.normalize(layout.seen(x), layout.seen(y), statistics, threads, *after)
-    elif x.size:
-        kernels.forward(layout.seen(x), layout.seen(y), statistics, gamma, beta, eps, threads, *after)
+            kernels.normalize(layout.seen(x), layout.seen(y), statistics, threads, *after, chosen)
+    elif x.size if counted is None else counted.values:
+        kernels.forward(layout.seen(x), layout.seen(y), statistics, gamma, beta, eps, threads, *after, chosen)
     else:
         statistics[...] = 0
+        if x.size:
+            kernels.normalize(layout.seen(x), layout.seen(y), statistics, threads, *after, chosen)
     if out is not None:
         y = _arrays.deliver(y, out)
     dtypes = (dtype, None if gamma is None else gamma.dtype, None if beta is None else beta.dtype)
-    count = layout.values if moments is None else moments.count
-    return y, Saved(x, eps, layout, statistics, dtypes, count, after[0], residual is not None, after[2])
+    return y, Saved(x, eps, layout, statistics, dtypes, counted, selection, after[0], residual is not None, after[2])
 
 
 def _after(
@@ -410,12 +468,12 @@ def _after(
     return residual, (limits, layout.seen(layout.bring(residual)), closed)
 
 
-def _check_moments(moments: Moments, layout: Layout) -> None:
+def _check_moments(moments: Moments, layout: Layout, selection: Selection | None) -> None:
     if not isinstance(moments, Moments):
         raise TypeError(f"moments must be Moments, got {type(moments).__name__}")
     if moments.mean.size != layout.view[1]:
         raise ValueError(f"moments must have {layout.view[1]} channels, got {moments.mean.size}")
-    if moments.count == 0 and layout.values:
+    if moments.count == 0 and _normalized(layout, selection):
         raise ValueError("moments must be of at least one value, got count = 0")
 
 
@@ -538,7 +596,7 @@ def _check_sums(sums: GradientSums, saved: Saved) -> None:
         raise TypeError(f"sums must be GradientSums, got {type(sums).__name__}")
     if sums.sum_dy.size != saved._layout.view[1]:
         raise ValueError(f"sums must have {saved._layout.view[1]} channels, got {sums.sum_dy.size}")
-    wanted = max(saved.count, saved._layout.values)
+    wanted = max(saved.count, _normalized(saved._layout, saved._selection))
     if sums.count < wanted:
         raise ValueError(f"sums must be over all values that were normalized, at least {wanted}, got {sums.count}")
 
@@ -568,13 +626,18 @@ def _backward(
     summed: bool = False,
 ) -> Gradients:
     """The gradients that are needed; the table, which may hold the sums, gets all gradients per channel."""
-    x, layout, statistics, count = saved._unchanged_x(), saved._layout, saved._statistics, saved._count
+    x, layout, statistics, selection = saved._unchanged_x(), saved._layout, saved._statistics, saved._selection
     dtype, gamma_dtype, beta_dtype = saved._dtypes
     dy, size = like_x(dy, saved), x.size
     threads = _threads.threads_for(size, num_threads)
     if out is not None:
         _check_out(out, need, x, dy)
-    limits, dadd = saved._limits, None
+    limits, dadd, chosen = saved._limits, None, None
+    n: float = layout.values
+    if saved._counted is not None:
+        n = saved._counted.weight
+    if selection is not None:
+        chosen, n = selection.chosen(), selection.scaled(n)
     wanted = saved._added and (need is NEED or "dadd" in need)
     if wanted or saved._closed is not None:
         dadd, _ = before_addition(dy, saved, threads)
@@ -594,11 +657,11 @@ def _backward(
     if summed:
         per_channel.channel_gradients(statistics, table, dgamma, dbeta)
         if dx is not None and size:
-            kernels.grad_apply(*views, layout.seen(dx), statistics, table, paths, count, threads, limits)
+            kernels.grad_apply(*views, layout.seen(dx), statistics, table, paths, n, threads, limits, chosen)
     elif dx is None:
-        kernels.grad_sums(*views, statistics, table, dgamma, dbeta, threads, limits)
+        kernels.grad_sums(*views, statistics, table, dgamma, dbeta, threads, limits, chosen)
     else:
-        kernels.backward(*views, layout.seen(dx), statistics, table, dgamma, dbeta, paths, count, threads, limits)
+        kernels.backward(*views, layout.seen(dx), statistics, table, dgamma, dbeta, paths, n, threads, limits, chosen)
     if dx is not None and out is not None:
         dx = _arrays.deliver(dx, out)
     gradients = tuple.__new__(Gradients, (dx, dgamma, dbeta))  # in half the time of Gradients(…)
@@ -636,7 +699,9 @@ def before_addition(dy: Array, saved: Saved, threads: int | None = None) -> tupl
         dadd = layout.copy(dy)  # because dx may be written over dy
     else:
         dadd = _pass_back(dy, closed, limits, layout, threads or _threads.threads_for(dy.size, None))
-    return dadd, Saved(saved.x, saved.eps, layout, saved._statistics, saved._dtypes, saved.count)
+    if saved._selection is not None:
+        saved._selection.blank(dadd, layout)
+    return dadd, Saved(saved.x, saved.eps, layout, saved._statistics, saved._dtypes, saved._counted, saved._selection)
 
 
 def upstream(dy: ArrayLike, saved: Saved) -> Array:
@@ -687,7 +752,7 @@ def grad_sums(dy: ArrayLike, saved: Saved, *, num_threads: int | None = None) ->
     """
     if not isinstance(saved, Saved):
         raise TypeError(f"saved must be what forward returned, got {type(saved).__name__}")
-    x, layout, limits = saved.x, saved._layout, saved._limits
+    x, layout, limits, chosen = saved.x, saved._layout, saved._limits, _chosen(saved._selection)
     dy = like_x(dy, saved)
     table = np.zeros((GRADIENT_ROWS, layout.view[1]))
     if x.size:
@@ -696,8 +761,8 @@ def grad_sums(dy: ArrayLike, saved: Saved, *, num_threads: int | None = None) ->
             (dy, _), limits = before_addition(dy, saved, threads), None
         kernels = _kernels.of_type[x.dtype.char]
         views = layout.seen(layout.bring(dy)), layout.seen(x)
-        kernels.grad_sums(*views, saved._statistics, table, None, None, threads, limits)
-    return GradientSums(layout.values, table[SUM_DY], table[SUM_DY_XMU])
+        kernels.grad_sums(*views, saved._statistics, table, None, None, threads, limits, chosen)
+    return GradientSums(_normalized(layout, saved._selection), table[SUM_DY], table[SUM_DY_XMU])
 
 
 def own_parameters(sums: GradientSums, saved: Saved) -> tuple[Array | None, Array | None]:
@@ -723,7 +788,7 @@ def update_running(
 
     `momentum` is the weight of the NEW batch, as in PyTorch; in Keras, Flax and ONNX it is that of the old value.
     The variance that is mixed in is σ²·n/(n − 1), the unbiased one, as in PyTorch and the paper, unless `unbiased` is
-    false. An empty batch changes nothing.
+    false. With weights the factor is W/(W − Σw²/W), as of `np.cov(aweights=)`. An empty batch changes nothing.
 
     Parameters
     ----------
@@ -780,14 +845,14 @@ def update_running(
     if np.shares_memory(running_mean, running_var):
         raise ValueError("running_mean and running_var must not overlap")
     momentum = _arrays.as_momentum(momentum)
-    n = saved.count
-    if n == 1 and unbiased:
+    tally = saved.tally()
+    if tally.values and unbiased and not tally.has_spread:
         raise ValueError(
             f"the unbiased variance needs more than one value per channel, got x of shape {saved._layout.shape} with "
             f"axis={saved.axis}; pass unbiased=False or a larger batch"
         )
-    if n:
-        correction = n / (n - 1) if unbiased else 1.0
+    if tally.values:
+        correction = tally.correction() if unbiased else 1.0
         per_channel.update_running(running_mean, running_var, saved._statistics, momentum, correction)
 
 
@@ -825,6 +890,9 @@ def inference(
     *,
     axis: int = 1,
     eps: float = 1e-5,
+    mask: ArrayLike | None = None,
+    lengths: ArrayLike | None = None,
+    fill: float = 0.0,
     activation: Activation | None = None,
     add: ArrayLike | None = None,
     out: NDArray[Float] | None = None,
@@ -840,6 +908,9 @@ def inference(
     *,
     axis: int = 1,
     eps: float = 1e-5,
+    mask: ArrayLike | None = None,
+    lengths: ArrayLike | None = None,
+    fill: float = 0.0,
     activation: Activation | None = None,
     add: ArrayLike | None = None,
     out: Array | None = None,
@@ -854,6 +925,9 @@ def inference(
     *,
     axis: int = 1,
     eps: float = 1e-5,
+    mask: ArrayLike | None = None,
+    lengths: ArrayLike | None = None,
+    fill: float = 0.0,
     activation: Activation | None = None,
     add: ArrayLike | None = None,
     out: Array | None = None,
@@ -873,7 +947,7 @@ def inference(
         The channel axis.
     eps : float, default 1e-5
         Added to the variance, under the root; finite, at least 0. A channel with var + eps = 0 gives beta.
-    activation, add
+    mask, lengths, fill, activation, add
         As in `forward`.
     out : ndarray, optional
         Where to write y; of x's shape and dtype. `out=x` and `out=add` are allowed, other overlaps are not.
@@ -890,7 +964,7 @@ def inference(
     TypeError
         If x has another dtype, or another argument is not of numbers.
     ValueError
-        If a shape, `axis`, `eps`, a variance or `out` does not fit. Nothing is written then.
+        If a shape, `axis`, `eps`, a variance, `mask`, `lengths` or `out` does not fit. Nothing is written then.
 
     References
     ----------
@@ -907,13 +981,16 @@ def inference(
     after = _NOTHING
     if activation is not None or add is not None:
         given["add"], after = _after(activation, add, x, layout, noted=False)
+    chosen = None
+    if mask is not None or lengths is not None:
+        chosen = _chosen(selection_of(layout, x.dtype, mask, lengths), _arrays.as_number(fill, "fill"))
     threads = _threads.threads_for(x.size, num_threads)
     if out is not None:
         _arrays.check_out(out, x.shape, x.dtype)
         _arrays.check_overlap(out, given, ("x", "add"))
     y = layout.empty(x.dtype) if out is None else layout.room(out, x.dtype)
     if x.size:
-        _kernels.of_type[x.dtype.char].normalize(layout.seen(x), layout.seen(y), statistics, threads, *after)
+        _kernels.of_type[x.dtype.char].normalize(layout.seen(x), layout.seen(y), statistics, threads, *after, chosen)
     return y if out is None else _arrays.deliver(y, out)
 
 
@@ -927,6 +1004,8 @@ def inference_backward(
     beta: ArrayLike | None = None,
     axis: int = 1,
     eps: float = 1e-5,
+    mask: ArrayLike | None = None,
+    lengths: ArrayLike | None = None,
     activation: Activation | None = None,
     add: ArrayLike | None = None,
     need: Collection[str] = NEED,
@@ -943,7 +1022,7 @@ def inference_backward(
     ----------
     dy : array_like
         Upstream gradient, of x's shape and dtype.
-    x, mean, var, gamma, beta, axis, eps, activation, add
+    x, mean, var, gamma, beta, axis, eps, mask, lengths, activation, add
         As given to `inference`. beta and add matter only to an activation.
     need : {"dx", "dgamma", "dbeta", "dadd", "dmean", "dvar"} or collection of them, optional
         The gradients to compute, the first three by default, and dadd where there is `add`; the others are None.
@@ -985,7 +1064,9 @@ def inference_backward(
     full = x.dtype if x.itemsize > 2 else np.dtype(np.float32)
     dtype = full if given["gamma"] is None else given["gamma"].dtype
     dtypes = x.dtype, dtype, dtype
-    saved = Saved(x, eps, layout, statistics, dtypes, layout.values, limits, add is not None, closed)
+    selection = selection_of(layout, x.dtype, mask, lengths)
+    tally = Tally.of_all(_normalized(layout, selection))
+    saved = Saved(x, eps, layout, statistics, dtypes, tally, selection, limits, add is not None, closed)
     table = np.empty((GRADIENT_ROWS, layout.view[1]))
     if need is not NEED:
         need = _names(need, "need", _INFERENCE_NEED)

@@ -24,6 +24,7 @@ from . import _activation, _arrays, functional
 from ._activation import Activation
 from ._arrays import Array, Float
 from ._kernels import per_channel
+from ._selection import Tally, check_one_of_three, selection_of
 from ._state import ARRAYS, MOST_BATCHES, State
 from .functional import Gradients, Saved
 from .moments import Moments, population
@@ -319,16 +320,38 @@ class BatchNorm:
         self,
         x: NDArray[Float],
         *,
+        mask: ArrayLike | None = None,
+        lengths: ArrayLike | None = None,
+        weights: ArrayLike | None = None,
+        fill: float = 0.0,
         add: ArrayLike | None = None,
         out: NDArray[Float] | None = None,
         num_threads: int | None = None,
     ) -> NDArray[Float]: ...
     @overload
     def __call__(
-        self, x: ArrayLike, *, add: ArrayLike | None = None, out: Array | None = None, num_threads: int | None = None
+        self,
+        x: ArrayLike,
+        *,
+        mask: ArrayLike | None = None,
+        lengths: ArrayLike | None = None,
+        weights: ArrayLike | None = None,
+        fill: float = 0.0,
+        add: ArrayLike | None = None,
+        out: Array | None = None,
+        num_threads: int | None = None,
     ) -> Array: ...
     def __call__(
-        self, x: ArrayLike, *, add: ArrayLike | None = None, out: Array | None = None, num_threads: int | None = None
+        self,
+        x: ArrayLike,
+        *,
+        mask: ArrayLike | None = None,
+        lengths: ArrayLike | None = None,
+        weights: ArrayLike | None = None,
+        fill: float = 0.0,
+        add: ArrayLike | None = None,
+        out: Array | None = None,
+        num_threads: int | None = None,
     ) -> Array:
         """Normalize x, and in training move the running statistics.
 
@@ -336,13 +359,13 @@ class BatchNorm:
         ----------
         x : array_like of float64, float32, float16 or bfloat16
             With `num_features` channels along `axis`.
-        add, out, num_threads
-            As in `forward` and `inference`.
+        mask, lengths, weights, fill, add, out, num_threads
+            As in `forward` and `inference`. In evaluation weights change nothing, because the statistics are there.
 
         Raises
         ------
         TypeError, ValueError
-            As `forward` and `inference`; ValueError also if x has one value per channel where its own statistics are
+            As `forward` and `inference`; ValueError also if one value per channel counts where its own statistics are
             needed. Then the layer is as it was.
         """
         if not self.training:
@@ -352,9 +375,12 @@ class BatchNorm:
                     x = _arrays.as_float(x, "x")
                     add = None if add is None else _arrays.as_float(add, "add")
                 settings: dict[str, Any] = {"axis": self.axis, "eps": self.eps, "activation": self._activation}
+                if mask is not None or lengths is not None or weights is not None:
+                    check_one_of_three(mask, lengths, weights)
+                    settings |= {"mask": mask, "lengths": lengths}
                 try:
                     y = functional.inference(
-                        x, mean, var, gamma, beta, add=add, out=out, num_threads=num_threads, **settings
+                        x, mean, var, gamma, beta, fill=fill, add=add, out=out, num_threads=num_threads, **settings
                     )
                 except ValueError:
                     self._check_channels(_arrays.as_float(x, "x"))
@@ -369,11 +395,8 @@ class BatchNorm:
                 return y
         x = _arrays.as_float(x, "x")
         self._check_channels(x)
-        if x.size == self.num_features > 0:
-            raise ValueError(
-                f"training needs more than one value per channel, got x of shape {x.shape} with axis={self.axis}; "
-                "use a larger batch, or eval() for the running statistics"
-            )
+        selects: dict[str, Any] = {"mask": mask, "lengths": lengths, "weights": weights}
+        self._check_values(x, selects)
         state = self._state
         y, saved = functional.forward(
             x,
@@ -381,13 +404,28 @@ class BatchNorm:
             state.beta,
             axis=self.axis,
             eps=self.eps,
+            fill=fill,
             activation=self._activation,
             add=add,
             out=out,
             num_threads=num_threads,
+            **selects,
         )
         self._follow(saved)
         return y
+
+    def _check_values(self, x: Array, selects: Mapping[str, Any]) -> None:
+        """Training needs more than one value per channel, or none."""
+        selection = None
+        if any(value is not None for value in selects.values()):
+            selection = selection_of(_arrays.lay_out(x, self.axis)[1], x.dtype, **selects)
+        tally = Tally.of_all(x.size // max(1, self.num_features)) if selection is None else selection.tally
+        if tally.values and not tally.has_spread:
+            counted = f"{tally.values} of " if selection is not None else ""
+            raise ValueError(
+                f"training needs more than one value per channel, got {counted}x of shape {x.shape} with "
+                f"axis={self.axis}; use a larger batch, or eval() for the running statistics"
+            )
 
     def _check_channels(self, x: Array) -> None:
         shape, axis, channels = x.shape, self.axis, self.num_features
@@ -398,9 +436,9 @@ class BatchNorm:
 
     def _follow(self, saved: Saved) -> None:
         """Move the running statistics towards a batch, in training; keep what `backward` needs."""
-        state, n = self._state, saved.count
-        if self.training and self.track_running_stats and state.running_mean is not None and n:
-            correction = n / (n - 1) if self.unbiased else 1.0
+        state, tally = self._state, saved.tally()
+        if self.training and self.track_running_stats and state.running_mean is not None and tally.values:
+            correction = tally.correction() if self.unbiased else 1.0
             with state.lock:
                 batches, moved, mean, var = state.following()
                 momentum = 1 / (batches + 1) if self._momentum is None else self._momentum
@@ -456,7 +494,14 @@ class BatchNorm:
         return functional.backward(dy, saved, need=need, out=out, num_threads=num_threads)
 
     def recalibrate(
-        self, batches: Iterable[ArrayLike], *, progress: bool = True, num_threads: int | None = None
+        self,
+        batches: Iterable[ArrayLike],
+        *,
+        mask: Iterable[ArrayLike] | None = None,
+        lengths: Iterable[ArrayLike] | None = None,
+        weights: Iterable[ArrayLike] | None = None,
+        progress: bool = True,
+        num_threads: int | None = None,
     ) -> None:
         """Set the running statistics to those of a data set: running_mean ← μ, running_var ← Σ(x − μ)²/(n − 1).
 
@@ -467,7 +512,7 @@ class BatchNorm:
         ----------
         batches : iterable of array_like
             What the layer is given, batch by batch; see `population`.
-        progress, num_threads
+        mask, lengths, weights, progress, num_threads
             As in `population`.
 
         Raises
@@ -493,7 +538,8 @@ class BatchNorm:
         state = self._state
         if state.running_mean is None:
             raise RuntimeError("recalibrate needs a layer with running statistics")
-        moments = self._population(batches, progress, num_threads)
+        selects = {"mask": mask, "lengths": lengths, "weights": weights}
+        moments = self._population(batches, progress=progress, num_threads=num_threads, **selects)
         if moments.count < 2:
             raise ValueError(f"batches must hold at least 2 values per channel, got {moments.count}")
         with state.lock:
@@ -501,8 +547,8 @@ class BatchNorm:
             mean[...], var[...] = moments.mean, moments.var(ddof=1)
             state.follow(counter, moved)
 
-    def _population(self, batches: Iterable[ArrayLike], progress: bool, num_threads: int | None) -> Moments:
-        moments = population(batches, self.axis, progress=progress, num_threads=num_threads)
+    def _population(self, batches: Iterable[ArrayLike], **how: Any) -> Moments:
+        moments = population(batches, self.axis, **how)
         if moments.mean.size != self.num_features:
             raise ValueError(f"batches must have {self.num_features} channels, got {moments.mean.size}")
         return moments

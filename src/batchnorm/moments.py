@@ -12,29 +12,22 @@ Decisions:
 
 import math
 from collections.abc import Iterable, Iterator
-from typing import Any, Self
+from itertools import zip_longest
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from . import _arrays, _kernels, _threads
-from ._arrays import Array
+from ._arrays import Array, Layout
 from ._extras import with_progress
 from ._kernels import per_channel
 from ._kernels.runtime import M2, MEAN, MEAN_LOW, STATISTICS_ROWS
+from ._selection import Selection, Tally, by_sample, check_one_of_three, selection_of
 
 Numbers = NDArray[np.float64]
 
 BLOCK_VALUES = 1 << 20
-
-
-def _joined(n_a: int, a: Numbers, n_b: int, b: Numbers) -> Numbers:
-    """Chan's rule, by the kernels; an empty side leaves the other as it is."""
-    if not n_a or not n_b:
-        return a if n_a else b
-    merged = a.copy()
-    per_channel.merge(merged, n_a, b, n_b)
-    return merged
 
 
 def _as_data(value: ArrayLike, name: str) -> Array:
@@ -44,18 +37,18 @@ def _as_data(value: ArrayLike, name: str) -> Array:
 
 
 class _Mergeable:
-    """A count and a table with one column per channel, of some of the values; `+` is `merge`, and `sum` adds up."""
+    """A tally and a table with one column per channel, of some of the values; `+` is `merge`, and `sum` adds up."""
 
-    __slots__ = ("_count", "_table")
+    __slots__ = ("_table", "_tally")
 
-    def __init__(self, count: int, rows: ArrayLike) -> None:
-        self._count = count
+    def __init__(self, tally: Tally, rows: ArrayLike) -> None:
+        self._tally = tally
         self._table = np.array(rows, np.float64)
         self._table.flags.writeable = False
 
     @property
     def count(self) -> int:
-        return self._count
+        return self._tally.values
 
     def _row(self, row: int) -> Numbers:
         numbers: Numbers = self._table[row]
@@ -91,7 +84,8 @@ class Moments(_Mergeable):
     """Count, mean μ = Σx/n and m2 = Σ(x − μ)² of each channel, with n values per channel; merged with `+`.
 
     Two parts a and b of the data have together n = n_a + n_b, μ = μ_a + δ·n_b/n and m2 = m2_a + m2_b + δ²·n_a·n_b/n,
-    where δ = μ_b − μ_a. A part may have any size, also 0.
+    where δ = μ_b − μ_a. A part may have any size, also 0. Of values with weights, μ = Σwx/W and m2 = Σw(x − μ)² with
+    W = Σw, and W takes the place of n.
 
     Parameters
     ----------
@@ -101,10 +95,14 @@ class Moments(_Mergeable):
         m2 is not negative.
     mean_low : array_like, shape (C,), optional
         Low-order part of μ: the mean is mean + mean_low. 0 where None.
+    weight, weight_squares : float, optional
+        Σw and Σw² of values with weights; n where None, as for weights of 1.
 
     Attributes
     ----------
     count : int
+        With weights, the number of values whose weight is not 0.
+    weight, weight_squares : float
     mean, m2, mean_low : ndarray of float64, shape (C,)
         Read-only.
 
@@ -113,7 +111,7 @@ class Moments(_Mergeable):
     TypeError
         If `count` is not an integer or an array is not of numbers.
     ValueError
-        If `count` or a value of m2 is negative, or shapes differ.
+        If `count`, a weight or a value of m2 is negative, or shapes differ.
 
     See Also
     --------
@@ -143,10 +141,19 @@ class Moments(_Mergeable):
         mean: ArrayLike,
         m2: ArrayLike,
         mean_low: ArrayLike | None = None,
+        *,
+        weight: float | None = None,
+        weight_squares: float | None = None,
     ) -> None:
         count = _arrays.as_index(count, "count")
-        if count < 0:
-            raise ValueError(f"count must be at least 0, got {count}")
+        tally = Tally(
+            count,
+            count if weight is None else _arrays.as_number(weight, "weight"),
+            count if weight_squares is None else _arrays.as_number(weight_squares, "weight_squares"),
+        )
+        for name, number in zip(("count", "weight", "weight_squares"), tally, strict=True):
+            if not 0 <= number < math.inf:
+                raise ValueError(f"{name} must be at least 0, got {number}")
         mean = _arrays.as_float(mean, "mean", integers=True)
         if mean.ndim != 1:
             raise ValueError(f"mean must have shape (C,), got {mean.shape}")
@@ -154,10 +161,19 @@ class Moments(_Mergeable):
         low = np.zeros(mean.size) if mean_low is None else _arrays.as_channels(mean_low, "mean_low", mean.size)
         if (m2 < 0).any():
             raise ValueError(f"m2 must not be negative, got {m2.min()}")
-        super().__init__(count, [mean, low, m2])
+        super().__init__(tally, [mean, low, m2])
 
     @classmethod
-    def of(cls, x: ArrayLike, axis: int = 1, *, num_threads: int | None = None) -> "Moments":
+    def of(
+        cls,
+        x: ArrayLike,
+        axis: int = 1,
+        *,
+        mask: ArrayLike | None = None,
+        lengths: ArrayLike | None = None,
+        weights: ArrayLike | None = None,
+        num_threads: int | None = None,
+    ) -> "Moments":
         """The moments of the channels of x, by the compiled kernel: those that `forward` normalizes with.
 
         Parameters
@@ -167,6 +183,8 @@ class Moments(_Mergeable):
             booleans become float64, as in `np.mean`.
         axis : int, default 1
             The channel axis.
+        mask, lengths, weights : array_like, optional
+            Which values count, or how much; see `forward`.
         num_threads : int, optional
             Threads for this call. Its results do not depend on it.
 
@@ -184,13 +202,12 @@ class Moments(_Mergeable):
         >>> import batchnorm as bn
         >>> bn.Moments.of([1, 2, 6])
         Moments(count=3, mean=[3.], var=[4.66666667])
+        >>> bn.Moments.of([1, 2, 6], weights=[1, 1, 2])
+        Moments(count=3, mean=[3.75], var=[5.1875], weight=4.0)
         """
         x, layout = _arrays.lay_out(_as_data(x, "x"), axis)
-        threads = _threads.threads_for(x.size, num_threads)
-        table = np.zeros((STATISTICS_ROWS, layout.view[1]))
-        if x.size:
-            _kernels.of_type[x.dtype.char].moments(layout.seen(x), table, 0.0, threads)
-        return cls(layout.values, table[MEAN], table[M2], table[MEAN_LOW])
+        selection = selection_of(layout, x.dtype, mask, lengths, weights)
+        return moments_of(x, layout, selection, num_threads)
 
     @property
     def mean(self) -> Numbers:
@@ -204,58 +221,71 @@ class Moments(_Mergeable):
     def m2(self) -> Numbers:
         return self._row(2)
 
+    @property
+    def weight(self) -> float:
+        return self._tally.weight
+
+    @property
+    def weight_squares(self) -> float:
+        return self._tally.squares
+
     def var(self, ddof: int = 0) -> Numbers:
         """m2/(n − ddof): the biased variance for 0, the unbiased one for 1; 0 for an empty count.
+
+        With weights it is m2/(W − ddof·Σw²/W), as of `np.cov(aweights=)`.
 
         Raises
         ------
         ValueError
             If `ddof` is not less than the count, where there are data.
         """
-        if self._count and not 0 <= ddof < self._count:
-            raise ValueError(f"ddof must be at least 0 and less than count = {self._count}, got {ddof}")
-        return self.m2 / max(self._count - ddof, 1)
+        divisor = self._tally.divisor(ddof)
+        if self.weight and not (0 <= ddof < self.count and divisor > 0):
+            raise ValueError(f"ddof must be at least 0 and less than count = {self.count}, got {ddof}")
+        return self.m2 / (divisor if self.weight else 1)
 
     def std(self, ddof: int = 0) -> Numbers:
         """The root of `var`."""
         return np.sqrt(self.var(ddof))
 
     def merge(self, other: Self) -> Self:
+        """The moments of both parts together, by Chan's rule; an empty part leaves the other as it is."""
         self._check(other)
-        return type(self).merge_all([self._count, other._count], np.stack([self._table, other._table]))
+        if not self.weight or not other.weight:
+            return self if self.weight else other
+        merged = self._table.copy()
+        per_channel.merge(merged, self.weight, other._table, other.weight)
+        return self._made(self._tally.merged(other._tally), merged)
 
     @classmethod
-    def merge_all(cls, counts: Iterable[float], tables: Iterable[Numbers]) -> Self:
-        """The moments of many parts: neighbours are merged, then pairs of neighbours, and so on.
+    def _made(cls, tally: Tally, table: Numbers) -> Self:
+        moments = cls.__new__(cls)
+        _Mergeable.__init__(moments, tally, table)
+        return moments
 
-        Parameters
-        ----------
-        counts : iterable of int, P of them
-        tables : ndarray of float64, shape (P, 3, C)
-            mean, mean_low and m2 of each part.
-
-        Returns
-        -------
-        Moments
-        """
-        parts = [(int(count), table) for count, table in zip(counts, tables, strict=True)]
-        while len(parts) > 1:
-            pairs = zip(parts[0::2], parts[1::2], strict=False)
-            joined = [(n_a + n_b, _joined(n_a, a, n_b, b)) for (n_a, a), (n_b, b) in pairs]
-            parts = joined + parts[2 * len(joined) :]
-        count, (mean, mean_low, m2) = parts[0]
-        return cls(count, mean, m2, mean_low)
+    @classmethod
+    def merge_all(cls, parts: Iterable[Self]) -> Self:
+        """The moments of many parts, at least one: neighbours are merged, then pairs of neighbours, and so on."""
+        merged = list(parts)
+        while len(merged) > 1:
+            pairs = zip(merged[0::2], merged[1::2], strict=False)
+            merged = [a.merge(b) for a, b in pairs] + merged[len(merged) // 2 * 2 :]
+        return merged[0]
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Moments):
             return NotImplemented
-        return self._count == other._count and np.array_equal(self._table, other._table)
+        return self._tally == other._tally and np.array_equal(self._table, other._table)
 
     __hash__ = None  # type: ignore[assignment]
 
     def to_bytes(self) -> bytes:
-        """count, mean, mean_low and m2, one after the other, as 3C + 1 little-endian float64 numbers."""
-        return np.concatenate([[self._count], self._table.ravel()]).astype("<f8").tobytes()
+        """count, mean, mean_low and m2, one after the other, as 3C + 1 little-endian float64 numbers.
+
+        With weights, Σw and Σw² follow after the count, so there are 3C + 3.
+        """
+        weights = [] if self._tally == Tally.of_all(self.count) else [self.weight, self.weight_squares]
+        return np.concatenate([[self.count, *weights], self._table.ravel()]).astype("<f8").tobytes()
 
     @classmethod
     def from_bytes(cls, data: Any) -> "Moments":
@@ -264,21 +294,39 @@ class Moments(_Mergeable):
         Raises
         ------
         ValueError
-            If `data` does not hold 3C + 1 numbers, or they are no moments.
+            If `data` does not hold 3C + 1 or 3C + 3 numbers, or they are no moments.
         """
         numbers = np.frombuffer(data, "<f8")
-        if numbers.size % 3 != 1:
+        if numbers.size % 3 == 2 or numbers.size == 0:
             raise ValueError(f"data must hold a count and three numbers per channel, got {numbers.size} numbers")
         if not float(numbers[0]).is_integer():
             raise ValueError(f"data must begin with a whole number, the count, got {numbers[0]}")
-        mean, mean_low, m2 = numbers[1:].reshape(3, -1)
-        return cls(int(numbers[0]), mean, m2, mean_low)
+        head = 1 if numbers.size % 3 else 3
+        mean, mean_low, m2 = numbers[head:].reshape(3, -1)
+        weight, squares = numbers[1:3] if head == 3 else (None, None)
+        return cls(int(numbers[0]), mean, m2, mean_low, weight=weight, weight_squares=squares)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Moments.from_bytes, (self.to_bytes(),)
 
     def __repr__(self) -> str:
-        return f"Moments(count={self._count}, mean={self.mean}, var={self.var()})"
+        weight = "" if self._tally == Tally.of_all(self.count) else f", weight={self.weight}"
+        return f"Moments(count={self.count}, mean={self.mean}, var={self.var()}{weight})"
+
+
+def moments_of(x: Array, layout: Layout, selection: Selection | None, num_threads: int | None) -> Moments:
+    """The moments of an array that fits the layout."""
+    table = np.zeros((STATISTICS_ROWS, layout.view[1]))
+    tally = Tally.of_all(layout.values) if selection is None else selection.tally
+    if x.size and tally.weight:
+        if x.itemsize == 2 and selection is not None and selection.weights is not None:
+            x = layout.copy(x, np.dtype(np.float32))  # weighted deviations need more than 16 bits
+        chosen = None if selection is None else selection.chosen()
+        threads = _threads.threads_for(x.size, num_threads)
+        _kernels.of_type[x.dtype.char].moments(layout.seen(x), table, 0.0, threads, chosen)
+        if selection is not None:
+            np.ldexp(table[M2], selection.exponent, out=table[M2])
+    return Moments._made(tally, table[[MEAN, MEAN_LOW, M2]])
 
 
 class GradientSums(_Mergeable):
@@ -308,7 +356,7 @@ class GradientSums(_Mergeable):
     def __init__(self, count: int, sum_dy: ArrayLike, sum_dy_xmu: ArrayLike) -> None:
         first = _arrays.as_float(sum_dy, "sum_dy", integers=True)
         second = _arrays.as_channels(sum_dy_xmu, "sum_dy_xmu", first.size)
-        super().__init__(_arrays.as_index(count, "count"), [first, second])
+        super().__init__(Tally.of_all(_arrays.as_index(count, "count")), [first, second])
 
     @property
     def sum_dy(self) -> Numbers:
@@ -320,7 +368,7 @@ class GradientSums(_Mergeable):
 
     def merge(self, other: Self) -> Self:
         self._check(other)
-        return self.merge_all(self._count + other._count, np.stack([self._table, other._table]))
+        return self.merge_all(self.count + other.count, np.stack([self._table, other._table]))
 
     @classmethod
     @np.errstate(invalid="ignore", over="ignore")
@@ -344,46 +392,92 @@ class GradientSums(_Mergeable):
         return cls(count, *total)
 
     def __repr__(self) -> str:
-        return f"GradientSums(count={self._count}, sum_dy={self.sum_dy}, sum_dy_xmu={self.sum_dy_xmu})"
+        return f"GradientSums(count={self.count}, sum_dy={self.sum_dy}, sum_dy_xmu={self.sum_dy_xmu})"
 
 
-def _samples(batches: Iterable[ArrayLike], axis: int) -> Iterator[tuple[Array, int]]:
-    """Each batch with its samples along axis 0, and the channel axis."""
+class _Part(NamedTuple):
+    """Some samples along axis 0, and what selects from them: along axis 0 too, or None."""
+
+    array: Array
+    channel: int
+    selecting: NDArray[Any] | None
+
+    def kind(self) -> tuple[Any, ...]:
+        """What may not change within a block."""
+        shape = None if self.selecting is None else self.selecting.shape[1:]
+        return self.array.shape[1:], self.array.dtype, self.channel, shape
+
+    def cut(self, start: int, stop: int) -> "_Part":
+        selecting = None if self.selecting is None else self.selecting[start:stop]
+        return _Part(self.array[start:stop], self.channel, selecting)
+
+    def room(self) -> "_Part":
+        """A block for such samples, whose size depends on their shape alone."""
+        rows = max(1, BLOCK_VALUES // max(1, math.prod(self.array.shape[1:])))
+        own = self.selecting
+        selecting = None if own is None else np.empty((rows, *own.shape[1:]), own.dtype)
+        return _Part(np.empty((rows, *self.array.shape[1:]), self.array.dtype), self.channel, selecting)
+
+    def take(self, filled: int, part: "_Part") -> None:
+        stop = filled + len(part.array)
+        self.array[filled:stop] = part.array
+        if self.selecting is not None:
+            self.selecting[filled:stop] = part.selecting
+
+
+def _samples(batches: Iterable[ArrayLike], axis: int, name: str, selecting: Iterable[ArrayLike]) -> Iterator[_Part]:
+    """Each batch with its samples along axis 0, the channel axis, and what selects from it."""
     channels = None
-    for batch in batches:
+    for batch, selects in _pairs(batches, name, selecting):
         array = _as_data(batch, "a batch")
-        channel = _arrays.layout_of(array.shape, axis).axis
+        layout = _arrays.layout_of(array.shape, axis)
+        channel = layout.axis
         if channels not in (None, array.shape[channel]):
             raise ValueError(f"a batch must have {channels} channels along axis {axis}, got shape {array.shape}")
         channels = array.shape[channel]
-        yield (array, channel) if channel else (np.moveaxis(array, 1, 0), 1)
+        part = _Part(array, channel, None) if channel else _Part(np.moveaxis(array, 1, 0), 1, None)
+        yield part._replace(selecting=by_sample(name, selects, layout) if name else None)
 
 
-def _blocks(samples: Iterable[tuple[Array, int]]) -> Iterator[tuple[Array, int]]:
+def _pairs(batches: Iterable[ArrayLike], name: str, selecting: Iterable[ArrayLike]) -> Iterator[tuple[Any, Any]]:
+    """The batches with what selects from each, of which there must be as many."""
+    if not name:
+        yield from ((batch, None) for batch in batches)
+        return
+    missing = object()
+    for batch, selects in zip_longest(batches, selecting, fillvalue=missing):
+        if batch is missing or selects is missing:
+            raise ValueError(f"{name} must have one item per batch, got {'more' if batch is missing else 'fewer'}")
+        yield batch, selects
+
+
+def _blocks(samples: Iterable[_Part]) -> Iterator[_Part]:
     """The same samples in blocks that depend on their shape and dtype alone; a change of those ends a block."""
-    held, filled, channel = np.empty((0, 0)), 0, 0
-    for array, axis in samples:
-        if (array.shape[1:], array.dtype, axis) != (held.shape[1:], held.dtype, channel):
-            if channel:
-                yield held[:filled], channel
-            rows = max(1, BLOCK_VALUES // max(1, math.prod(array.shape[1:])))
-            held, filled, channel = np.empty((rows, *array.shape[1:]), array.dtype), 0, axis
+    held, filled = None, 0
+    for part in samples:
+        if held is None or part.kind() != held.kind():
+            if held is not None:
+                yield held.cut(0, filled)
+            held, filled = part.room(), 0
         start = 0
-        while start < len(array):
-            take = min(len(held) - filled, len(array) - start)
-            held[filled : filled + take] = array[start : start + take]
+        while start < len(part.array):
+            take = min(len(held.array) - filled, len(part.array) - start)
+            held.take(filled, part.cut(start, start + take))
             start, filled = start + take, filled + take
-            if filled == len(held):
-                yield held, channel
+            if filled == len(held.array):
+                yield held
                 filled = 0
-    if channel:
-        yield held[:filled], channel
+    if held is not None:
+        yield held.cut(0, filled)
 
 
 def population(
     batches: Iterable[ArrayLike],
     axis: int = 1,
     *,
+    mask: Iterable[ArrayLike] | None = None,
+    lengths: Iterable[ArrayLike] | None = None,
+    weights: Iterable[ArrayLike] | None = None,
     progress: bool = True,
     num_threads: int | None = None,
 ) -> Moments:
@@ -400,6 +494,8 @@ def population(
         of a memory-mapped file. All other sizes may differ.
     axis : int, default 1
         The channel axis. Samples are cut along the first other one.
+    mask, lengths, weights : iterable of array_like, optional
+        For each batch, which of its values count, or how much; see `forward`.
     progress : bool, default True
         Show a bar if standard error is a terminal, `batches` has a length and rich is installed.
     num_threads : int, optional
@@ -414,7 +510,8 @@ def population(
     TypeError
         If a batch is not of numbers.
     ValueError
-        If there is no batch, or one has a different number of channels from the first.
+        If there is no batch, or one has a different number of channels from the first, or a mask, lengths or weights
+        do not fit.
 
     References
     ----------
@@ -429,10 +526,14 @@ def population(
     """
     if isinstance(batches, np.ndarray):
         raise TypeError(f"batches must be an iterable of batches, got one array of shape {batches.shape}; pass [x]")
+    check_one_of_three(mask, lengths, weights)
+    given = {"mask": mask, "lengths": lengths, "weights": weights}
+    name, selecting = next(((name, value) for name, value in given.items() if value is not None), ("", ()))
     shown = with_progress(batches, "population") if progress else batches
     total = None
-    for block, channel in _blocks(_samples(shown, _arrays.as_index(axis, "axis"))):
-        part = Moments.of(block, channel, num_threads=num_threads)
+    for block in _blocks(_samples(shown, _arrays.as_index(axis, "axis"), name, selecting)):
+        chosen: dict[str, Any] = {name: block.selecting} if name else {}
+        part = Moments.of(block.array, block.channel, num_threads=num_threads, **chosen)
         total = part if total is None else total + part
     if total is None:
         raise ValueError("batches must hold at least one batch, got none")

@@ -10,17 +10,40 @@ cdef struct Operands:               # whole arrays, and what is done to their va
     const stored *add
     stored *out
     unsigned char *closed
+    const unsigned char *mask       # where a row may have holes
+    const real *weights
+    Py_ssize_t places               # of a row
+    real fill
     Activation act
     bint sloped                     # dx depends on x
 
 
-cdef inline void write(stored *p, number v, Py_ssize_t count) noexcept nogil:
-    if number is wide:
-        store_wide(p, v, count)
-    elif count == VEC:
-        store_vec(p, v)
-    else:
-        store_first(p, v, count)
+cdef void put(stored *out, Py_ssize_t places, real fill, bint stream) noexcept nogil:
+    cdef Py_ssize_t i = 0, start = min(to_line(out), places), stop = start
+    if stream:
+        stop = places - (places - start) % LINE
+        for i from start <= i < stop by VEC:
+            stream_vec(out + i, everywhere_vec(fill))
+    for i in range(start):
+        out[i] = stored_of(fill)
+    for i in range(stop, places):
+        out[i] = stored_of(fill)
+
+
+cdef void blank_rows(const Work *work, const Block *block, real fill, stored *out, bint stream) noexcept nogil:
+    """Fill the rows that do not count, where a row is one place per channel."""
+    cdef Py_ssize_t r = 0, end = block.place + block.rows
+    cdef Run run = Run(0, block.place)
+    if work.selection.mask != NULL:
+        for r in range(block.rows):
+            if not work.selection.mask[block.place + r]:
+                put(out + r * block.stride, block.channels, fill, stream)
+    elif work.selection.lengths != NULL:
+        while r < block.rows:
+            next_run(work, &run, end)
+            for r in range(r, run.start - block.place):
+                put(out + r * block.stride, block.channels, fill, stream)
+            r = run.stop - block.place
 
 
 cdef inline void note_closed(Notes *notes, const Activation *act, number pre, Py_ssize_t count) noexcept nogil:
@@ -31,15 +54,17 @@ cdef inline void note_closed(Notes *notes, const Activation *act, number pre, Py
 
 
 cdef inline number calculated(const Operands *o, bint gradient, int kind, Py_ssize_t i, Py_ssize_t j,
-                              Py_ssize_t count, Notes *notes, const number *k) noexcept nogil:
-    """y, or dx, at `count` places from j on of the row at i."""
-    cdef number pre, dy, x = load(o.x + i + j, count, k[CENTRE])
+                              Py_ssize_t count, Notes *notes, Py_ssize_t place, const number *k) noexcept nogil:
+    """y, or dx, at `count` places from j on of the row at i, which begins with a place."""
+    cdef number pre, dy, through, x = load(o.x + i + j, count, k[CENTRE])
     if gradient:
         dy = load(o.dy + i + j, count, k[CENTRE])
         if kind == ANYTHING and o.act.on:
             dy = passed(dy, written(x, k, &o.act), &o.act)
-            x = x if o.sloped else k[CENTRE]
-        return dx_of(dy, x, k)
+        through = through_of(x if kind != ANYTHING or o.sloped else k[CENTRE], k)
+        if kind == ANYTHING and o.weights != NULL:
+            through *= everywhere(o.weights[place], x) if o.places == 1 else column_at(o.weights + place + j, x)
+        return dx_of(dy, through, k)
     pre = y_of(x, k)
     if kind == ANYTHING and o.add != NULL:
         pre += load(o.add + i + j, count, k[CENTRE])
@@ -52,21 +77,25 @@ cdef inline number calculated(const Operands *o, bint gradient, int kind, Py_ssi
 
 
 cdef inline number applied(const Operands *o, bint gradient, int kind, Py_ssize_t i, Py_ssize_t j, Py_ssize_t count,
-                           Notes *notes, const number *k, const Row *column) noexcept nogil:
+                           Notes *notes, Py_ssize_t place, const number *k, const Row *column) noexcept nogil:
     """The same, where each column may have coefficients of its own."""
+    cdef number v
     cdef number own[COEFFICIENTS]
     if column == NULL:
-        return calculated(o, gradient, kind, i, j, count, notes, k)
+        v = calculated(o, gradient, kind, i, j, count, notes, place, k)
+        if kind == ANYTHING and o.mask != NULL:
+            v = counted(o.mask + place + j, v, everywhere(o.fill, v))
+        return v
     own[CENTRE] = column_at(column[CENTRE].at + j, k[CENTRE])
     own[SCALE] = column_at(column[SCALE].at + j, k[CENTRE])
     own[SHIFT] = column_at(column[SHIFT].at + j, k[CENTRE])
     own[SLOPE] = column_at(column[SLOPE].at + j, k[CENTRE])
     own[OFFSET] = column_at(column[OFFSET].at + j, k[CENTRE])
-    return calculated(o, gradient, kind, i, j, count, notes, own)
+    return calculated(o, gradient, kind, i, j, count, notes, place, own)
 
 
-cdef inline void apply_rows(const Operands *o, bint gradient, int kind, Py_ssize_t i, Py_ssize_t rows,
-                            Py_ssize_t stride, Py_ssize_t length, const number *k, const Row *column,
+cdef inline void apply_rows(const Operands *o, bint gradient, int kind, Py_ssize_t i, Py_ssize_t place,
+                            Py_ssize_t rows, Py_ssize_t stride, Py_ssize_t length, const number *k, const Row *column,
                             bint stream) noexcept nogil:
     cdef Py_ssize_t r, j, start, stop, count, size = size_of(k[CENTRE])
     cdef Py_ssize_t whole = length - length % size
@@ -83,72 +112,79 @@ cdef inline void apply_rows(const Operands *o, bint gradient, int kind, Py_ssize
             prefetch(out + stop)        # what is written through the cache holds up the stores after it
             prefetch(out + stride)
             for j from start <= j < stop by size:
-                stream_vec(out + j, applied(o, gradient, kind, i, j, size, notes, k, column))
+                stream_vec(out + j, applied(o, gradient, kind, i, j, size, notes, place, k, column))
             j = 0 if start else stop
             while j < length:       # before the first whole line and after the last
                 count = min(size, (start if j < start else length) - j)
-                write(out + j, applied(o, gradient, kind, i, j, count, notes, k, column), count)
+                write(out + j, applied(o, gradient, kind, i, j, count, notes, place, k, column), count)
                 j = stop if j + count == start else j + count
         elif kind == ANYTHING:
             here = notes_from(o.closed, i)
             for j from 0 <= j < whole by size:
-                write(out + j, applied(o, gradient, kind, i, j, size, notes, k, column), size)
+                write(out + j, applied(o, gradient, kind, i, j, size, notes, place, k, column), size)
             if whole < length:
                 count = length - whole
-                write(out + whole, applied(o, gradient, kind, i, whole, count, notes, k, column), count)
+                write(out + whole, applied(o, gradient, kind, i, whole, count, notes, place, k, column), count)
             if o.closed != NULL:
                 finish_notes(notes)
         else:
             if overlaps:        # the last vector ends with the row: it is read before its first places are written
-                last = applied(o, gradient, kind, i, length - size, size, notes, k, column)
+                last = applied(o, gradient, kind, i, length - size, size, notes, place, k, column)
             for j from 0 <= j < pairs by 2 * size:
-                first = applied(o, gradient, kind, i, j, size, notes, k, column)
-                second = applied(o, gradient, kind, i, j + size, size, notes, k, column)
+                first = applied(o, gradient, kind, i, j, size, notes, place, k, column)
+                second = applied(o, gradient, kind, i, j + size, size, notes, place, k, column)
                 write(out + j, first, size)
                 write(out + j + size, second, size)
             if pairs < whole:
-                write(out + pairs, applied(o, gradient, kind, i, pairs, size, notes, k, column), size)
+                write(out + pairs, applied(o, gradient, kind, i, pairs, size, notes, place, k, column), size)
             if overlaps:
                 write(out + length - size, last, size)
             elif whole < length:
                 count = length - whole
-                write(out + whole, applied(o, gradient, kind, i, whole, count, notes, k, column), count)
+                write(out + whole, applied(o, gradient, kind, i, whole, count, notes, place, k, column), count)
         i += stride
         out += stride
+        place += o.places
 
 
-cdef inline void apply_rows_of_a_kind(const Operands *o, bint gradient, Py_ssize_t i, Py_ssize_t rows,
-                                      Py_ssize_t stride, Py_ssize_t length, const number *k, const Row *column,
-                                      bint stream) noexcept nogil:
+cdef inline void apply_rows_of_a_kind(const Operands *o, bint gradient, Py_ssize_t i, Py_ssize_t place,
+                                      Py_ssize_t rows, Py_ssize_t stride, Py_ssize_t length, const number *k,
+                                      const Row *column, bint stream) noexcept nogil:
     """Short loops for what is rare or waits for memory, long ones for y alone and for y with an activation."""
-    if number is wide or o.add != NULL or o.closed != NULL or (gradient and o.act.on):
-        apply_rows(o, gradient, ANYTHING, i, rows, stride, length, k, column, stream)
+    cdef bint selects = o.mask != NULL or o.weights != NULL
+    if number is wide or o.add != NULL or o.closed != NULL or selects or (gradient and o.act.on):
+        apply_rows(o, gradient, ANYTHING, i, place, rows, stride, length, k, column, stream)
     elif not gradient and o.act.on:
-        apply_rows(o, gradient, ACTIVATION, i, rows, stride, length, k, column, stream)
+        apply_rows(o, gradient, ACTIVATION, i, place, rows, stride, length, k, column, stream)
     else:
-        apply_rows(o, gradient, NOTHING, i, rows, stride, length, k, column, stream)
+        apply_rows(o, gradient, NOTHING, i, place, rows, stride, length, k, column, stream)
 
 
-cdef inline void apply_columns(const Work *work, const Block *block, const Operands *o, bint gradient, bint stream,
+cdef inline void apply_columns(const Work *work, const Block *block, Operands *o, bint gradient, bint stream,
                                const double *value) noexcept nogil:
     """All rows of the block, or `group` of them side by side as one, with the coefficients spread over the columns."""
     cdef Row column[COEFFICIENTS]
     cdef vec k[COEFFICIENTS]
-    cdef Py_ssize_t length = block.channels * block.run, first = block.first, width = length * work.group
-    cdef Py_ssize_t rows = block.rows // work.group, rest = block.rows % work.group, row, rests
+    cdef Block part = no_rows(block)
+    cdef Py_ssize_t length = block.channels * block.run, first, width, rows, rest, row, rests
     for row in range(COEFFICIENTS):
         k[row] = same_vec(0)
         if (row != SHIFT or o.act.on) if gradient else row <= SHIFT:
             spread(value + row * work.C, block.channels, block.run, work.group, column[row].at)
-    for rests in range(2):
-        if rests:       # rows that do not fill a group, as one shorter row
-            first += rows * work.group * block.stride
-            rows, width = rest > 0, rest * length
-        apply_rows_of_a_kind(o, gradient, first, rows, block.stride * work.group, width, k, column, stream)
+    while next_rows(work, block, &part):
+        first, width = part.first, length * work.group
+        rows, rest = part.rows // work.group, part.rows % work.group
+        for rests in range(2):
+            if rests:       # rows that do not fill a group, as one shorter row
+                first += rows * work.group * block.stride
+                rows, width = rest > 0, rest * length
+            apply_rows_of_a_kind(o, gradient, first, part.place, rows, block.stride * work.group, width, k, column,
+                                 stream)
+    blank_rows(work, block, o.fill, o.out + block.first, stream)
 
 
-cdef inline void apply_channel(const Block *block, const Operands *o, bint gradient, bint stream, Py_ssize_t at,
-                               Py_ssize_t rows, const double *value, Py_ssize_t C, number zero) noexcept nogil:
+cdef inline void apply_channel(const Operands *o, bint gradient, bint stream, Py_ssize_t at, const Block *rows,
+                               Py_ssize_t length, const double *value, Py_ssize_t C, number zero) noexcept nogil:
     """Some rows of one channel."""
     cdef number k[COEFFICIENTS]
     k[CENTRE] = same(value[CENTRE * C], zero)
@@ -156,43 +192,62 @@ cdef inline void apply_channel(const Block *block, const Operands *o, bint gradi
     k[SHIFT] = same(value[SHIFT * C], zero)
     k[SLOPE] = same(value[SLOPE * C] if gradient else 0, zero)
     k[OFFSET] = same(value[OFFSET * C] if gradient else 0, zero)
-    apply_rows_of_a_kind(o, gradient, at, rows, block.stride, block.run, k, NULL, stream)
+    apply_rows_of_a_kind(o, gradient, at, rows.place, rows.rows, rows.stride, length, k, NULL, stream)
+
+
+cdef inline void apply_channels(const Work *work, const Block *block, Operands *o, bint gradient, bint stream,
+                                const double *value, bint fit) noexcept nogil:
+    """Rows of one channel, then those of its neighbour."""
+    cdef const Py_ssize_t *lengths
+    cdef Block rows = block[0]
+    cdef Py_ssize_t r, c, at, length, C = work.C
+    rows.rows = block.visit if lengths_at(work, 0) == NULL else 1
+    for r from 0 <= r < block.rows by rows.rows:
+        rows.rows, rows.place = min(rows.rows, block.rows - r), block.place + r * block.run
+        lengths = lengths_at(work, rows.place)
+        length = length_in(lengths, block.start, block.run)
+        for c in range(block.channels):
+            at = block.first + r * block.stride + c * block.run
+            if lengths != NULL:     # the processor foresees the next values, but not those of the next channel
+                fetch(o.x + at + block.run, o.dy + at + block.run, gradient, min(length, FETCHED))
+            if IS_DOUBLE or fit or all_fit(value + c, C, 1, gradient):
+                apply_channel(o, gradient, stream, at, &rows, length, value + c, C, same_vec(0))
+            else:
+                o.act.in_steps = gradient and all_fit(value + c, C, 1, False)
+                apply_channel(o, gradient, False, at, &rows, length, value + c, C, same_wide(0))
+            if lengths != NULL:
+                put(o.out + at + length, block.run - length, o.fill, stream)
+    if work.S == 1:
+        blank_rows(work, block, o.fill, o.out + block.first, stream)
 
 
 cdef inline void write_block(const Work *work, Py_ssize_t tile, Py_ssize_t b, const stored *x, const stored *dy,
-                             bint gradient, stored *out, bint fit) noexcept nogil:
+                             bint gradient, stored *out, bint fit, real fill) noexcept nogil:
     cdef Block block = block_of(work, tile, b)
     cdef const double *value = work.coefficient + block.channel
     cdef bint stream = work.stream and out != x and out != dy and out != work.add and work.closed == NULL
-    cdef Py_ssize_t r, c, at, rows, C = work.C
     cdef Operands o
     o.x, o.dy, o.out, o.act = x, dy, out, work.activation
     o.add, o.closed, o.sloped = work.add, work.closed, is_sloped(work.through)
+    o.mask, o.weights = work.selection.mask if work.S > 1 else NULL, <const real *> work.selection.weights
+    o.places, o.fill = work.S, fill
     if work.columns and fit:
         apply_columns(work, &block, &o, gradient, stream, value)
     else:
-        for r from 0 <= r < block.rows by block.visit:
-            rows = min(block.visit, block.rows - r)
-            for c in range(block.channels):
-                at = block.first + r * block.stride + c * block.run
-                if IS_DOUBLE or fit or all_fit(value + c, C, 1, gradient):
-                    apply_channel(&block, &o, gradient, stream, at, rows, value + c, C, same_vec(0))
-                else:
-                    o.act.in_steps = gradient and all_fit(value + c, C, 1, False)
-                    apply_channel(&block, &o, gradient, False, at, rows, value + c, C, same_wide(0))
+        apply_channels(work, &block, &o, gradient, stream, value, fit)
     if stream:
         finish_streaming()
 
 
 cdef void normalize_block(const Work *work, Py_ssize_t tile, Py_ssize_t b, const stored *x, stored *y,
                           bint fit) noexcept nogil:
-    write_block(work, tile, b, x, x, False, y, fit)
+    write_block(work, tile, b, x, x, False, y, fit, work.selection.fill)
 
 
 cdef void gradient_block(const Work *work, Py_ssize_t tile, Py_ssize_t b, const stored *x, const stored *dy, stored *dx,
                          bint fit) noexcept nogil:
     """dx = dy·scale + shift where nothing depends on x: the same formula as y's, with centre 0."""
-    if is_sloped(work.through) or work.activation.on:
-        write_block(work, tile, b, x, dy, True, dx, fit)
+    if is_sloped(work.through) or work.activation.on or work.selection.weights != NULL:
+        write_block(work, tile, b, x, dy, True, dx, fit, 0)
     else:
-        write_block(work, tile, b, dy, dy, False, dx, fit)
+        write_block(work, tile, b, dy, dy, False, dx, fit, 0)

@@ -23,13 +23,13 @@ cdef void merge_two(double *restrict p, const double *restrict other, Py_ssize_t
 cdef double *merge_blocks(const Work *work, Py_ssize_t tile, bint gradient) noexcept nogil:
     """Merge neighbours, then pairs of neighbours, and so on: a tree that depends on the number of blocks alone."""
     cdef Py_ssize_t i, step = 1, C = work.C, size = PARTIAL_ROWS * C
-    cdef Py_ssize_t start, middle, stop
+    cdef double start, middle, stop
     cdef double *p = work.partial + tile * work.tile_channels
     while step < work.blocks:
         for i from 0 <= i < work.blocks - step by 2 * step:
-            start = values_before(work, i)
-            middle = values_before(work, i + step)
-            stop = values_before(work, min(i + 2 * step, work.blocks))
+            start = work.census[i].before
+            middle = work.census[i + step].before
+            stop = work.census[min(i + 2 * step, work.blocks)].before
             merge_two(p + i * size, p + (i + step) * size, C, channels_of(work, tile), middle - start, stop - middle,
                       gradient)
         step *= 2
@@ -44,7 +44,7 @@ cdef void finish_moments(const Work *work, Py_ssize_t tile) noexcept nogil:
     for c in range(channels_of(work, tile)):
         s[MEAN * C + c] = two_sum(p[PIVOT * C + c], p[DELTA * C + c], s + MEAN_LOW * C + c)
         s[M2 * C + c] = p[SQUARES * C + c]
-    set_rstd(s, C, channels_of(work, tile), work.N * work.S, work.eps)
+    set_rstd(s, C, channels_of(work, tile), work.census[work.blocks].before, work.eps)
 
 
 cdef void set_centres(const double *restrict s, double *restrict k, Py_ssize_t C, Py_ssize_t channels) noexcept nogil:

@@ -25,6 +25,15 @@ cdef inline number load(const stored *p, Py_ssize_t count, number fill) noexcept
         return load_wide(p) if count == PART else load_first_wide(p, count, fill)
 
 
+cdef inline void write(stored *p, number v, Py_ssize_t count) noexcept nogil:
+    if number is wide:
+        store_wide(p, v, count)
+    elif count == VEC:
+        store_vec(p, v)
+    else:
+        store_first(p, v, count)
+
+
 cdef inline number column_at(const real *p, number like) noexcept nogil:
     """A number for each column of a vector."""
     if number is vec:
@@ -55,6 +64,14 @@ cdef inline number at_most(number a, number b, number then, number otherwise) no
         return at_most_vec(a, b, then, otherwise)
     else:
         return at_most_wide(a, b, then, otherwise)
+
+
+cdef inline number counted(const unsigned char *counts, number v, number otherwise) noexcept nogil:
+    """v in the lanes that count, else `otherwise`."""
+    if number is vec:
+        return counted_vec(counts, v, otherwise)
+    else:
+        return counted_wide(counts, v, otherwise)
 
 
 cdef inline unsigned at_most_bits(number a, number b) noexcept nogil:
@@ -126,9 +143,19 @@ cdef inline number passed(number dy, number pre, const Activation *act) noexcept
     return at_most(everywhere(act.high, pre), pre, none, g) if act.bounded else g
 
 
-cdef inline number dx_of(number dy, number x, const number *k) noexcept nogil:
-    """dx = dy·scale + (x − centre)·slope + offset: slope = 2·dvar/n, offset = dmean/n − (mean − centre)·slope."""
-    return dy * k[SCALE] + ((x - k[CENTRE]) * k[SLOPE] + k[OFFSET])
+cdef inline real weighted(real x, real pivot, real weight) noexcept nogil:
+    """What is summed in place of x − pivot where x has a weight."""
+    return weight * (x - pivot)
+
+
+cdef inline number through_of(number x, const number *k) noexcept nogil:
+    """The paths through the statistics: slope = 2·dvar/n, offset = dmean/n − (mean − centre)·slope."""
+    return (x - k[CENTRE]) * k[SLOPE] + k[OFFSET]
+
+
+cdef inline number dx_of(number dy, number through, const number *k) noexcept nogil:
+    """dx = dy·scale + through; where x has a weight, `through` is multiplied by it."""
+    return dy * k[SCALE] + through
 
 
 cdef inline double centre_of(double mean, double var) noexcept nogil:

@@ -8,6 +8,7 @@ Words:
 - *Lanes* are LANES sums side by side along a row of one channel. *Columns* are sums down the rows, one per place: a
   column is a channel when S = 1, one of S columns of a channel when rows are short, and one of `group` copies of the
   channels when channels are few. The columns of a channel are added up at the end of the block.
+- A *place* is one of the N·S values of every channel. A mask, lengths or weights are of places.
 - A *tile* is some neighbouring channels, a *block* some rows of a tile, a *segment* a piece of a long row.
 - A *pivot* is a value near the mean: x − pivot is summed in place of x, or the sums would lose the digits of x −
   mean. The *centre* is the mean in the same role when y and dx are written.
@@ -27,12 +28,15 @@ c) Sums that cannot be trusted, because they overflowed or because the pivot was
 d) The steps are separate: reduce → finish → apply. A pass does them tile by tile when a tile stays in cache, and one
    after the other over all blocks when there are too few tiles to share among threads. A step that sums nothing
    follows the memory, row by row. A pass over more memory than a cache holds writes its result around it.
+e) Where some values count more than others, or not at all, the same loops sum. Lengths only make rows shorter. With a
+   mask they see a copy, in cache, of what counts, or of rows whose holes are filled with what adds nothing. With
+   weights they see w·(x − pivot) where dy is otherwise: Σa and Σa·d are the weighted moments.
 """
 from cython.parallel import prange
 from libc.math cimport INFINITY, fabs, sqrt
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
-from batchnorm._kernels.per_channel cimport borrow, borrow_values, set_parameters, take_parameters
+from batchnorm._kernels.per_channel cimport Selection, borrow, borrow_values, set_parameters, set_selection, take_parameters
 from batchnorm._kernels.runtime cimport (
     BETA, DGAMMA, GAMMA, GRADIENT_ROWS, M2, MEAN, MEAN_LOW, RSTD, STATISTICS_ROWS, SUM_DY, SUM_DY_XMU, THROUGH_MEAN,
     THROUGH_VARIANCE, UPSTREAM, UPSTREAM_DMEAN, UPSTREAM_DVAR, VAR, team_size)
@@ -52,10 +56,13 @@ cdef extern from "stored.h" nogil:
     vec load_column(const real *) noexcept
     wide load_wide_column(const real *) noexcept
     real value_at(const stored *) noexcept
+    stored stored_of(real) noexcept
     vec load_vec(const stored *) noexcept
     vec load_first(const stored *, Py_ssize_t, vec) noexcept
     wide load_wide(const stored *) noexcept
     wide load_first_wide(const stored *, Py_ssize_t, wide) noexcept
+    vec counted_vec(const unsigned char *, vec, vec) noexcept
+    wide counted_wide(const unsigned char *, wide, wide) noexcept
     void store_vec(stored *, vec) noexcept
     void store_wide(stored *, wide, Py_ssize_t) noexcept
     void store_first(stored *, vec, Py_ssize_t) noexcept
@@ -88,6 +95,7 @@ cdef extern from "stored.h" nogil:
 include "partition.pxi"
 include "channel_formula.pxi"
 include "formula.pxi"
+include "selection.pxi"
 include "reduce.pxi"
 include "finish.pxi"
 include "apply.pxi"
@@ -117,9 +125,10 @@ cdef unsigned char *bits(closed, Py_ssize_t values, bint written) except NULL:
 
 
 cdef int begin(Work *work, const stored[:, :, ::1] x, Py_ssize_t arrays, statistics, gradients, activation, add,
-               closed) except -1:
+               closed, selection) except -1:
     """Cut the work, and get scratch for a few numbers per block and channel, which `free(work.coefficient)` returns."""
-    cdef Py_ssize_t values = x.shape[0] * x.shape[1] * x.shape[2]
+    cdef Py_ssize_t values = x.shape[0] * x.shape[1] * x.shape[2], numbers
+    set_selection(&work.selection, selection, x.shape[0] * x.shape[2], x.shape[2], sizeof(real), VEC)
     cut(work, x.shape[0], x.shape[1], x.shape[2], arrays)
     set_activation(&work.activation, activation)
     work.add, work.closed = NULL, NULL
@@ -130,10 +139,12 @@ cdef int begin(Work *work, const stored[:, :, ::1] x, Py_ssize_t arrays, statist
     work.statistics = borrow("statistics", statistics, STATISTICS_ROWS, work.C)
     if gradients is not None:
         work.gradients = borrow("gradients", gradients, GRADIENT_ROWS, work.C)
-    work.coefficient = <double *> malloc((COEFFICIENT_ROWS + PARTIAL_ROWS * work.blocks) * work.C * sizeof(double))
+    numbers = (COEFFICIENT_ROWS + PARTIAL_ROWS * work.blocks) * work.C
+    work.coefficient = <double *> malloc(numbers * sizeof(double) + (work.blocks + 1) * sizeof(Census))
     if work.coefficient == NULL:
         raise MemoryError(f"no memory for the sums of {work.blocks} blocks of {work.C} channels")
     work.partial = work.coefficient + COEFFICIENT_ROWS * work.C
+    work.census = <Census *> (work.coefficient + numbers)
     return 0
 
 
@@ -228,19 +239,20 @@ cdef void backward_tile(const Work *work, Py_ssize_t tile, const stored *x, cons
         gradient_block(work, tile, b, x, dy, dx, fit)
 
 
-def moments(const stored[:, :, ::1] x, statistics, double eps, int num_threads):
+def moments(const stored[:, :, ::1] x, statistics, double eps, int num_threads, selection=None):
     """mean, m2, var and rstd of each channel into `statistics`."""
     cdef Work work
     cdef int threads = team_size(num_threads)
-    begin(&work, x, 1, statistics, None, None, None, None)
+    begin(&work, x, 1, statistics, None, None, None, None, selection)
     work.eps = eps
     with nogil:
+        take_census(&work)
         moments_of_all(&work, &x[0, 0, 0], threads)
     free(work.coefficient)
 
 
 def forward(const stored[:, :, ::1] x, stored[:, :, ::1] y, statistics, gamma, beta, double eps, int num_threads,
-            activation=None, add=None, closed=None):
+            activation=None, add=None, closed=None, selection=None):
     """`moments`, then y = act(gamma·(x − mean)·rstd + beta + add), and in `closed` where act is closed."""
     cdef Work work
     cdef int threads = team_size(num_threads)
@@ -249,9 +261,10 @@ def forward(const stored[:, :, ::1] x, stored[:, :, ::1] y, statistics, gamma, b
     cdef Py_ssize_t tile
     check_view("y", y, x.shape)
     set_parameters(borrow("statistics", statistics, STATISTICS_ROWS, x.shape[1]), gamma, beta, x.shape[1])
-    begin(&work, x, 2, statistics, None, activation, add, closed)
+    begin(&work, x, 2, statistics, None, activation, add, closed, selection)
     work.eps = eps
     with nogil:
+        take_census(&work)
         if work.by_tile:
             if threads == 1:
                 for tile in range(work.tiles):
@@ -266,20 +279,20 @@ def forward(const stored[:, :, ::1] x, stored[:, :, ::1] y, statistics, gamma, b
 
 
 def normalize(const stored[:, :, ::1] x, stored[:, :, ::1] y, statistics, int num_threads, activation=None, add=None,
-              closed=None):
+              closed=None, selection=None):
     """The same with the mean and rstd in `statistics`."""
     cdef Work work
     cdef int threads = team_size(num_threads)
     check_view("y", y, x.shape)
     # Streaming pays only where one array fills the cache.
-    begin(&work, x, 1, statistics, None, activation, add, closed)
+    begin(&work, x, 1, statistics, None, activation, add, closed, selection)
     with nogil:
         normalize_all(&work, &x[0, 0, 0], &y[0, 0, 0], threads)
     free(work.coefficient)
 
 
 def grad_sums(const stored[:, :, ::1] dy, const stored[:, :, ::1] x, statistics, gradients, dgamma, dbeta,
-              int num_threads, activation=None):
+              int num_threads, activation=None, selection=None):
     """Σdy, Σdy·(x − mean) and dgamma of each channel into `gradients`, dgamma and dbeta = Σdy where they go too.
 
     With an activation of y, dy·act′ takes the place of dy, here and below.
@@ -287,15 +300,16 @@ def grad_sums(const stored[:, :, ::1] dy, const stored[:, :, ::1] x, statistics,
     cdef Work work
     cdef int threads = team_size(num_threads)
     check_view("dy", dy, x.shape)
-    begin(&work, x, 2, statistics, gradients, activation, None, None)
+    begin(&work, x, 2, statistics, gradients, activation, None, None, selection)
     with nogil:
+        take_census(&work)
         grad_sums_of_all(&work, &x[0, 0, 0], &dy[0, 0, 0], threads)
     free(work.coefficient)
     take_parameters(work.gradients, dgamma, dbeta, work.C)
 
 
 def grad_apply(const stored[:, :, ::1] dy, const stored[:, :, ::1] x, stored[:, :, ::1] dx, statistics, gradients,
-               int through, double count, int num_threads, activation=None):
+               int through, double count, int num_threads, activation=None, selection=None):
     """dx = dy·gamma·rstd + dmean/n + dvar·2(x − mean)/n from the sums in `gradients`, as far as `through` says.
 
     n is `count`, the values of a channel that the statistics were made of. With both paths it is
@@ -305,7 +319,7 @@ def grad_apply(const stored[:, :, ::1] dy, const stored[:, :, ::1] x, stored[:, 
     cdef int threads = team_size(num_threads)
     check_view("dy", dy, x.shape)
     check_view("dx", dx, x.shape)
-    begin(&work, x, 3, statistics, gradients, activation, None, None)
+    begin(&work, x, 3, statistics, gradients, activation, None, None, selection)
     work.through, work.count = through, count
     with nogil:
         grad_apply_all(&work, &x[0, 0, 0], &dy[0, 0, 0], &dx[0, 0, 0], threads)
@@ -313,7 +327,7 @@ def grad_apply(const stored[:, :, ::1] dy, const stored[:, :, ::1] x, stored[:, 
 
 
 def backward(const stored[:, :, ::1] dy, const stored[:, :, ::1] x, stored[:, :, ::1] dx, statistics, gradients, dgamma,
-             dbeta, int through, double count, int num_threads, activation=None):
+             dbeta, int through, double count, int num_threads, activation=None, selection=None):
     """`grad_sums`, then `grad_apply`."""
     cdef Work work
     cdef int threads = team_size(num_threads)
@@ -323,9 +337,10 @@ def backward(const stored[:, :, ::1] dy, const stored[:, :, ::1] x, stored[:, :,
     cdef Py_ssize_t tile
     check_view("dy", dy, x.shape)
     check_view("dx", dx, x.shape)
-    begin(&work, x, 3, statistics, gradients, activation, None, None)
+    begin(&work, x, 3, statistics, gradients, activation, None, None, selection)
     work.through, work.count = through, count
     with nogil:
+        take_census(&work)
         if work.by_tile:
             if threads == 1:
                 for tile in range(work.tiles):
@@ -355,14 +370,18 @@ def pass_back(const stored[:, :, ::1] dy, closed, stored[:, :, ::1] out, activat
         pass_run(dy0, noted, out0, i * BLOCK, min(size, (i + 1) * BLOCK), &act)
 
 
-def partition(Py_ssize_t N, Py_ssize_t C, Py_ssize_t S, Py_ssize_t arrays, bint ordered):
+def partition(Py_ssize_t N, Py_ssize_t C, Py_ssize_t S, Py_ssize_t arrays, bint ordered, bint selected=False,
+              bint copied=False):
     """What each block of a pass over so many arrays holds: channel, channels, offset, rows, stride and run.
 
-    `ordered` is the partition of a step that sums nothing.
+    `ordered` is the partition of a step that sums nothing; with a selection of values, `copied` is that of one whose
+    rows are copied.
     """
     cdef Work work
     cdef Block block
     cdef Py_ssize_t i
+    set_selection(&work.selection, None, N * S, S, sizeof(real), VEC)
+    work.selection.on, work.selection.copied = selected, copied
     cut(&work, N, C, S, arrays)
     if ordered:
         work = in_memory_order(&work)

@@ -1,7 +1,9 @@
 """The functions of every compiled kernel module, for one dtype each: x, y, dy and dx are its (N, C, S) views.
 
 `statistics` and `gradients` are float64 tables with the rows that `runtime` names and one column per channel.
-`activation` is (low, high, slope), and `closed` has one bit per value for where it is closed.
+`activation` is (low, high, slope), and `closed` has one bit per value for where it is closed. `selection` is (mask,
+lengths, places of a sequence, weights, fill): which of the N·S places count, the first how many of each sequence, or how
+much.
 """
 
 from typing import Any, Protocol
@@ -14,9 +16,12 @@ PerChannel = NDArray[np.floating[Any]]
 Table = NDArray[np.float64]
 Bits = NDArray[np.uint8]
 Limits = tuple[float, float, float]
+Chosen = tuple[NDArray[np.bool_] | None, NDArray[np.intp] | None, int, PerChannel | None, float]
 
 class Kernels(Protocol):
-    def moments(self, x: View, statistics: Table, eps: float, num_threads: int) -> None: ...
+    def moments(
+        self, x: View, statistics: Table, eps: float, num_threads: int, selection: Chosen | None = None
+    ) -> None: ...
     def forward(
         self,
         x: View,
@@ -29,6 +34,7 @@ class Kernels(Protocol):
         activation: Limits | None = None,
         add: View | None = None,
         closed: Bits | None = None,
+        selection: Chosen | None = None,
     ) -> None: ...
     def normalize(
         self,
@@ -39,6 +45,7 @@ class Kernels(Protocol):
         activation: Limits | None = None,
         add: View | None = None,
         closed: Bits | None = None,
+        selection: Chosen | None = None,
     ) -> None: ...
     def grad_sums(
         self,
@@ -50,6 +57,7 @@ class Kernels(Protocol):
         dbeta: PerChannel | None,
         num_threads: int,
         activation: Limits | None = None,
+        selection: Chosen | None = None,
     ) -> None: ...
     def grad_apply(
         self,
@@ -62,6 +70,7 @@ class Kernels(Protocol):
         count: float,
         num_threads: int,
         activation: Limits | None = None,
+        selection: Chosen | None = None,
     ) -> None: ...
     def backward(
         self,
@@ -76,8 +85,9 @@ class Kernels(Protocol):
         count: float,
         num_threads: int,
         activation: Limits | None = None,
+        selection: Chosen | None = None,
     ) -> None: ...
     def pass_back(self, dy: View, closed: Bits, out: View, activation: Limits, num_threads: int) -> None: ...
     def partition(
-        self, N: int, C: int, S: int, arrays: int, ordered: bool
+        self, N: int, C: int, S: int, arrays: int, ordered: bool, selected: bool = False, copied: bool = False
     ) -> list[tuple[int, int, int, int, int, int]]: ...

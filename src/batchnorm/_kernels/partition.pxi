@@ -5,10 +5,13 @@ cdef enum:
     WIDTH = 512             # the most columns of a tile whose columns are channels: accumulators stay in L1
     GROUPED = 256           # columns that few channels are made into
     FEW = 16                # fewer values of a channel are summed in float64: their rounding does not average out
+    COPIED = 2048           # values that are copied together before they are summed
     BLOCK = 8192            # values of a block of lanes; a quarter where float64 rows are put together
     COLUMN_ROWS = 256       # rows of a block of columns
     SHORT_ROW = 64          # shorter rows are taken as columns
     LONG_ROW = 1024         # in longer rows memory is fetched so far ahead
+    FETCHED = 512           # the most values of the next channel that are fetched where rows have lengths
+    FEW_ROWS = 3            # so many rows ahead memory is fetched there: what is read has gaps, and nobody foresees it
     SHORTEST_RUN = 16       # a row of one channel that fills lanes, where few others follow or nothing is summed
     RUN = 8192              # values of neighbouring short rows of lanes, so that memory is visited in longer runs
     TOGETHER = 32           # the most channels of a tile of lanes
@@ -18,6 +21,12 @@ cdef enum:
     STREAM = 33554432       # bytes read and written by a pass whose result goes around the cache
     NEAR = 40960            # bytes that stay in a core's nearest cache
     CACHE = 524288          # bytes of a tile that stay in a core's cache between two passes
+    PIVOTED = 8             # values of a block that a pivot is chosen from
+
+
+cdef struct Census:                 # of a block
+    double before                   # values that count in the blocks before it, or their weights
+    Py_ssize_t place[PIVOTED]       # places that count, from all over the block
 
 cdef struct Activation:
     bint on
@@ -40,7 +49,9 @@ cdef struct Work:
     double *partial                 # [blocks][PARTIAL_ROWS][C], what a block leaves
     double *coefficient             # [COEFFICIENT_ROWS][C], what `apply` needs
     double eps
-    double count                    # values of a channel that its statistics were made of
+    double count                    # values of a channel that its statistics were made of, or their weights
+    Selection selection
+    Census *census                  # [blocks + 1]
     int through                     # the paths of the gradient
     Activation activation
     const stored *add               # what is added to y before the activation, or NULL
@@ -49,10 +60,11 @@ cdef struct Work:
 cdef struct Block:
     bint columns
     Py_ssize_t channel, channels
+    Py_ssize_t place, start         # its first place, of all and in a row; the others follow
     Py_ssize_t first                # offset of its first value
     Py_ssize_t rows, stride
     Py_ssize_t run                  # values of one channel in a row
-    bint more                       # rows of the tile follow after it
+    Py_ssize_t left                 # rows of the tile from its first on
     Py_ssize_t visit                # rows of one channel before those of its neighbour
 
 
@@ -63,9 +75,13 @@ cdef inline Py_ssize_t ceil_div(Py_ssize_t a, Py_ssize_t b) noexcept nogil:
 cdef void cut(Work *work, Py_ssize_t N, Py_ssize_t C, Py_ssize_t S, Py_ssize_t arrays) noexcept nogil:
     """Cut the view into tiles of channels, and tiles into blocks of rows, for a pass over so many arrays."""
     cdef Py_ssize_t size = sizeof(stored)
+    cdef const Selection *selection = &work.selection
     work.N, work.C, work.S = N, C, S
     work.stream = CAN_STREAM and arrays * N * C * S * size >= STREAM
-    work.columns = S < SHORTEST_RUN or (S < SHORT_ROW and N >= UNROLLED)
+    if selection.on:
+        work.columns = S == 1
+    else:
+        work.columns = S < SHORTEST_RUN or (S < SHORT_ROW and N >= UNROLLED)
     work.segments, work.segment, work.group = 1, S, 1
     if work.columns:
         cut_columns(work, size)
@@ -76,9 +92,10 @@ cdef void cut(Work *work, Py_ssize_t N, Py_ssize_t C, Py_ssize_t S, Py_ssize_t a
 
 cdef void cut_columns(Work *work, Py_ssize_t size) noexcept nogil:
     cdef Py_ssize_t N = work.N, C = work.C, S = work.S, row_blocks, whole
-    work.tiles = ceil_div(C, max(1, (WIDTH if S == 1 else WIDEST) // S))
+    cdef Py_ssize_t width = COPIED // UNROLLED if work.selection.copied else WIDTH if S == 1 else WIDEST
+    work.tiles = ceil_div(C, max(1, width // S))
     work.tile_channels = ceil_div(C, work.tiles)
-    if C * S < GROUPED // 2:
+    if C * S < GROUPED // 2 and not work.selection.copied:
         work.group = max(1, min(GROUPED // (C * S), N // UNROLLED))
     row_blocks = ceil_div(N, COLUMN_ROWS * work.group)
     if row_blocks > 2:
@@ -90,17 +107,18 @@ cdef void cut_columns(Work *work, Py_ssize_t size) noexcept nogil:
 
 
 cdef void cut_lanes(Work *work, Py_ssize_t size, Py_ssize_t arrays) noexcept nogil:
-    cdef Py_ssize_t N = work.N, C = work.C, S = work.S, together = BLOCK // 4 if IS_DOUBLE else BLOCK
+    cdef Py_ssize_t N = work.N, C = work.C, S = work.S, longest = COPIED if work.selection.copied else BLOCK
+    cdef Py_ssize_t together = BLOCK // 4 if IS_DOUBLE else BLOCK
     work.tile_channels = min(min(TOGETHER, RUN // S), min(C // FEW_TILES, 2 * CACHE // (5 * N * S * size)))
     if arrays == 3 and 2 * N * S * size <= NEAR and N * S >= RUN // 4:
         work.tile_channels = 1          # x and dy are still in the nearest cache when dx is written
-    if S >= BLOCK:
+    if S >= longest:
         work.tile_channels = 1          # in memory the next segment follows, not the next channel
-        work.segment = LANES * ceil_div(ceil_div(S, ceil_div(S, BLOCK)), LANES)
+        work.segment = LANES * ceil_div(ceil_div(S, ceil_div(S, longest)), LANES)
         work.segments = ceil_div(S, work.segment)
     work.tile_channels = max(1, work.tile_channels)
     work.tiles = ceil_div(C, work.tile_channels)
-    work.block_rows = max(1, together // (2 * S) * 2)
+    work.block_rows = max(1, together // (2 * S) * 2) if work.segments == 1 else 1
     work.by_tile = C >= FEW_TILES or N * S <= BLOCK
 
 
@@ -111,7 +129,7 @@ cdef Work in_memory_order(const Work *work) noexcept nogil:
         ordered.columns = False
         ordered.tile_channels = max(1, BLOCK // work.S) if work.segments == 1 else 1
         ordered.tiles = ceil_div(work.C, ordered.tile_channels)
-        ordered.block_rows = max(1, BLOCK // (work.C * work.S))
+        ordered.block_rows = max(1, BLOCK // (work.C * work.S)) if work.segments == 1 else 1
         ordered.blocks = ceil_div(work.N, ordered.block_rows) * work.segments
     return ordered
 
@@ -125,18 +143,12 @@ cdef Block block_of(const Work *work, Py_ssize_t tile, Py_ssize_t b) noexcept no
     block.channels = min(work.tile_channels, work.C - block.channel)
     block.rows = min(work.block_rows, work.N - row)
     block.stride = work.C * work.S
-    block.more = row + block.rows < work.N
+    block.left = work.N - row
+    block.place, block.start = row * work.S + start, start
     block.first = row * block.stride + block.channel * work.S + start
     block.run = min(work.segment, work.S - start)
-    block.visit = max(2, VISIT // block.run)
+    block.visit = max(1 if work.selection.copied else 2, VISIT // block.run)
     return block
-
-
-cdef Py_ssize_t values_before(const Work *work, Py_ssize_t b) noexcept nogil:
-    """Values of one channel in the blocks before block `b`."""
-    cdef Py_ssize_t row = min(b // work.segments * work.block_rows, work.N)
-    cdef Py_ssize_t rows = min(work.block_rows, work.N - row)
-    return row * work.S + rows * min(b % work.segments * work.segment, work.S)
 
 
 # The blocks of all tiles are counted in the order of memory.

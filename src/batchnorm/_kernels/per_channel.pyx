@@ -1,11 +1,11 @@
-"""Numbers per channel: from NumPy's arrays into the float64 tables of the kernels, and back.
+"""Numbers per channel, from NumPy's arrays into the float64 tables of the kernels and back, and numbers per place.
 
 Compiled once, because its loops are short: they run over the channels and not over the values.
 """
 from cpython.buffer cimport PyBUF_CONTIG, PyBUF_CONTIG_RO, PyBUF_STRIDED_RO, PyBuffer_Release, PyObject_GetBuffer
 from libc.math cimport sqrt
 from libc.stdlib cimport free, malloc
-from libc.string cimport memcpy
+from libc.string cimport memcpy, memset
 from batchnorm._kernels.runtime cimport (
     BETA, DGAMMA, DMEAN, DVAR, GAMMA, GRADIENT_ROWS, M2, MEAN, MEAN_LOW, RSTD, STATISTICS_ROWS, SUM_DY, SUM_DY_XMU, VAR)
 
@@ -34,6 +34,26 @@ cdef void *borrow_values(str name, values, Py_ssize_t least, Py_ssize_t itemsize
     if not fits:
         raise ValueError(f"{name} must have {least} values of {itemsize} bytes or more")
     return buffer.buf
+
+
+cdef int set_selection(Selection *chosen, selection, Py_ssize_t places, Py_ssize_t S, Py_ssize_t itemsize,
+                       Py_ssize_t room) except -1:
+    """From (mask, lengths, period, weights, fill), or all values alike."""
+    memset(chosen, 0, sizeof(Selection))
+    if selection is None:
+        return 0
+    mask, lengths, chosen.period, weights, chosen.fill = selection
+    if mask is not None:
+        chosen.mask = <const unsigned char *> borrow_values("mask", mask, places + room, 1, False)
+    if lengths is not None:
+        if chosen.period < 1 or places % chosen.period or S not in (1, chosen.period):
+            raise ValueError(f"sequences of {chosen.period} places must fill rows of {S}, {places} in all")
+        chosen.lengths = <const Py_ssize_t *> borrow_values("lengths", lengths, places // chosen.period,
+                                                            sizeof(Py_ssize_t), False)
+    if weights is not None:
+        chosen.weights = borrow_values("weights", weights, places + room, itemsize, False)
+    chosen.on, chosen.copied = True, weights is not None or mask is not None
+    return 0
 
 
 cdef int get_buffer(values, Py_buffer *buffer, int flags, Py_ssize_t channels) except -1:
@@ -147,6 +167,19 @@ def merge(moments, double count, other, double other_count):
         chan(s + MEAN * C + c, s + MEAN_LOW * C + c, s + M2 * C + c, count, o[MEAN * C + c], o[MEAN_LOW * C + c],
              o[M2 * C + c], other_count)
         s[MEAN * C + c] = two_sum(s[MEAN * C + c], s[MEAN_LOW * C + c], s + MEAN_LOW * C + c)
+
+
+def weigh(weights, Py_ssize_t places):
+    """Σw and Σw², right to the last digit or two."""
+    cdef const double *w = <const double *> borrow_values("weights", weights, places, sizeof(double), False)
+    cdef double weight = 0, weight_low = 0, squares = 0, squares_low = 0, low
+    cdef Py_ssize_t i
+    for i in range(places):
+        weight = two_sum(weight, w[i], &low)
+        weight_low += low
+        squares = two_sum(squares, w[i] * w[i], &low)
+        squares_low += low
+    return weight + weight_low, squares + squares_low
 
 
 def update_running(running_mean, running_var, statistics, double momentum, double correction):

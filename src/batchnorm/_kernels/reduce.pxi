@@ -7,6 +7,13 @@ cdef enum:
     SQUARES = SUM_D
 
 
+cdef struct Summed:                 # what is summed
+    const stored *x
+    const stored *dy
+    bint gradient
+    Copies *copies                  # room for copies, where they are needed
+
+
 cdef inline double fold(const double *total) noexcept nogil:
     """Sum of TOTALS totals by halving."""
     return ((total[0] + total[4]) + (total[2] + total[6])) + ((total[1] + total[5]) + (total[3] + total[7]))
@@ -89,16 +96,24 @@ cdef inline void add_rows(const stored *x, const stored *dy, bint gradient, cons
         add_vectors(x, dy, gradient, act, 1, stride, vectors, count, k, sum1, sum2)
 
 
-cdef inline void sum_lanes(const stored *x, const stored *dy, bint gradient, const Activation *act, Py_ssize_t rows,
-                           Py_ssize_t stride, Py_ssize_t length, bint more, const number *k, double *total1,
+cdef inline void sum_lanes(const stored *x, const stored *dy, bint gradient, const Activation *act,
+                           const Block *rows, const Py_ssize_t *lengths, const number *k, double *total1,
                            double *total2) noexcept nogil:
     """Add the sums of the rows of one channel to TOTALS totals each, after CARRIED values a lane or a few more."""
     cdef number sum1[VECTORS]
     cdef number sum2[VECTORS]
     cdef Py_ssize_t r, i, j, v, stop, whole, ahead, added = 0, size = size_of(k[CENTRE]), vectors = LANES // size
-    for r in range(rows):
+    cdef Py_ssize_t length, start = rows.start, run = rows.run, stride = rows.stride, count = rows.rows
+    cdef Py_ssize_t left = rows.left
+    for r in range(count):
+        length = length_in(lengths + r if lengths != NULL else NULL, start, run)
         # What follows in a long row, else the next row, if there is one.
-        ahead = LONG_ROW if length > LONG_ROW else stride if more or r + 1 < rows else 0
+        ahead = LONG_ROW if length > LONG_ROW else stride if r + 1 < left else 0
+        if lengths != NULL:
+            ahead = 0
+            if r + FEW_ROWS < left:
+                fetch(x + FEW_ROWS * stride, dy + FEW_ROWS * stride, gradient,
+                      length_in(lengths + r + FEW_ROWS, start, run))
         for i from 0 <= i < length by UNROLLED * LANES:
             stop = min(length, i + UNROLLED * LANES)
             whole = stop - stop % LANES
@@ -113,12 +128,15 @@ cdef inline void sum_lanes(const stored *x, const stored *dy, bint gradient, con
                 if j < stop:
                     add_tree(x + j, dy + j, gradient, act, 1, 0, min(size, stop - j), k, sum1 + v, sum2 + v)
             added += ceil_div(stop - i, LANES)
-            if added >= CARRIED or (r + 1 == rows and stop == length):
+            if added >= CARRIED:
                 added = 0
                 add_lanes(total1, sum1)
                 add_lanes(total2, sum2)
         x += stride
         dy += stride
+    if added:
+        add_lanes(total1, sum1)
+        add_lanes(total2, sum2)
 
 
 cdef inline void sum_columns(const stored *x, const stored *dy, bint gradient, const Activation *act, Py_ssize_t rows,
@@ -190,25 +208,29 @@ cdef void sum_block(const Work *work, const Block *block, const stored *x, const
                     number zero) noexcept nogil:
     """Σa and Σa·d of each channel of the block; with an activation, `pivot` is a row of the coefficients."""
     cdef Activation act
+    cdef Copies copied
+    cdef Copies *copies = &copied if is_copied(work, gradient) else NULL
+    cdef Summed summed = Summed(x, dy, gradient, copies)
+    cdef bint two = gradient or work.selection.weights != NULL
     if number is wide:
-        sum_block_of(work, block, x, dy, gradient, activation if gradient and activation.on else NULL, pivot, sum1,
-                     sum2, zero)
-    elif not gradient:
-        sum_block_of(work, block, x, x, False, NULL, pivot, sum1, sum2, zero)
-    elif not activation.on:
-        sum_block_of(work, block, x, dy, True, NULL, pivot, sum1, sum2, zero)
+        sum_block_of(work, block, &summed, two, activation if gradient and activation.on else NULL, pivot, sum1, sum2,
+                     zero)
+    elif not two:
+        sum_block_of(work, block, &summed, False, NULL, pivot, sum1, sum2, zero)
+    elif not (gradient and activation.on):
+        sum_block_of(work, block, &summed, True, NULL, pivot, sum1, sum2, zero)
     else:
         act = activation[0]
-        sum_block_of(work, block, x, dy, True, &act, pivot, sum1, sum2, zero)
+        sum_block_of(work, block, &summed, True, &act, pivot, sum1, sum2, zero)
 
 
-cdef inline void sum_block_of(const Work *work, const Block *block, const stored *x, const stored *dy, bint gradient,
+cdef inline void sum_block_of(const Work *work, const Block *block, const Summed *summed, bint two,
                               const Activation *act, const double *pivot, double *sum1, double *sum2,
                               number zero) noexcept nogil:
     if block.columns:
-        sum_block_of_columns(work, block, x, dy, gradient, act, pivot, sum1, sum2, zero)
+        sum_block_of_columns(work, block, summed, two, act, pivot, sum1, sum2, zero)
     else:
-        sum_block_of_lanes(work, block, x, dy, gradient, act, pivot, sum1, sum2, zero)
+        sum_block_of_lanes(work, block, summed, two, act, pivot, sum1, sum2, zero)
 
 
 cdef void sum_block_in_float64(const Work *work, const Block *block, const stored *x, const stored *dy, bint gradient,
@@ -219,73 +241,115 @@ cdef void sum_block_in_float64(const Work *work, const Block *block, const store
         sum_block(work, block, x, dy, gradient, act, pivot, sum1, sum2, same_wide(0))
 
 
-cdef inline void sum_block_of_lanes(const Work *work, const Block *block, const stored *x, const stored *dy,
-                                    bint gradient, const Activation *act, const double *pivot, double *sum1,
-                                    double *sum2, number zero) noexcept nogil:
+cdef inline void sum_block_of_lanes(const Work *work, const Block *block, const Summed *summed, bint two,
+                                    const Activation *act, const double *pivot, double *sum1, double *sum2,
+                                    number zero) noexcept nogil:
     cdef number k[COEFFICIENTS]
     cdef double total1[TOGETHER * TOTALS]
     cdef double total2[TOGETHER * TOTALS]
-    cdef Py_ssize_t c, r, at, rows
+    cdef const stored *x
+    cdef const stored *dy
+    cdef const Py_ssize_t *lengths
+    cdef Block part = no_rows(block), rows
+    cdef Py_ssize_t c, r, at
     memset(total1, 0, block.channels * TOTALS * sizeof(double))
     memset(total2, 0, block.channels * TOTALS * sizeof(double))
-    for r from 0 <= r < block.rows by block.visit:
-        rows = min(block.visit, block.rows - r)
-        for c in range(block.channels):
-            at = r * block.stride + c * block.run
-            k[CENTRE] = same(pivot[c], zero)
-            if act != NULL:
-                k[SCALE] = same(pivot[SCALE * work.C + c], zero)
-                k[SHIFT] = same(pivot[SHIFT * work.C + c], zero)
-            sum_lanes(x + at, dy + at, gradient, act, rows, block.stride, block.run,
-                      block.more or r + rows < block.rows, k, total1 + c * TOTALS, total2 + c * TOTALS)
+    while next_rows(work, block, &part):
+        for r from 0 <= r < part.rows by part.visit:
+            for c in range(block.channels):
+                rows = part
+                rows.rows = min(part.visit, part.rows - r)
+                rows.left -= r
+                rows.place += r * part.run
+                lengths = lengths_at(work, rows.place)
+                at = part.first - block.first + r * part.stride + c * part.run
+                x, dy = summed.x + at, summed.dy + at
+                if summed.copies != NULL:
+                    rows.run *= take(work, &rows, 1, x, dy, summed.gradient, pivot + c, summed.copies)
+                    rows.rows, rows.left = 1, 1
+                    x, dy = summed.copies.x, summed.copies.a
+                k[CENTRE] = same(pivot[c], zero)
+                if act != NULL:
+                    k[SCALE] = same(pivot[SCALE * work.C + c], zero)
+                    k[SHIFT] = same(pivot[SHIFT * work.C + c], zero)
+                sum_lanes(x, dy, two, act, &rows, lengths, k, total1 + c * TOTALS, total2 + c * TOTALS)
     fold_all(total1, block.channels, sum1)
     fold_all(total2, block.channels, sum2)
 
 
-cdef inline void sum_block_of_columns(const Work *work, const Block *block, const stored *x, const stored *dy,
-                                      bint gradient, const Activation *act, const double *pivot, double *sum1,
-                                      double *sum2, number zero) noexcept nogil:
+cdef inline void sum_block_of_columns(const Work *work, const Block *block, const Summed *summed, bint two,
+                                      const Activation *act, const double *pivot, double *sum1, double *sum2,
+                                      number zero) noexcept nogil:
     cdef Row column[SHIFT + 1]
     cdef WideRow total1, total2
-    cdef Py_ssize_t length = block.channels * block.run, width = length * work.group
-    cdef Py_ssize_t rows = block.rows // work.group, rest = block.rows % work.group, after, rests
+    cdef const stored *x
+    cdef const stored *dy
+    cdef Block part = no_rows(block), some
+    cdef Py_ssize_t length = block.channels * block.run, r, rows, rest, width, stride, rests
     spread(pivot, block.channels, block.run, work.group, column[CENTRE].at)
     if act != NULL:
         spread(pivot + SCALE * work.C, block.channels, block.run, work.group, column[SCALE].at)
         spread(pivot + SHIFT * work.C, block.channels, block.run, work.group, column[SHIFT].at)
-    memset(total1.at, 0, (width + VEC) * sizeof(double))
-    memset(total2.at, 0, (width + VEC) * sizeof(double))
-    for rests in range(2):
-        if rests:       # rows that do not fill a group, as one shorter row
-            after = rows * work.group * block.stride
-            x, dy = x + after, dy + after
-            rows, width = rest > 0, rest * length
-        sum_columns(x, dy, gradient, act, rows, block.stride * work.group, width, column, total1.at, total2.at, zero)
+    memset(total1.at, 0, (length * work.group + VEC) * sizeof(double))
+    memset(total2.at, 0, (length * work.group + VEC) * sizeof(double))
+    while next_rows(work, block, &part):
+        r = 0
+        while r < part.rows:
+            x = summed.x + (part.first - block.first) + r * part.stride
+            dy = summed.dy + (part.first - block.first) + r * part.stride
+            rows, stride = part.rows - r, part.stride
+            if summed.copies != NULL:
+                some = part
+                some.place += r
+                some.rows = min(rows, COPIED // length)
+                r += some.rows
+                rows = take(work, &some, block.channels, x, dy, summed.gradient, pivot, summed.copies)
+                x, dy, stride = summed.copies.x, summed.copies.a, length
+            else:
+                r = part.rows
+            rest = rows % work.group
+            rows, width = rows // work.group, length * work.group
+            for rests in range(2):
+                if rests:       # rows that do not fill a group, as one shorter row
+                    x, dy = x + rows * work.group * stride, dy + rows * work.group * stride
+                    rows, width = rest > 0, rest * length
+                sum_columns(x, dy, two, act, rows, stride * work.group, width, column, total1.at, total2.at, zero)
     gather(total1.at, block.channels, block.run, work.group, sum1)
     gather(total2.at, block.channels, block.run, work.group, sum2)
 
 
 # ---- Pivots, and whether sums about them can be trusted
 
-cdef void choose_pivots(const Block *block, const stored *x, Py_ssize_t step, double *restrict pivot) noexcept nogil:
+cdef inline real stored_in(real value) noexcept nogil:
+    """Rounded to the type that x is stored in."""
+    cdef stored rounded = stored_of(value)
+    return value_at(&rounded)
+
+
+cdef inline double as_pivot(const Work *work, double value) noexcept nogil:
+    """A number of the type that x is calculated in; where it fills holes, of the type that x is stored in."""
+    return stored_in(<real> value) if work.selection.mask != NULL and work.S > 1 else <real> value
+
+
+cdef void choose_pivots(const Work *work, const Block *block, const Py_ssize_t *place, const stored *x,
+                        double *restrict pivot) noexcept nogil:
     """A value near the mean of each channel: of eight from all over the block, to about 1/16 of their spread.
 
     It is the value itself where they are equal.
     """
-    cdef const stored *at[8]
+    cdef const stored *at[PIVOTED]
     cdef double v0, v1, v2, v3, v4, v5, v6, v7, mean, spread
-    cdef Py_ssize_t c, k, i, j
-    for k in range(8):
-        i = (2 * k + 1) * block.rows * block.run // 16
-        at[k] = x + i // block.run * block.stride + i % block.run
+    cdef Py_ssize_t c, k, j
+    for k in range(PIVOTED):
+        at[k] = x + place[k]
     for c in range(block.channels):
-        j = c * step
+        j = c * block.run
         v0, v1, v2, v3 = value_at(at[0] + j), value_at(at[1] + j), value_at(at[2] + j), value_at(at[3] + j)
         v4, v5, v6, v7 = value_at(at[4] + j), value_at(at[5] + j), value_at(at[6] + j), value_at(at[7] + j)
         mean = (((0.125 * v0 + 0.125 * v4) + (0.125 * v2 + 0.125 * v6))
                 + ((0.125 * v1 + 0.125 * v5) + (0.125 * v3 + 0.125 * v7)))
         spread = fabs(v0 - v4) + fabs(v1 - v5) + fabs(v2 - v6) + fabs(v3 - v7)
-        pivot[c] = <real> few_bits(mean, 7e13 * spread)
+        pivot[c] = as_pivot(work, few_bits(mean, 7e13 * spread))
 
 
 cdef inline bint trusted(double sum1, double sum2, double n, bint gradient) noexcept nogil:
@@ -303,18 +367,18 @@ cdef Py_ssize_t doubtful(const double *sum1, const double *sum2, Py_ssize_t chan
     return found
 
 
-cdef bint all_equal(const stored *x, const Block *block, real value) noexcept nogil:
+cdef bint all_equal(const Work *work, const Block *block, const stored *x, real value) noexcept nogil:
     """Whether all values of a channel are this one."""
     cdef Py_ssize_t r, i
     for r in range(block.rows):
         for i in range(block.run):
-            if value_at(x + r * block.stride + i) != value:
+            if value_at(x + r * block.stride + i) != value and counts(work, block.place + r * block.run + i):
                 return False
     return True
 
 
-cdef void sum_again(const Work *work, const Block *block, const stored *x, const stored *dy, bint gradient,
-                    double *pivot, double *sum1, double *sum2, double n) noexcept nogil:
+cdef void sum_again(const Work *work, const Block *block, Py_ssize_t place, const stored *x, const stored *dy,
+                    bint gradient, double *pivot, double *sum1, double *sum2, double n) noexcept nogil:
     """The sums that cannot be trusted, in float64 and for the moments about the mean that the first sums give.
 
     Some neighbouring channels at a time, or all of a grouped row: mostly it is the sum of one that cannot be trusted.
@@ -334,10 +398,10 @@ cdef void sum_again(const Work *work, const Block *block, const stored *x, const
         for c in range(first, first + some.channels):
             if not trusted(sum1[c], sum2[c], n, gradient):
                 values = a + c * block.run
-                lost |= sum2[c] != 0 or not all_equal(values, block, 0 if gradient else value_at(values))
+                lost |= sum2[c] != 0 or not all_equal(work, block, values, 0 if gradient else value_at(values + place))
                 mean = pivot[c] + sum1[c] / n
                 if not gradient and mean - mean == 0:
-                    pivot[c] = <real> mean
+                    pivot[c] = as_pivot(work, mean)
         if lost:
             sum_block_in_float64(work, &some, x + at, dy + at, gradient, &work.activation, pivot + first, again1,
                                  again2)
@@ -364,8 +428,8 @@ cdef void about_the_mean(double *restrict sum1, double *restrict sum2, Py_ssize_
     """mean − pivot from Σd, and Σ(x − mean)² from Σd²."""
     cdef Py_ssize_t c
     for c in range(channels):
-        sum2[c] = m2_of(sum1[c], sum2[c], n)
-        sum1[c] /= n
+        sum2[c] = m2_of(sum1[c], sum2[c], n) if n else sum2[c]
+        sum1[c] = sum1[c] / n if n else sum1[c]
 
 
 cdef void reduce_block(const Work *work, Py_ssize_t tile, Py_ssize_t b, const stored *x, const stored *dy,
@@ -375,19 +439,25 @@ cdef void reduce_block(const Work *work, Py_ssize_t tile, Py_ssize_t b, const st
     cdef double *pivot = work.partial + (b * PARTIAL_ROWS + PIVOT) * work.C + block.channel
     cdef double *sum1 = pivot + (SUM - PIVOT) * work.C
     cdef double *sum2 = pivot + (SUM_D - PIVOT) * work.C
-    cdef double n = values_before(work, b + 1) - values_before(work, b)
+    cdef double n = values_in(work, b)
+    cdef const Py_ssize_t *place = work.census[b].place
     x += block.first
     dy += block.first
+    if n == 0 and work.selection.weights == NULL:
+        memset(pivot, 0, block.channels * sizeof(double))
+        memset(sum1, 0, block.channels * sizeof(double))
+        memset(sum2, 0, block.channels * sizeof(double))
+        return
     if gradient:
         pivot = work.coefficient + CENTRE * work.C + block.channel
     else:
-        choose_pivots(&block, x, block.run, pivot)
-    if work.N * work.S < FEW:
+        choose_pivots(work, &block, place, x, pivot)
+    if work.census[work.blocks].before < FEW:
         sum_block_in_float64(work, &block, x, dy, gradient, &work.activation, pivot, sum1, sum2)
     else:
         sum_block(work, &block, x, dy, gradient, &work.activation, pivot, sum1, sum2, same_vec(0))
     if doubtful(sum1, sum2, block.channels, n, gradient):
-        sum_again(work, &block, x, dy, gradient, pivot, sum1, sum2, n)
+        sum_again(work, &block, place[0], x, dy, gradient, pivot, sum1, sum2, n)
     if gradient and work.activation.on and not all_fit(pivot, work.C, block.channels, False):
         sum_misfits(work, &block, x, dy, pivot, sum1, sum2)
     if not gradient:

@@ -33,6 +33,12 @@ static inline real value_at(const stored *p)
     return unpacked(h)[0];
 }
 
+static inline stored stored_of(real value)
+{
+    vec v = {value};
+    return pack(v)[0];
+}
+
 static inline vec load_vec(const stored *p)
 {
     packed h;
@@ -124,6 +130,61 @@ static inline void store_wide(stored *p, wide v, ptrdiff_t count)
     for (int i = 0; i < PART; i++)
         rounded[i] = (real)v[i];
     store_first(p, rounded, count);
+}
+
+/* All bits in the lanes whose byte is not 0. GCC 12 takes the bytes apart one by one where the processor has an
+ * instruction for them. */
+static inline wide_mask wide_from_bytes(const uint8_t *bytes)
+{
+    wide_mask m;
+#if defined(__AVX512F__)
+    int64_t few;
+    memcpy(&few, bytes, PART);
+    m = (wide_mask)_mm512_cvtepi8_epi64(_mm_cvtsi64_si128(few));
+#elif defined(__AVX2__)
+    int32_t few;
+    memcpy(&few, bytes, PART);
+    m = (wide_mask)_mm256_cvtepi8_epi64(_mm_cvtsi32_si128(few));
+#else
+    for (int i = 0; i < PART; i++)
+        m[i] = bytes[i];
+#endif
+    return m != 0;
+}
+
+static inline mask vec_from_bytes(const uint8_t *bytes)
+{
+#if !BATCHNORM_SINGLE
+    return wide_from_bytes(bytes);
+#else
+    mask m;
+#if defined(__AVX512F__)
+    m = (mask)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)bytes));
+#elif defined(__AVX2__)
+    m = (mask)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)bytes));
+#elif defined(__SSE4_1__)
+    int32_t few;
+    memcpy(&few, bytes, VEC);
+    m = (mask)_mm_cvtepi8_epi32(_mm_cvtsi32_si128(few));
+#else
+    for (int i = 0; i < VEC; i++)
+        m[i] = bytes[i];
+#endif
+    return m != 0;
+#endif
+}
+
+/* v where the place counts, and `otherwise` elsewhere. */
+static inline vec counted_vec(const uint8_t *bytes, vec v, vec otherwise)
+{
+    mask m = vec_from_bytes(bytes);
+    return (vec)((m & (mask)v) | (~m & (mask)otherwise));
+}
+
+static inline wide counted_wide(const uint8_t *bytes, wide v, wide otherwise)
+{
+    wide_mask m = wide_from_bytes(bytes);
+    return (wide)((m & (wide_mask)v) | (~m & (wide_mask)otherwise));
 }
 
 /* Stores that go around the cache, for results larger than any cache: an ordinary store reads the line first. A line is

@@ -35,6 +35,8 @@ def textbook(saved: Saved, dtype: DTypeLike = np.float64) -> reference.Cache:
     """What the textbook's backward pass reads; an error where there is nothing to explain."""
     if not isinstance(saved, Saved):
         raise TypeError(f"saved must be what forward returned, got {type(saved).__name__}")
+    if saved._selection is not None:
+        raise ValueError("saved must be of a batch whose values all count alike, not of a mask, lengths or weights")
     if saved.count < 2:
         raise ValueError(
             f"x must have at least 2 values per channel, got shape {saved.x.shape} with axis={saved.axis}: "

@@ -24,9 +24,10 @@ from .. import _arrays, _kernels, functional
 from .._activation import Activation
 from .._arrays import Array, Float
 from .._extras import requirements
+from .._selection import Tally, selection_of
 from ..functional import Gradients, Saved
 from ..layer import BatchNorm
-from ..moments import GradientSums, Moments, Numbers
+from ..moments import GradientSums, Moments, Numbers, moments_of
 
 # What the first number of a packet says: the dtype of x, or that the rank raises an error.
 _STATUS = {char: float(number) for number, char in enumerate(_kernels.NAMES)}
@@ -44,11 +45,14 @@ def world() -> Any:
 
 
 def _packed(moments: Moments) -> Numbers:
-    return np.concatenate([[moments.count], moments._table.ravel()])
+    return np.concatenate([moments._tally, moments._table.ravel()])
 
 
 def _merged(packets: Numbers) -> Moments:
-    return Moments.merge_all(packets[:, 1], packets[:, 2:].reshape(len(packets), 3, -1))
+    return Moments.merge_all(
+        Moments._made(Tally(int(count), weight, squares), np.reshape(numbers, (3, -1)))
+        for _, count, weight, squares, *numbers in packets.tolist()
+    )
 
 
 class SyncBatchNorm(BatchNorm):
@@ -79,7 +83,7 @@ class SyncBatchNorm(BatchNorm):
 
     Notes
     -----
-    A packet has 3C + 2 numbers in the forward pass and 2C + 1 in the backward pass, of 8 bytes. An exception elsewhere
+    A packet has 3C + 4 numbers in the forward pass and 2C + 1 in the backward pass, of 8 bytes. An exception elsewhere
     in the program of one rank leaves the others waiting, as always with MPI: start programs with
     ``mpiexec -n 4 python -m mpi4py program.py``, which ends all of them then.
 
@@ -148,16 +152,38 @@ class SyncBatchNorm(BatchNorm):
         self,
         x: NDArray[Float],
         *,
+        mask: ArrayLike | None = None,
+        lengths: ArrayLike | None = None,
+        weights: ArrayLike | None = None,
+        fill: float = 0.0,
         add: ArrayLike | None = None,
         out: NDArray[Float] | None = None,
         num_threads: int | None = None,
     ) -> NDArray[Float]: ...
     @overload
     def __call__(
-        self, x: ArrayLike, *, add: ArrayLike | None = None, out: Array | None = None, num_threads: int | None = None
+        self,
+        x: ArrayLike,
+        *,
+        mask: ArrayLike | None = None,
+        lengths: ArrayLike | None = None,
+        weights: ArrayLike | None = None,
+        fill: float = 0.0,
+        add: ArrayLike | None = None,
+        out: Array | None = None,
+        num_threads: int | None = None,
     ) -> Array: ...
     def __call__(
-        self, x: ArrayLike, *, add: ArrayLike | None = None, out: Array | None = None, num_threads: int | None = None
+        self,
+        x: ArrayLike,
+        *,
+        mask: ArrayLike | None = None,
+        lengths: ArrayLike | None = None,
+        weights: ArrayLike | None = None,
+        fill: float = 0.0,
+        add: ArrayLike | None = None,
+        out: Array | None = None,
+        num_threads: int | None = None,
     ) -> Array:
         """Normalize x, and in training move the running statistics; all ranks have to take part in training.
 
@@ -166,8 +192,8 @@ class SyncBatchNorm(BatchNorm):
         x : array_like of float64, float32, float16 or bfloat16
             This rank's part, with `num_features` channels along `axis` and possibly no samples. All ranks need the same
             dtype.
-        add, out, num_threads
-            As in `forward`.
+        mask, lengths, weights, fill, add, out, num_threads
+            As in `BatchNorm`, of this rank's part. Weights of different ranks are compared as they are.
 
         Raises
         ------
@@ -177,8 +203,9 @@ class SyncBatchNorm(BatchNorm):
         RuntimeError
             On the other ranks if one raises an error of its own. Then the layers are as they were.
         """
+        selects: dict[str, Any] = {"mask": mask, "lengths": lengths, "weights": weights}
         if not self.training and self.running_mean is not None:
-            return super().__call__(x, add=add, out=out, num_threads=num_threads)
+            return super().__call__(x, fill=fill, add=add, out=out, num_threads=num_threads, **selects)
 
         def own() -> tuple[float, Numbers, tuple[Array, Array | None, Array, tuple[Array | None, Array | None]]]:
             array = _arrays.as_float(x, "x")
@@ -193,16 +220,17 @@ class SyncBatchNorm(BatchNorm):
             given, layout = _arrays.lay_out(array, self.axis)
             y = layout.empty(given.dtype) if out is None else layout.room(out, given.dtype)
             residual = None if residual is None else layout.bring(residual)
-            moments = Moments.of(given, self.axis, num_threads=num_threads)
+            _arrays.as_number(fill, "fill")
+            moments = moments_of(given, layout, selection_of(layout, given.dtype, **selects), num_threads)
             return _STATUS[given.dtype.char], _packed(moments), (given, residual, y, parameters)
 
-        packets, (given, residual, y, (gamma, beta)) = self._exchange(own, 1 + 3 * self.num_features)
+        packets, (given, residual, y, (gamma, beta)) = self._exchange(own, 3 + 3 * self.num_features)
         if len({packet[0] for packet in packets}) > 1:
             names = [list(_kernels.NAMES.values())[int(packet[0])] for packet in packets]
             raise TypeError(f"x must have the same dtype on all ranks, got {', '.join(names)}")
         total = _merged(packets)
-        if total.count == 1:
-            raise ValueError("training needs more than one value per channel on all ranks together, got 1")
+        if total.count and not total._tally.has_spread:
+            raise ValueError(f"training needs more than one value per channel on all ranks together, got {total.count}")
         y, saved = functional.forward(
             given,
             gamma,
@@ -210,6 +238,8 @@ class SyncBatchNorm(BatchNorm):
             axis=self.axis,
             eps=self.eps,
             moments=total,
+            **selects,
+            fill=fill,
             activation=self.activation,
             add=residual,
             out=y,
@@ -218,13 +248,13 @@ class SyncBatchNorm(BatchNorm):
         self._follow(saved)
         return y if out is None else _arrays.deliver(y, out)
 
-    def _population(self, batches: Iterable[ArrayLike], progress: bool, num_threads: int | None) -> Moments:
+    def _population(self, batches: Iterable[ArrayLike], **how: Any) -> Moments:
         """The moments of the batches of all ranks, for `recalibrate`, which all ranks have to call."""
 
         def own() -> tuple[float, Numbers, None]:
-            return 0.0, _packed(super(SyncBatchNorm, self)._population(batches, progress, num_threads)), None
+            return 0.0, _packed(super(SyncBatchNorm, self)._population(batches, **how)), None
 
-        packets, _ = self._exchange(own, 1 + 3 * self.num_features)
+        packets, _ = self._exchange(own, 3 + 3 * self.num_features)
         return _merged(packets)
 
     def _exchange(self, own: Callable[[], tuple[float, Numbers, Any]], size: int) -> tuple[Numbers, Any]:
@@ -259,7 +289,7 @@ class SyncBatchNorm(BatchNorm):
             return _STATUS[given.dtype.char], sums._table.ravel(), (sums, given, dx, normalized)
 
         packets, (local, given, dx, normalized) = self._exchange(own, 2 * self.num_features)
-        total = GradientSums.merge_all(saved.count, packets[:, 1:].reshape(len(packets), 2, -1))
+        total = GradientSums.merge_all(max(saved.count, local.count), packets[:, 1:].reshape(len(packets), 2, -1))
         gradients = functional.backward(given, normalized, sums=total, need=need, out=dx, num_threads=num_threads)
         if out is not None and dx is not None:
             gradients = gradients._replace(dx=_arrays.deliver(dx, out))

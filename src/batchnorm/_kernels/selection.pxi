@@ -1,0 +1,184 @@
+# ---- Selection: which values count, and how much --------------------------------------------------------------------
+# A mask, lengths or weights are the same for all channels: they belong to the places of a channel, in the order of
+# memory. Lengths are followed without a mask. With a mask or weights, the loops that sum see copies: of rows that count,
+# of rows whose holes are filled with what adds nothing, or of weighted deviations in place of dy.
+
+cdef struct Run:                    # places that count side by side
+    Py_ssize_t start, stop
+
+cdef struct Copies:                 # what `take` makes for the loops that sum
+    stored x[COPIED + LANES]
+    stored a[COPIED + LANES]
+
+
+cdef inline const real *weights_at(const Work *work, Py_ssize_t place) noexcept nogil:
+    return <const real *> work.selection.weights + place
+
+
+cdef inline bint is_copied(const Work *work, bint gradient) noexcept nogil:
+    """Whether the loops that sum see copies; weights are not those of gradients."""
+    return work.selection.mask != NULL or (work.selection.weights != NULL and not gradient)
+
+
+cdef inline bint counts(const Work *work, Py_ssize_t place) noexcept nogil:
+    cdef const Selection *selection = &work.selection
+    if selection.mask != NULL:
+        return selection.mask[place]
+    if selection.lengths != NULL:
+        return place % selection.period < selection.lengths[place // selection.period]
+    return True
+
+
+cdef bint next_run(const Work *work, Run *run, Py_ssize_t end) noexcept nogil:
+    """The next places within lengths from run.stop on, where there are any before the end; without lengths, all."""
+    cdef const Selection *selection = &work.selection
+    cdef Py_ssize_t start = run.stop, first
+    run.stop = end
+    if selection.lengths != NULL:
+        while start < end:
+            first = start - start % selection.period
+            run.stop = min(end, first + selection.lengths[start // selection.period])
+            if start < run.stop:
+                break
+            start = min(end, first + selection.period)
+    run.start, run.stop = start, run.stop if start < end else end
+    return start < end
+
+
+cdef bint next_rows(const Work *work, const Block *block, Block *rows) noexcept nogil:
+    """The next rows of the block within lengths, where a row is one place per channel; otherwise, once, all of them."""
+    cdef Run run = Run(0, rows.place + rows.rows)
+    cdef Py_ssize_t end = block.place + block.rows
+    if work.S > 1 or work.selection.lengths == NULL:
+        if rows.rows:
+            return False
+        rows[0] = block[0]
+        return True
+    if not next_run(work, &run, end):
+        return False
+    rows.place, rows.rows = run.start, run.stop - run.start
+    rows.first = block.first + (run.start - block.place) * block.stride
+    rows.left = block.left - (run.start - block.place)
+    return True
+
+
+cdef Block no_rows(const Block *block) noexcept nogil:
+    """What `next_rows` begins with."""
+    cdef Block rows = block[0]
+    rows.rows = 0
+    return rows
+
+
+cdef inline const Py_ssize_t *lengths_at(const Work *work, Py_ssize_t place) noexcept nogil:
+    """The lengths of the rows of one channel from a place on; NULL where rows count as a whole."""
+    if work.selection.lengths == NULL or work.S == 1:
+        return NULL
+    return work.selection.lengths + place // work.S
+
+
+cdef inline Py_ssize_t length_in(const Py_ssize_t *length, Py_ssize_t start, Py_ssize_t run) noexcept nogil:
+    """How many places count in a piece of a row."""
+    return run if length == NULL else max(0, min(run, length[0] - start))
+
+
+cdef double weight_of(const real *weights, Py_ssize_t places) noexcept nogil:
+    cdef double total[TOTALS]
+    cdef Py_ssize_t i
+    memset(total, 0, sizeof(total))
+    for i in range(places):
+        total[i % TOTALS] += weights[i]
+    return fold(total)
+
+
+cdef double census_of(const Work *work, const Block *block, Py_ssize_t *place) noexcept nogil:
+    """How many values of a channel count in the block, or their weight; and where some of them are."""
+    cdef const unsigned char *mask = work.selection.mask
+    cdef Py_ssize_t i, k = 0, n = 0, seen = 0, places = block.rows * block.run
+    cdef Run run = Run(0, block.place)
+    if mask != NULL:
+        mask += block.place
+        for i in range(places):
+            n += mask[i]
+        for i in range(places):
+            seen += mask[i]
+            while k < PIVOTED and seen > (2 * k + 1) * n // (2 * PIVOTED):
+                place[k] = i
+                k += 1
+    else:
+        while next_run(work, &run, block.place + places):
+            n += run.stop - run.start
+        run.stop = block.place
+        while next_run(work, &run, block.place + places):
+            while k < PIVOTED and (2 * k + 1) * n // (2 * PIVOTED) < seen + (run.stop - run.start):
+                place[k] = run.start - block.place + (2 * k + 1) * n // (2 * PIVOTED) - seen
+                k += 1
+            seen += run.stop - run.start
+    for k in range(PIVOTED if n else 0):
+        i = place[k]
+        place[k] = i * block.stride if block.run == 1 else i // block.run * block.stride + i % block.run
+    return n if work.selection.weights == NULL else weight_of(weights_at(work, block.place), n)
+
+
+cdef void take_census(Work *work) noexcept nogil:
+    cdef Block block
+    cdef Py_ssize_t b
+    work.census[0].before = 0
+    for b in range(work.blocks):
+        block = block_of(work, 0, b)
+        work.census[b + 1].before = work.census[b].before + census_of(work, &block, work.census[b].place)
+
+
+cdef inline double values_in(const Work *work, Py_ssize_t b) noexcept nogil:
+    """Values of one channel that count in a block, or their weight."""
+    return work.census[b + 1].before - work.census[b].before
+
+
+cdef void fill_holes(const stored *x, const unsigned char *mask, real instead, Py_ssize_t places, Py_ssize_t ahead,
+                     stored *copy) noexcept nogil:
+    """A copy with other values in the holes; what lies ahead is needed next."""
+    cdef Py_ssize_t i, whole = places - places % VEC
+    cdef vec filling = everywhere_vec(instead)
+    for i from 0 <= i < whole by VEC:
+        prefetch(x + i + ahead)
+        store_vec(copy + i, counted_vec(mask + i, load_vec(x + i), filling))
+    if whole < places:
+        store_vec(copy + whole, counted_vec(mask + whole, load_first(x + whole, places - whole, filling), filling))
+
+
+cdef void weigh(const stored *x, const double *pivot, const real *weights, Py_ssize_t channels, Py_ssize_t places,
+                stored *copy, stored *a) noexcept nogil:
+    """w·(x − pivot) of neighbouring channels, or of the places of one."""
+    cdef Py_ssize_t i
+    memcpy(copy, x, channels * places * sizeof(stored))
+    if channels > 1:
+        for i in range(channels):
+            a[i] = <stored> weighted(x[i], <real> pivot[i], weights[0])
+    else:
+        for i in range(places):
+            a[i] = <stored> weighted(x[i], <real> pivot[0], weights[i])
+
+
+cdef Py_ssize_t take(const Work *work, const Block *rows, Py_ssize_t channels, const stored *x, const stored *dy,
+                     bint gradient, const double *pivot, Copies *copies) noexcept nogil:
+    """Copy rows, one after the other, of one channel or of several with one place in a row; how many there are then."""
+    cdef const Selection *selection = &work.selection
+    cdef Py_ssize_t r, at, taken = 0, place = rows.place, places = rows.run, size = channels * places
+    cdef Py_ssize_t ahead = rows.stride if rows.start + places == work.S else places
+    for r in range(rows.rows):
+        at = taken * size
+        taken += 1
+        if selection.weights != NULL:
+            weigh(x, pivot, weights_at(work, place), channels, places, copies.x + at, copies.a + at)
+        elif work.S == 1 and not selection.mask[place]:
+            taken -= 1
+        elif work.S == 1:
+            memcpy(copies.x + at, x, size * sizeof(stored))
+            if gradient:
+                memcpy(copies.a + at, dy, size * sizeof(stored))
+        elif gradient:
+            fill_holes(x, selection.mask + place, 0, places, ahead, copies.x + at)
+            fill_holes(dy, selection.mask + place, 0, places, ahead, copies.a + at)
+        else:
+            fill_holes(x, selection.mask + place, <real> pivot[0], places, ahead, copies.x + at)
+        x, dy, place = x + rows.stride, dy + rows.stride, place + places
+    return taken

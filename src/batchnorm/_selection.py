@@ -1,0 +1,216 @@
+"""Which values count, and how much: `mask=`, `lengths=` and `weights=`, as the kernels read them.
+
+Decisions:
+
+- They are the same for all channels, so they have one entry per *place*, which is one of the values of every channel.
+  The kernels read them in the order of memory of x.
+- All of them are copied: `backward` reads them again, and they are small beside x.
+- A mask without False, and lengths that are all full, are none: so they give the bits of the call without them.
+- Lengths stay lengths where the places of a sequence follow each other in memory; elsewhere they become a mask.
+- Weights are scaled by a power of two, which changes no digit, so that the largest is between a half and one: sums of
+  float32 cannot overflow then.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from . import _arrays
+from ._arrays import Array, Layout
+from ._kernels import per_channel
+
+if TYPE_CHECKING:
+    from ._kernels.kernels import Chosen
+
+_ROOM = 16
+"""Places after the last one, because the kernels load whole vectors."""
+
+_MOST_EXPONENT = 498
+"""Of two in the largest weight, so that sums of squares stay within float64."""
+
+
+class Tally(NamedTuple):
+    """How many values per channel count; the sum of their weights and of the squares of these, which may be 1 each."""
+
+    values: int
+    weight: float
+    squares: float
+
+    @classmethod
+    def of_all(cls, values: int) -> "Tally":
+        """Of values without weights."""
+        return cls(values, values, values)
+
+    def merged(self, other: "Tally") -> "Tally":
+        return Tally(self.values + other.values, self.weight + other.weight, self.squares + other.squares)
+
+    def divisor(self, ddof: float = 1) -> float:
+        """What Σw(x − μ)² is divided by: W − ddof·Σw²/W, so n − ddof without weights."""
+        return self.weight - ddof * (self.squares / self.weight) if self.weight else 0
+
+    def correction(self) -> float:
+        """The unbiased variance over the biased one."""
+        return self.weight / self.divisor()
+
+    @property
+    def has_spread(self) -> bool:
+        """Whether there is an unbiased variance."""
+        return self.values > 1 and self.divisor() > 0
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """Which places count, for an array of one layout."""
+
+    tally: Tally
+    period: int
+    mask: NDArray[np.bool_] | None = None
+    lengths: NDArray[np.intp] | None = None
+    weights: Array | None = None
+    exponent: int = 0
+
+    def chosen(self, fill: float = 0.0) -> "Chosen":
+        """What the kernels take."""
+        return self.mask, self.lengths, self.period, self.weights, fill
+
+    def scaled(self, weight: float) -> float:
+        """Σw in the unit of these weights."""
+        return math.ldexp(weight, -self.exponent)
+
+    def normalized(self, layout: Layout) -> int:
+        """How many values per channel are normalized: a weight of 0 is not a mask."""
+        return layout.values if self.weights is not None else self.tally.values
+
+    def blank(self, array: Array, layout: Layout) -> None:
+        """Set values that do not count to 0, in an array that fits the layout."""
+        mask = self.mask
+        if self.lengths is not None:
+            mask = _within(self.lengths, self.period).reshape(-1)
+        if mask is not None:
+            N, _, S = layout.view
+            np.copyto(layout.seen(array), 0, where=~mask[: N * S].reshape(N, 1, S))
+
+
+def _within(lengths: NDArray[np.integer[Any]], places: int) -> NDArray[np.bool_]:
+    within: NDArray[np.bool_] = np.arange(places) < lengths[:, None]
+    return within
+
+
+def _others(layout: Layout) -> tuple[int, ...]:
+    """The lengths of all axes but the channel axis."""
+    return layout.shape[: layout.axis] + layout.shape[layout.axis + 1 :]
+
+
+def as_places(value: NDArray[Any], name: str, layout: Layout) -> NDArray[Any]:
+    """The argument with one entry for each place, along all axes of x but the channel axis."""
+    shape, ndim, axis, others = value.shape, len(layout.shape), layout.axis, _others(layout)
+    if len(shape) == ndim and shape[axis] == 1:
+        shape = shape[:axis] + shape[axis + 1 :]
+    if len(shape) != ndim - 1 or any(own not in (1, wanted) for own, wanted in zip(shape, others, strict=True)):
+        one = (*layout.shape[:axis], 1, *layout.shape[axis + 1 :])
+        raise ValueError(f"{name} must have shape {others} or {one}, or 1 in place of a length, got {value.shape}")
+    return np.broadcast_to(value.reshape(shape), others)
+
+
+def as_mask(mask: ArrayLike) -> NDArray[np.bool_]:
+    array = np.asarray(mask)
+    if array.dtype != np.bool_:
+        raise TypeError(f"mask must have dtype bool, True where x counts, got {array.dtype}")
+    return array
+
+
+def as_lengths(lengths: ArrayLike, layout: Layout) -> NDArray[np.intp]:
+    array, others = np.asarray(lengths), _others(layout)
+    if len(others) != 2:
+        raise ValueError(
+            f"lengths need x with 3 dimensions, sequences, places and channels, got x of shape {layout.shape}"
+        )
+    if array.dtype.kind not in "iu":
+        raise TypeError(f"lengths must be integers, got dtype {array.dtype}")
+    if array.shape != (others[0],):
+        raise ValueError(f"lengths must have shape ({others[0]},), one per sequence, got {array.shape}")
+    if array.size and (array.min() < 0 or array.max() > others[1]):
+        raise ValueError(f"lengths must be 0 to {others[1]}, got {array.min()} to {array.max()}")
+    return array.astype(np.intp)
+
+
+def as_weights(weights: ArrayLike) -> NDArray[np.float64]:
+    array = _arrays.as_float(weights, "weights", integers=True).astype(np.float64)
+    bad = array[~((array >= 0) & (array < np.inf))]
+    if bad.size:
+        raise ValueError(f"weights must be finite and at least 0, got {bad[0]}")
+    return array
+
+
+def _in_memory_order(places: NDArray[Any], layout: Layout) -> NDArray[Any]:
+    """A copy with one entry per place, in the order in which x lies in memory, and room after them."""
+    if layout.order is not None:
+        places = places.transpose([i - (i > layout.axis) for i in layout.order if i != layout.axis])
+    copy = np.zeros(layout.values + _ROOM, places.dtype)
+    copy[: layout.values] = places.reshape(-1)
+    return copy
+
+
+def by_sample(name: str, value: ArrayLike, layout: Layout) -> NDArray[Any]:
+    """A mask, lengths or weights with one row per sample, the first axis of x besides that of the channels."""
+    if name == "lengths":
+        return as_lengths(value, layout)
+    return as_places(as_mask(value) if name == "mask" else as_weights(value), name, layout)
+
+
+def check_one_of_three(mask: Any, lengths: Any, weights: Any) -> None:
+    given = {"mask": mask, "lengths": lengths, "weights": weights}
+    names = [name for name, value in given.items() if value is not None]
+    if len(names) > 1:
+        raise ValueError(f"at most one of mask, lengths and weights can be given, got {' and '.join(names)}")
+
+
+def _of_mask(places: NDArray[np.bool_], layout: Layout) -> Selection | None:
+    if places.all():
+        return None
+    count = int(np.count_nonzero(places))
+    return Selection(Tally.of_all(count), layout.values, mask=_in_memory_order(places, layout))
+
+
+def _of_lengths(lengths: NDArray[np.intp], layout: Layout) -> Selection | None:
+    _, places = _others(layout)
+    if (lengths == places).all():
+        return None
+    order = range(3) if layout.order is None else layout.order
+    first, second = (i for i in order if i != layout.axis)
+    if first < second and layout.view[2] in (1, places):
+        return Selection(Tally.of_all(int(lengths.sum())), places, lengths=lengths)
+    return _of_mask(_within(lengths, places), layout)
+
+
+def _of_weights(places: NDArray[np.float64], layout: Layout, dtype: np.dtype[Any]) -> Selection:
+    largest = float(places.max(initial=0))
+    _, exponent = math.frexp(largest)
+    if abs(exponent) > _MOST_EXPONENT:
+        raise ValueError(f"the largest of the weights must be 0, or 1e-150 to 1e150, got {largest}")
+    scaled = np.ldexp(_in_memory_order(places, layout), -exponent)
+    weight, squares = per_channel.weigh(scaled, layout.values)
+    tally = Tally(int(np.count_nonzero(places)), math.ldexp(weight, exponent), math.ldexp(squares, 2 * exponent))
+    real = np.float64 if dtype.itemsize == 8 else np.float32
+    return Selection(tally, layout.values, weights=scaled.astype(real), exponent=exponent)
+
+
+def selection_of(
+    layout: Layout,
+    dtype: np.dtype[Any],
+    mask: ArrayLike | None = None,
+    lengths: ArrayLike | None = None,
+    weights: ArrayLike | None = None,
+) -> Selection | None:
+    """What the arguments of a call select from x; None where all of it counts alike."""
+    check_one_of_three(mask, lengths, weights)
+    if mask is not None:
+        return _of_mask(as_places(as_mask(mask), "mask", layout), layout)
+    if lengths is not None:
+        return _of_lengths(as_lengths(lengths, layout), layout)
+    if weights is not None:
+        return _of_weights(as_places(as_weights(weights), "weights", layout), layout, dtype)
+    return None
