@@ -16,8 +16,12 @@ from shapes import VIEWS
 
 from batchnorm import _kernels
 
-PASSES = list(product((1, 2, 3), (False, True)))
-"""How many arrays a pass goes over, and whether it sums nothing, so that it may follow the memory."""
+PASSES = [
+    (*passed, *selects)
+    for passed, selects in product(product((1, 2, 3), (False, True)), [(False, False), (True, False), (True, True)])
+]
+"""How many arrays a pass goes over; whether it sums nothing, so that it may follow the memory; whether values are
+selected; and whether rows are copied for that."""
 
 KERNELS = {
     size: [importlib.import_module(f"batchnorm._kernels.float{8 * size}_{level}") for level in _kernels.available()]
@@ -50,9 +54,9 @@ def views(draw):
     return tuple(view)
 
 
-def check(N, C, S, size, arrays, ordered):
+def check(N, C, S, size, arrays, ordered, selected=False, copied=False):
     width = C * S
-    answers = [kernels.partition(N, C, S, arrays, ordered) for kernels in KERNELS[size]]
+    answers = [kernels.partition(N, C, S, arrays, ordered, selected, copied) for kernels in KERNELS[size]]
     assert all(answer == answers[0] for answer in answers), "levels differ"
     channel, channels, first, rows, stride, run = np.array(answers[0], np.int64).T
     top, left = first // width, first % width
@@ -63,6 +67,8 @@ def check(N, C, S, size, arrays, ordered):
     assert (stride == width).all()
     assert (bottom <= N).all()
     assert (right <= width).all()
+    # Several rows are whole, so that the places of a block follow each other.
+    assert ((rows == 1) | (run == S)).all()
     # A piece of a row belongs to one channel, several channels have their whole rows.
     assert (left // S == channel).all()
     assert np.where(channels == 1, left % S + run <= S, (left % S == 0) & (run == S)).all()
@@ -78,8 +84,8 @@ def check(N, C, S, size, arrays, ordered):
 @pytest.mark.parametrize("size", [4, 8])
 @pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
 def test_every_value_is_in_one_block(view, size):
-    for arrays, ordered in PASSES:
-        check(*view, size, arrays, ordered)
+    for passed in PASSES:
+        check(*view, size, *passed)
 
 
 @given(views(), st.sampled_from([4, 8]))
@@ -93,8 +99,8 @@ def test_every_value_is_in_one_block(view, size):
 @example((1000003, 1, 1), 4)
 @example((1, 1, 1000003), 8)
 def test_every_value_of_any_view_is_in_one_block(view, size):
-    for arrays, ordered in PASSES:
-        check(*view, size, arrays, ordered)
+    for passed in PASSES:
+        check(*view, size, *passed)
 
 
 @pytest.mark.parametrize("view", [(70001, 70001, 1), (1, 1, (1 << 31) + 11)])

@@ -104,7 +104,7 @@ def as_float(value: ArrayLike, name: str, integers: bool = False) -> Array:
         return value
     ma = sys.modules.get("numpy.ma")
     if ma is not None and isinstance(value, ma.MaskedArray):
-        raise TypeError(f"{name} must not be a masked array: masks are not supported")
+        raise TypeError(f"{name} must not be a masked array: pass its data, and in mask= where it counts")
     try:
         array = np.asarray(value)
     except ValueError as error:

@@ -706,7 +706,7 @@ class BatchNorm:
         """Numbers per channel in the layer's dtype."""
         array = np.asarray(value)
         if np.ma.isMaskedArray(value):
-            raise TypeError(f"{name} must not be a masked array: masks are not supported")
+            raise TypeError(f"{name} must not be a masked array: it has one number per channel")
         if array.dtype.kind not in "fiu" and array.dtype.name != "bfloat16":
             raise TypeError(f"{name} must hold real numbers, got {'None' if value is None else f'dtype {array.dtype}'}")
         if array.shape != (self.num_features,):

@@ -58,29 +58,34 @@ def column(value, channels, default):
     return value.astype(np.longdouble)[:, None]
 
 
-def truth(x, dy, gamma=None, beta=None, axis=1, eps=1e-5):
-    """Everything about one batch; terms are what errors are measured at: per value for y, else per channel."""
+def truth(x, dy, gamma=None, beta=None, axis=1, eps=1e-5, weights=None):
+    """Everything about one batch; terms are what errors are measured at: per value for y, else per channel.
+
+    Weights are those of the values of each channel, one after the other.
+    """
     d = rows(x, axis)
     g = rows(dy, axis)
     channels, n = d.shape
     gamma, beta = column(gamma, channels, 1), column(beta, channels, 0)
+    weights = np.ones(n) if weights is None else np.asarray(weights).reshape(n)
+    share = weights.astype(np.longdouble) / weights.astype(np.longdouble).sum()
     first = d[:, :1]
     d = d - first
-    shift = d.sum(axis=1, keepdims=True) / n
+    shift = (share * d).sum(axis=1, keepdims=True)
     d = d - shift
-    var = (d * d).sum(axis=1, keepdims=True) / n
+    var = (share * d * d).sum(axis=1, keepdims=True)
     spread = np.sqrt(var + np.longdouble(eps))
     rstd = np.divide(1, spread, out=np.zeros_like(spread), where=spread != 0)
     xhat = d * rstd
     dbeta, dgamma = g.sum(axis=1, keepdims=True), (g * xhat).sum(axis=1, keepdims=True)
     paths = {
         "direct": gamma * rstd * g,
-        "mean": -gamma * rstd * dbeta / n + 0 * g,
-        "variance": -gamma * rstd * xhat * dgamma / n,
+        "mean": -gamma * rstd * dbeta * share + 0 * g,
+        "variance": -gamma * rstd * xhat * dgamma * share,
     }
     dbeta_terms = abs(g).sum(axis=1, keepdims=True)
     dgamma_terms = (abs(g) * np.maximum(abs(d), np.sqrt(var))).sum(axis=1, keepdims=True) * rstd
-    summands = abs(g), dbeta_terms / n, abs(xhat) * dgamma_terms / n
+    summands = abs(g), dbeta_terms * share, abs(xhat) * dgamma_terms * share
     return Truth(
         back(gamma * xhat + beta, x.shape, axis),
         (first + shift)[:, 0],

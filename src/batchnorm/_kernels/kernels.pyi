@@ -2,8 +2,8 @@
 
 `statistics` and `gradients` are float64 tables with the rows that `runtime` names and one column per channel.
 `activation` is (low, high, slope), and `closed` has one bit per value for where it is closed. `selection` is (mask,
-lengths, places of a sequence, weights, fill): which of the N·S places count, the first how many of each sequence, or how
-much.
+lengths, places of a sequence, weights, fill): which of the N·S places count, how many at the start of each sequence, or
+how much.
 """
 
 from typing import Any, Protocol

@@ -82,12 +82,13 @@ cdef inline Py_ssize_t length_in(const Py_ssize_t *length, Py_ssize_t start, Py_
 
 
 cdef double weight_of(const real *weights, Py_ssize_t places) noexcept nogil:
-    cdef double total[TOTALS]
+    """Right to the last digit: it divides every sum."""
+    cdef double total = 0, rest = 0, low
     cdef Py_ssize_t i
-    memset(total, 0, sizeof(total))
     for i in range(places):
-        total[i % TOTALS] += weights[i]
-    return fold(total)
+        total = two_sum(total, weights[i], &low)
+        rest += low
+    return total + rest
 
 
 cdef double census_of(const Work *work, const Block *block, Py_ssize_t *place) noexcept nogil:
