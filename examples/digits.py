@@ -251,14 +251,15 @@ def draw(sweep: Sweep, path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def options(description: str, plot: str) -> argparse.Namespace:
+def options(description: str, plot: str, trains: bool = True) -> argparse.Namespace:
     """The command line: epochs, seed and picture."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--epochs", type=int, default=30, metavar="N", help="of training (%(default)s)")
+    if trains:
+        parser.add_argument("--epochs", type=int, default=30, metavar="N", help="of training (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of all that is random (%(default)s)")
     parser.add_argument("--plot", type=Path, default=plot, metavar="FILE", help="the picture (%(default)s)")
     chosen = parser.parse_args()
-    if chosen.epochs < 1:
+    if trains and chosen.epochs < 1:
         parser.error(f"argument --epochs: must be at least 1, got {chosen.epochs}")
     if chosen.seed < 0:
         parser.error(f"argument --seed: must be at least 0, got {chosen.seed}")

@@ -433,10 +433,10 @@ def forward(
     counted = chosen = None
     if selection is not None:
         counted = selection.tally
-        if weights is None:
+        if moments is None and weights is not None and x.itemsize == 2:
+            moments = moments_of(x, layout, selection, threads)  # which takes them of a copy
+        elif moments is None or weights is None:
             chosen = selection.chosen(_arrays.as_number(fill, "fill"))
-        elif moments is None:  # weights make other statistics, and y of them as ever
-            moments = moments_of(x, layout, selection, threads)
     if moments is not None:
         counted = moments._tally
         per_channel.fix_statistics(

@@ -21,6 +21,10 @@ def results_have_the_type_of_x(x: NDArray[np.float32], h: NDArray[np.float16]) -
     assert_type(bn.forward(h, activation=activation, add=h)[0], NDArray[np.float16])
     assert_type(bn.forward(h, activation=("clip", 0, 6), add=h)[0], NDArray[np.float16])
     assert_type(bn.BatchNorm(3, activation="relu")(x, add=x), NDArray[np.float32])
+    assert_type(bn.forward(h, lengths=[1, 2], fill=1.0)[0], NDArray[np.float16])
+    assert_type(bn.inference(h, [0.0], [1.0], mask=[[True]]), NDArray[np.float16])
+    assert_type(bn.BatchNorm(3)(x, weights=x), NDArray[np.float32])
+    assert_type(bn.Moments.of(x, weights=x).weight, float)
     return y
 
 

@@ -229,7 +229,8 @@ cdef inline void write_block(const Work *work, Py_ssize_t tile, Py_ssize_t b, co
     cdef Operands o
     o.x, o.dy, o.out, o.act = x, dy, out, work.activation
     o.add, o.closed, o.sloped = work.add, work.closed, is_sloped(work.through)
-    o.mask, o.weights = work.selection.mask if work.S > 1 else NULL, <const real *> work.selection.weights
+    o.mask = work.selection.mask if work.S > 1 else NULL
+    o.weights = <const real *> work.selection.weights if gradient else NULL
     o.places, o.fill = work.S, fill
     if work.columns and fit:
         apply_columns(work, &block, &o, gradient, stream, value)

@@ -5,7 +5,7 @@ cdef enum:
     WIDTH = 512             # the most columns of a tile whose columns are channels: accumulators stay in L1
     GROUPED = 256           # columns that few channels are made into
     FEW = 16                # fewer values of a channel are summed in float64: their rounding does not average out
-    COPIED = 2048           # values that are copied together before they are summed
+    COPIED = 16384 // sizeof(real)      # values that are copied together before they are summed
     BLOCK = 8192            # values of a block of lanes; a quarter where float64 rows are put together
     COLUMN_ROWS = 256       # rows of a block of columns
     SHORT_ROW = 64          # shorter rows are taken as columns
