@@ -93,6 +93,7 @@ def bench(session):
     rivals = "numpy,jax,onnxruntime,numba"
     session.run("python", "-m", "bench", "--quick", "--against", rivals, "--output", str(folder / "bench.md"))
     session.run("python", "-m", "bench.busy", "--rounds", "1")
+    session.run("python", "-m", "bench.selection", "--rounds", "1", "--quick")
     session.run("python", "-m", "bench.trend", "--output", str(folder / "trend.png"))
     session.run("python", "-m", "bench.distributed", "--output", str(folder / "distributed.md"))
     for name in ("bench.json", "bench.png", "trend.png", "distributed.png"):

@@ -197,6 +197,46 @@ def test_a_bad_x_on_one_rank_is_an_error_on_all(tmp_path, x, own, others):
         assert done.stdout.count(others) == 2
 
 
+@needs_mpiexec
+@pytest.mark.parametrize("name", ["mask", "lengths", "weights"])
+def test_what_counts_on_each_rank(tmp_path, name):
+    """Ranks with masks, lengths or weights of their own are one process with all of them; one rank has nothing."""
+    path = program(
+        tmp_path,
+        f"""
+        import batchnorm as bn
+        rng = np.random.default_rng(4)
+        x, dy = rng.standard_normal((2, 12, 3, 10)) + 50
+        chosen = {{
+            "mask": rng.random((12, 10)) < 0.5,
+            "lengths": rng.integers(0, 11, 12),
+            "weights": rng.random((12, 10)),
+        }}["{name}"]
+        chosen[:3] = 0
+        parts = [slice(0, 3), slice(3, 4), slice(4, 12)]
+        whole, layer = bn.BatchNorm(3, dtype=np.float64), SyncBatchNorm(3, dtype=np.float64, reduce="sum")
+        own = parts[rank]
+        for _ in range(2):
+            expected = whole(x, {name}=chosen)[own], whole.backward(dy)[own]
+            got = layer(x[own], {name}=chosen[own]), layer.backward(dy[own])
+        pairs = [*zip(got, expected), (layer.running_var, whole.running_var), (layer.running_mean, whole.running_mean)]
+        pairs += [(layer.dgamma, whole.dgamma), (layer.dbeta, whole.dbeta)]
+        assert all(np.allclose(a, b, rtol=1e-9, atol=1e-12) for a, b in pairs), pairs
+        layer.recalibrate([x[own]], {name}=[chosen[own]])
+        whole.recalibrate([x], {name}=[chosen])
+        assert np.allclose(layer.running_var, whole.running_var, rtol=1e-12)
+        try:
+            layer(x[own], mask=np.zeros((len(x[own]), 10)))
+        except TypeError as error:
+            say("refused", error)
+        say("done")
+        """,
+    )
+    done = run(3, path, timeout=60)
+    assert done.stdout.count("done") == 3, done.stdout + done.stderr
+    assert done.stdout.count("refused mask must have dtype bool") == 3
+
+
 FAULTS = {
     "an exception of its own in x.__array__": ("x = Fails(KeyError('no data'))", "KeyError", "no data"),
     "an interrupt in x.__array__": ("x = Fails(KeyboardInterrupt('by hand'))", "KeyboardInterrupt", "by hand"),

@@ -272,6 +272,18 @@ def test_upstream_gradients_of_weighted_statistics(dtype, rng):
     assert ulps(through_mean, t.paths["direct"] + t.paths["mean"], t.dx_terms, 1) <= ULPS["dx"][dtype]
 
 
+def test_a_weight_of_0_far_from_the_mean(rng):
+    """Its part in the paths is 0, also where they would overflow."""
+    x, dy = rng.standard_normal((2, 40, 5)).astype(np.float32)
+    x *= 1e15
+    weights = np.zeros(40)
+    weights[3] = 1
+    _, saved = bn.forward(x, weights=weights)
+    dx = bn.backward(dy, saved).dx
+    assert np.isfinite(dx).all()
+    assert np.array_equal(np.delete(dx, 3, 0), np.delete(bn.backward(dy, saved, through=()).dx, 3, 0))
+
+
 # ---- Statistics that add up
 
 

@@ -119,6 +119,8 @@ def target(source):
         return "empty"
     if not special and call["eps"]:
         judge_after(source, call, dy, y, saved)
+        if dtype != "f2":
+            judge_selection(source, call, x, dy)
     if dtype == "f2":
         judge_rounding(call, dy, y, gradients)
     else:
@@ -136,6 +138,35 @@ def judge_after(source, call, dy, y, saved):
     passed = np.where(result > 0, dy, 0).astype(y.dtype)
     got, expected = bn.backward(dy, noted), bn.backward(passed, saved)
     assert y.itemsize == 2 or np.array_equal(got.dx, expected.dx, equal_nan=True), "dx is not what two calls give"
+
+
+def judge_selection(source, call, x, dy):
+    """With a mask, lengths or weights: the oracle's numbers for what counts, whatever lies elsewhere."""
+    axis, places = call["axis"], np.delete(x.shape, call["axis"])
+    draw = np.random.default_rng(np.frombuffer(source.data(16), np.uint64))
+    name = choose(source, ["mask", "weights", *(["lengths"] if x.ndim == 3 else [])])
+    mask, weights = draw.random(places) < choose(source, [0.02, 0.5, 0.98]), None
+    if name == "lengths":
+        lengths = draw.integers(0, places[1] + 1, places[0])
+        mask = np.arange(places[1]) < lengths[:, None]
+    if name == "weights":
+        weights = draw.exponential(size=places) * mask
+        mask = np.ones(places, bool)
+    given = {"mask": mask, "weights": weights, "lengths": lengths if name == "lengths" else None}[name]
+    if not mask.any() or (weights is not None and not weights.any()):
+        return
+    spoiled = [np.moveaxis(a, axis, -1).copy() for a in (x, dy)]
+    for array in spoiled:
+        array[~mask] = np.nan
+    x_given, dy_given = (np.moveaxis(a, -1, axis) for a in spoiled)
+    y, saved = bn.forward(**call | {"x": x_given, "out": None, name: given, "fill": 5.0})
+    dx, dgamma, dbeta = bn.backward(dy_given, saved, num_threads=call["num_threads"])
+    x, dy, y, dx = (np.moveaxis(a, axis, -1) for a in (x, dy, y, dx))
+    assert (y[~mask] == 5).all()
+    assert (dx[~mask] == 0).all()
+    t = oracle.truth(x[mask], dy[mask], call["gamma"], call["beta"], 1, call["eps"], weights)
+    errors = oracle.errors_by_name(y[mask], saved, OfGradients(dx[mask], dgamma, dbeta), t, 1)
+    oracle.assert_close(errors, x.dtype)
 
 
 def judge(call, x, dy, y, saved, gradients, special):

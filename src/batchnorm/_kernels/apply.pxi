@@ -56,15 +56,17 @@ cdef inline void note_closed(Notes *notes, const Activation *act, number pre, Py
 cdef inline number calculated(const Operands *o, bint gradient, int kind, Py_ssize_t i, Py_ssize_t j,
                               Py_ssize_t count, Notes *notes, Py_ssize_t place, const number *k) noexcept nogil:
     """y, or dx, at `count` places from j on of the row at i, which begins with a place."""
-    cdef number pre, dy, through, x = load(o.x + i + j, count, k[CENTRE])
+    cdef number pre, dy, weight, x = load(o.x + i + j, count, k[CENTRE])
     if gradient:
         dy = load(o.dy + i + j, count, k[CENTRE])
         if kind == ANYTHING and o.act.on:
             dy = passed(dy, written(x, k, &o.act), &o.act)
-        through = through_of(x if kind != ANYTHING or o.sloped else k[CENTRE], k)
+        if kind == ANYTHING and not o.sloped:
+            x = k[CENTRE]
         if kind == ANYTHING and o.weights != NULL:
-            through *= everywhere(o.weights[place], x) if o.places == 1 else column_at(o.weights + place + j, x)
-        return dx_of(dy, through, k)
+            weight = everywhere(o.weights[place], x) if o.places == 1 else column_at(o.weights + place + j, x)
+            return dx_of(dy, weighted_through_of(x, weight, k), k)
+        return dx_of(dy, through_of(x, k), k)
     pre = y_of(x, k)
     if kind == ANYTHING and o.add != NULL:
         pre += load(o.add + i + j, count, k[CENTRE])

@@ -153,8 +153,13 @@ cdef inline number through_of(number x, const number *k) noexcept nogil:
     return (x - k[CENTRE]) * k[SLOPE] + k[OFFSET]
 
 
+cdef inline number weighted_through_of(number x, number weight, const number *k) noexcept nogil:
+    """weight·through, which is 0 for a weight of 0 however far x is from the mean."""
+    return (x - k[CENTRE]) * (weight * k[SLOPE]) + weight * k[OFFSET]
+
+
 cdef inline number dx_of(number dy, number through, const number *k) noexcept nogil:
-    """dx = dy·scale + through; where x has a weight, `through` is multiplied by it."""
+    """dx = dy·scale + through"""
     return dy * k[SCALE] + through
 
 
