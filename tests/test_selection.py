@@ -272,6 +272,21 @@ def test_upstream_gradients_of_weighted_statistics(dtype, rng):
     assert ulps(through_mean, t.paths["direct"] + t.paths["mean"], t.dx_terms, 1) <= ULPS["dx"][dtype]
 
 
+@dtypes
+@pytest.mark.parametrize("view", [(40, 7, 1), (2, 4, 5), (12, 3, 300)], ids=str)
+def test_one_value_with_a_weight_has_no_spread(view, dtype, rng):
+    for _ in range(10):
+        x, _, gamma, beta = batch(rng, view, dtype)
+        x *= x.dtype.type(1000)
+        weights = np.zeros((view[0], view[2]))
+        n, s = rng.integers(view[0]), rng.integers(view[2])
+        weights[n, s] = rng.random()
+        y, saved = bn.forward(x, gamma, beta, eps=1e-12, weights=weights)
+        assert not saved.var.any()
+        assert np.array_equal(saved.mean, x[n, :, s])
+        assert np.array_equal(y[n, :, s], beta)
+
+
 def test_a_weight_of_0_far_from_the_mean(rng):
     """Its part in the paths is 0, also where they would overflow."""
     x, dy = rng.standard_normal((2, 40, 5)).astype(np.float32)

@@ -91,17 +91,25 @@ cdef double weight_of(const real *weights, Py_ssize_t places) noexcept nogil:
     return total + rest
 
 
+cdef inline Py_ssize_t has_part(const unsigned char *mask, const real *weights, Py_ssize_t place) noexcept nogil:
+    """Whether a place has a part in the statistics."""
+    if mask != NULL:
+        return mask[place]
+    return weights[place] > 0
+
+
 cdef double census_of(const Work *work, const Block *block, Py_ssize_t *place) noexcept nogil:
     """How many values of a channel count in the block, or their weight; and where some of them are."""
     cdef const unsigned char *mask = work.selection.mask
+    cdef const real *weights = <const real *> work.selection.weights
     cdef Py_ssize_t i, k = 0, n = 0, seen = 0, places = block.rows * block.run
     cdef Run run = Run(0, block.place)
-    if mask != NULL:
-        mask += block.place
+    memset(place, 0, PIVOTED * sizeof(Py_ssize_t))
+    if mask != NULL or weights != NULL:
         for i in range(places):
-            n += mask[i]
+            n += has_part(mask, weights, block.place + i)
         for i in range(places):
-            seen += mask[i]
+            seen += has_part(mask, weights, block.place + i)
             while k < PIVOTED and seen > (2 * k + 1) * n // (2 * PIVOTED):
                 place[k] = i
                 k += 1
@@ -114,10 +122,10 @@ cdef double census_of(const Work *work, const Block *block, Py_ssize_t *place) n
                 place[k] = run.start - block.place + (2 * k + 1) * n // (2 * PIVOTED) - seen
                 k += 1
             seen += run.stop - run.start
-    for k in range(PIVOTED if n else 0):
+    for k in range(PIVOTED):
         i = place[k]
         place[k] = i * block.stride if block.run == 1 else i // block.run * block.stride + i % block.run
-    return n if work.selection.weights == NULL else weight_of(weights_at(work, block.place), n)
+    return n if weights == NULL else weight_of(weights + block.place, places)
 
 
 cdef void take_census(Work *work) noexcept nogil:
