@@ -36,7 +36,8 @@ from cython.parallel import prange
 from libc.math cimport INFINITY, fabs, sqrt
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
-from batchnorm._kernels.per_channel cimport Selection, borrow, borrow_values, set_parameters, set_selection, take_parameters
+from batchnorm._kernels.per_channel cimport (
+    Selection, borrow, borrow_values, set_parameters, set_selection, take_parameters)
 from batchnorm._kernels.runtime cimport (
     BETA, DGAMMA, GAMMA, GRADIENT_ROWS, M2, MEAN, MEAN_LOW, RSTD, STATISTICS_ROWS, SUM_DY, SUM_DY_XMU, THROUGH_MEAN,
     THROUGH_VARIANCE, UPSTREAM, UPSTREAM_DMEAN, UPSTREAM_DVAR, VAR, team_size)

@@ -1,7 +1,7 @@
 # ---- Selection: which values count, and how much --------------------------------------------------------------------
 # A mask, lengths or weights are the same for all channels: they belong to the places of a channel, in the order of
-# memory. Lengths are followed without a mask. With a mask or weights, the loops that sum see copies: of rows that count,
-# of rows whose holes are filled with what adds nothing, or of weighted deviations in place of dy.
+# memory. Lengths are followed without a mask. With a mask or weights, the loops that sum see copies: of rows that
+# count, of rows whose holes are filled with what adds nothing, or of weighted deviations in place of dy.
 
 cdef struct Run:                    # places that count side by side
     Py_ssize_t start, stop
