@@ -75,6 +75,8 @@ def test_the_tests_have_the_whole_catalogue():
     seed=st.integers(0, 2**32 - 1),
 )
 def test_every_slip_is_named_on_any_data(shape, name, dtype, eps, seed):
+    if name == "number of channels in place of n" and shape[1] == shape[0] * shape[2]:
+        return  # then it is n
     dy, saved, pieces = problem(shape, 1, dtype, seed, eps)
     for wrong in hand_written.SLIPS[name]:
         expected = NAMELESS.get((name, 2 if shape[2] == 1 else 3), name)
