@@ -188,9 +188,10 @@ class Saved:
 
     @property
     def count(self) -> int:
-        return self.tally().values
+        return self._tally.values
 
-    def tally(self) -> Tally:
+    @property
+    def _tally(self) -> Tally:
         """What the statistics are of: by default all values of x."""
         return Tally.of_all(self._layout.values) if self._counted is None else self._counted
 
@@ -845,7 +846,7 @@ def update_running(
     if np.shares_memory(running_mean, running_var):
         raise ValueError("running_mean and running_var must not overlap")
     momentum = _arrays.as_momentum(momentum)
-    tally = saved.tally()
+    tally = saved._tally
     if tally.values and unbiased and not tally.has_spread:
         raise ValueError(
             f"the unbiased variance needs more than one value per channel, got x of shape {saved._layout.shape} with "

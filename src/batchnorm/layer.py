@@ -436,7 +436,7 @@ class BatchNorm:
 
     def _follow(self, saved: Saved) -> None:
         """Move the running statistics towards a batch, in training; keep what `backward` needs."""
-        state, tally = self._state, saved.tally()
+        state, tally = self._state, saved._tally
         if self.training and self.track_running_stats and state.running_mean is not None and tally.values:
             correction = tally.correction() if self.unbiased else 1.0
             with state.lock:
