@@ -149,10 +149,12 @@ def test_steps_are_the_fused_call(view, dtype, made, rng):
     y, dx = np.empty_like(x), np.empty_like(x)
     statistics = np.zeros((runtime.STATISTICS_ROWS, view[1]))
     gradients, n = np.zeros((runtime.GRADIENT_ROWS, view[1])), view[0] * view[2]
+    table = np.zeros((runtime.COEFFICIENT_ROWS, view[1]))
     gamma, beta = rng.standard_normal((2, view[1]))
     statistics[runtime.GAMMA], statistics[runtime.BETA] = gamma, beta
     kernels.moments(x, statistics, 1e-5, 2)
-    kernels.normalize(x, y, statistics, 2)
+    fit = kernels.coefficients(statistics, table)
+    kernels.normalize(x, y, view, table, fit, 2)
     kernels.grad_sums(dy, x, statistics, gradients, None, None, 2)
     kernels.grad_apply(dy, x, dx, statistics, gradients, 3, n, 2)
     fused_y, saved = bn.forward(x, gamma, beta)

@@ -25,9 +25,11 @@ from .functional import (
 )
 from .layer import BatchNorm
 from .moments import GradientSums, Moments, population
+from .plan import Plan
 
 if TYPE_CHECKING:
     from . import cs231n, mpi
+    from .drift import Drift
     from .gradient.diagnosis import Diagnosis, diagnose
     from .gradient.pathways import Pathways, centering_matrix, jacobian, moment_gradients, pathways
     from .reference import MomentGradients
@@ -36,12 +38,14 @@ __all__ = [
     "Activation",
     "BatchNorm",
     "Diagnosis",
+    "Drift",
     "GradientSums",
     "Gradients",
     "InferenceGradients",
     "MomentGradients",
     "Moments",
     "Pathways",
+    "Plan",
     "Saved",
     "__version__",
     "backward",
@@ -68,6 +72,7 @@ __all__ = [
 # Imported when they are first asked for: the gradient explained took half of the time of the import.
 _MODULE_OF = {
     "Diagnosis": ".gradient.diagnosis",
+    "Drift": ".drift",
     "MomentGradients": ".reference",
     "Pathways": ".gradient.pathways",
     "centering_matrix": ".gradient.pathways",

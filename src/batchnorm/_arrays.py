@@ -15,7 +15,7 @@ from functools import lru_cache
 from typing import Any, TypeVar
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 if np.lib.NumpyVersion(np.__version__) < "1.26.0":
     raise ImportError(f"batchnorm needs NumPy 1.26 or newer, found {np.__version__}")
@@ -56,11 +56,15 @@ class Layout:
         """An array of this shape that fits, a copy where this one does not."""
         return array if self.fits(array) else self.copy(array)
 
-    def seen(self, array: Array) -> Array:
-        """An array that fits, as the kernels see it: (N, C, S), and the bits of 16-bit values as integers."""
+    def lying(self, array: Array) -> Array:
+        """An array that fits, with its axes in the order of memory, and the bits of 16-bit values as integers."""
         if array.itemsize == 2:
             array = array.view(_UINT16)
-        return array.reshape(self.view) if self.order is None else array.transpose(self.order).reshape(self.view)
+        return array if self.order is None else array.transpose(self.order)
+
+    def seen(self, array: Array) -> Array:
+        """The same as (N, C, S)."""
+        return self.lying(array).reshape(self.view)
 
     def empty(self, dtype: np.dtype[Any]) -> Array:
         """A new array of this shape and order in memory."""
@@ -142,13 +146,26 @@ def lay_out(x: Array, axis: int) -> tuple[Array, Layout]:
     return (x, layout) if layout.fits(x) else (layout.copy(x), layout)
 
 
-def as_like(value: ArrayLike, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
-    """The argument as an array of x's shape and dtype."""
+def as_dtype(dtype: DTypeLike, name: str) -> np.dtype[Any]:
+    """The argument as a data type that the kernels can write."""
+    return as_float(np.empty(0, dtype), name).dtype
+
+
+def check_channels(shape: tuple[int, ...], axis: int, channels: int) -> None:
+    """x must have so many channels."""
+    if not -len(shape) <= axis < len(shape) or shape[axis] != channels:
+        other = -1 if axis == 1 else 1
+        hint = f"; axis={other}?" if len(shape) > 1 and shape[other] == channels else ""
+        raise ValueError(f"x must have {channels} channels along axis {axis}, got shape {shape}{hint}") from None
+
+
+def as_like(value: ArrayLike, name: str, shape: tuple[int, ...], dtype: np.dtype[Any], like: str = "x") -> Array:
+    """The argument as an array of the shape and dtype of x, or of another one."""
     array = as_float(value, name)
     if array.shape != shape:
-        raise ValueError(f"{name} must have the shape of x, {shape}, got {array.shape}")
+        raise ValueError(f"{name} must have the shape of {like}, {shape}, got {array.shape}")
     if array.dtype != dtype:
-        raise TypeError(f"{name} must have the dtype of x, {dtype}, got {array.dtype}")
+        raise TypeError(f"{name} must have the dtype of {like}, {dtype}, got {array.dtype}")
     return array
 
 

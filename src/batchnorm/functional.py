@@ -21,6 +21,7 @@ from ._activation import Activation
 from ._arrays import Array, Float, Layout
 from ._kernels import per_channel
 from ._kernels.runtime import (
+    COEFFICIENT_ROWS,
     DMEAN,
     DVAR,
     GAMMA,
@@ -42,7 +43,7 @@ from ._selection import Selection, Tally, selection_of
 from .moments import GradientSums, Moments, moments_of
 
 if TYPE_CHECKING:
-    from ._kernels.kernels import Bits, Chosen, Limits
+    from ._kernels.kernels import Bits, Chosen, Kernels, Limits
 
     After = tuple[Limits | None, Array | None, Bits | None]
 
@@ -444,17 +445,38 @@ def forward(
             statistics, channels, moments.mean, moments.m2, gamma, beta, eps, moments.mean_low, moments.weight or 1
         )
         if x.size:
-            kernels.normalize(layout.seen(x), layout.seen(y), statistics, threads, *after, chosen)
+            normalize(x, y, layout, statistics, threads, after, chosen)
     elif x.size if counted is None else counted.values:
         kernels.forward(layout.seen(x), layout.seen(y), statistics, gamma, beta, eps, threads, *after, chosen)
     else:
         statistics[...] = 0
         if x.size:
-            kernels.normalize(layout.seen(x), layout.seen(y), statistics, threads, *after, chosen)
+            normalize(x, y, layout, statistics, threads, after, chosen)
     if out is not None:
         y = _arrays.deliver(y, out)
     dtypes = (dtype, None if gamma is None else gamma.dtype, None if beta is None else beta.dtype)
     return y, Saved(x, eps, layout, statistics, dtypes, counted, selection, after[0], residual is not None, after[2])
+
+
+def coefficients_of(statistics: NDArray[np.float64], kernels: "Kernels") -> tuple[NDArray[np.float64], bool]:
+    """What the kernels calculate y with, and whether all of it fits their type."""
+    table = np.empty((COEFFICIENT_ROWS, statistics.shape[1]))
+    return table, kernels.coefficients(statistics, table)
+
+
+def normalize(
+    x: Array,
+    y: Array,
+    layout: Layout,
+    statistics: NDArray[np.float64],
+    threads: int,
+    after: "After",
+    chosen: "Chosen | None" = None,
+) -> None:
+    """y with statistics that are known."""
+    kernels = _kernels.of_type[x.dtype.char]
+    table, fit = coefficients_of(statistics, kernels)
+    kernels.normalize(layout.lying(x), layout.lying(y), layout.view, table, fit, threads, *after, chosen)
 
 
 def _after(
@@ -686,8 +708,7 @@ def _closed_at(
     """Where the activation is closed, from a forward pass with statistics that are known."""
     closed = _activation.empty_bits(x.size)
     if x.size:
-        views = layout.seen(x), layout.seen(layout.empty(x.dtype))
-        _kernels.of_type[x.dtype.char].normalize(*views, statistics, threads, limits, add, closed)
+        normalize(x, layout.empty(x.dtype), layout, statistics, threads, (limits, add, closed))
     return closed
 
 
@@ -857,6 +878,28 @@ def update_running(
         per_channel.update_running(running_mean, running_var, saved._statistics, momentum, correction)
 
 
+def table_of(
+    mean: ArrayLike,
+    var: ArrayLike,
+    gamma: ArrayLike | None,
+    beta: ArrayLike | None,
+    eps: float,
+    channels: int,
+    layout: Layout | None = None,
+) -> tuple[NDArray[np.float64], dict[str, Any]]:
+    """The table of given statistics and parameters, and the arrays that it was filled from."""
+    mean = _arrays.as_channels(mean, "mean", channels, layout)
+    var = _arrays.as_channels(var, "var", channels, layout)
+    gamma = None if gamma is None else _arrays.as_channels(gamma, "gamma", channels, layout)
+    beta = None if beta is None else _arrays.as_channels(beta, "beta", channels, layout)
+    statistics = np.empty((STATISTICS_ROWS, channels))
+    negative = per_channel.fix_statistics(statistics, channels, mean, var, gamma, beta, _arrays.as_eps(eps))
+    if negative >= 0:
+        swapped = "; are mean and var swapped?" if (np.asarray(mean) >= 0).all() else ""
+        raise ValueError(f"var must not be negative, got {var[negative]} in channel {negative}{swapped}")
+    return statistics, {"mean": mean, "var": var, "gamma": gamma, "beta": beta}
+
+
 def _fixed_statistics(
     x: ArrayLike,
     mean: ArrayLike,
@@ -866,19 +909,11 @@ def _fixed_statistics(
     axis: int,
     eps: float,
 ) -> tuple[Array, Layout, NDArray[np.float64], dict[str, Any]]:
-    """x, its layout, the table of given statistics and parameters, and the arrays it was filled from."""
+    """x, its layout, and the table of given statistics and parameters, with the arrays that all came from."""
     array = _arrays.as_float(x, "x")
     x, layout = _arrays.lay_out(array, axis)
-    channels = layout.view[1]
-    mean = _arrays.as_channels(mean, "mean", channels, layout)
-    var = _arrays.as_channels(var, "var", channels, layout)
-    gamma = None if gamma is None else _arrays.as_channels(gamma, "gamma", channels, layout)
-    beta = None if beta is None else _arrays.as_channels(beta, "beta", channels, layout)
-    statistics = np.empty((STATISTICS_ROWS, channels))
-    negative = per_channel.fix_statistics(statistics, channels, mean, var, gamma, beta, _arrays.as_eps(eps))
-    if negative >= 0:
-        raise ValueError(f"var must not be negative, got {var[negative]} in channel {negative}")
-    return x, layout, statistics, {"x": array, "mean": mean, "var": var, "gamma": gamma, "beta": beta}
+    statistics, given = table_of(mean, var, gamma, beta, eps, layout.view[1], layout)
+    return x, layout, statistics, {"x": array, **given}
 
 
 @overload
@@ -991,7 +1026,7 @@ def inference(
         _arrays.check_overlap(out, given, ("x", "add"))
     y = layout.empty(x.dtype) if out is None else layout.room(out, x.dtype)
     if x.size:
-        _kernels.of_type[x.dtype.char].normalize(layout.seen(x), layout.seen(y), statistics, threads, *after, chosen)
+        normalize(x, y, layout, statistics, threads, after, chosen)
     return y if out is None else _arrays.deliver(y, out)
 
 

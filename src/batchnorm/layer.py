@@ -383,7 +383,7 @@ class BatchNorm:
                         x, mean, var, gamma, beta, fill=fill, add=add, out=out, num_threads=num_threads, **settings
                     )
                 except ValueError:
-                    self._check_channels(_arrays.as_float(x, "x"))
+                    _arrays.check_channels(_arrays.as_float(x, "x").shape, self.axis, self.num_features)
                     raise
                 if not self.keep_input:
                     self._kept = _NOT_KEPT
@@ -394,7 +394,7 @@ class BatchNorm:
                     self._kept = given | settings
                 return y
         x = _arrays.as_float(x, "x")
-        self._check_channels(x)
+        _arrays.check_channels(x.shape, self.axis, self.num_features)
         selects: dict[str, Any] = {"mask": mask, "lengths": lengths, "weights": weights}
         self._check_values(x, selects)
         state = self._state
@@ -426,13 +426,6 @@ class BatchNorm:
                 f"training needs more than one value per channel, got {counted}x of shape {x.shape} with "
                 f"axis={self.axis}; use a larger batch, or eval() for the running statistics"
             )
-
-    def _check_channels(self, x: Array) -> None:
-        shape, axis, channels = x.shape, self.axis, self.num_features
-        if not -len(shape) <= axis < len(shape) or shape[axis] != channels:
-            other = -1 if axis == 1 else 1
-            hint = f"; axis={other}?" if len(shape) > 1 and shape[other] == channels else ""
-            raise ValueError(f"x must have {channels} channels along axis {axis}, got shape {shape}{hint}") from None
 
     def _follow(self, saved: Saved) -> None:
         """Move the running statistics towards a batch, in training; keep what `backward` needs."""

@@ -2,6 +2,7 @@
 
     this module ── runtime         processor, OpenMP, forks, rows of the tables; compiled once
                 └─ per_channel     numbers per channel, into the tables and out of them; compiled once
+                └─ lookup          8-bit integers, by a table; compiled once
                 └─ float32_LEVEL   kernels.pxi → partition, formula, selection → reduce, finish, apply → stored.h
                 └─ float64_LEVEL   the same sources for float64
                 └─ float16_LEVEL   for float16 in memory, calculated in float32; loaded when it is first used

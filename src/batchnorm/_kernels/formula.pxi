@@ -6,10 +6,8 @@ ctypedef fused number:
     vec
     wide
 
-cdef enum:                  # what y and dx are calculated with, per channel; REST is that of the mean, mean − centre
-    CENTRE, SCALE, SHIFT, SLOPE, OFFSET, COEFFICIENTS
-    REST = COEFFICIENTS
-    COEFFICIENT_ROWS
+cdef enum:
+    COEFFICIENTS = REST     # those that a value meets
 
 
 cdef inline Py_ssize_t size_of(number like) noexcept nogil:

@@ -32,6 +32,7 @@ e) Where some values count more than others, or not at all, the same loops sum. 
    mask they see a copy, in cache, of what counts, or of rows whose holes are filled with what adds nothing. With
    weights they see w·(x − pivot) where dy is otherwise: Σa and Σa·d are the weighted moments.
 """
+from cpython.buffer cimport PyBUF_CONTIG, PyBUF_CONTIG_RO, PyBUF_FORMAT, PyBuffer_Release, PyObject_GetBuffer
 from cython.parallel import prange
 from libc.math cimport INFINITY, fabs, sqrt
 from libc.stdlib cimport free, malloc
@@ -39,14 +40,16 @@ from libc.string cimport memcpy, memset
 from batchnorm._kernels.per_channel cimport (
     Selection, borrow, borrow_values, set_parameters, set_selection, take_parameters)
 from batchnorm._kernels.runtime cimport (
-    BETA, DGAMMA, GAMMA, GRADIENT_ROWS, M2, MEAN, MEAN_LOW, RSTD, STATISTICS_ROWS, SUM_DY, SUM_DY_XMU, THROUGH_MEAN,
-    THROUGH_VARIANCE, UPSTREAM, UPSTREAM_DMEAN, UPSTREAM_DVAR, VAR, team_size)
+    BETA, CENTRE, COEFFICIENT_ROWS, DGAMMA, GAMMA, GRADIENT_ROWS, M2, MEAN, MEAN_LOW, OFFSET, REST, RSTD, SCALE, SHIFT,
+    SLOPE, STATISTICS_ROWS, SUM_DY, SUM_DY_XMU, THROUGH_MEAN, THROUGH_VARIANCE, UPSTREAM, UPSTREAM_DMEAN, UPSTREAM_DVAR,
+    VAR, team_size)
 
 cdef extern from "stored.h" nogil:
     enum:
         VEC, PART, LINE, LANES, VECTORS, CARRIED, UNROLLED, TOTALS, WIDEST, SPARE
         CAN_STREAM
         IS_DOUBLE
+        FORMAT
     const double SMALLEST, LARGEST, FINEST, COARSEST
     ctypedef float vec              # VEC values of the data's type; Cython only has to know that it can calculate
     ctypedef double wide            # PART float64 numbers
@@ -112,6 +115,18 @@ cdef int check_view(str name, const stored[:, :, ::1] array, const Py_ssize_t *v
     return 0
 
 
+cdef void *borrow_array(str name, values, Py_ssize_t size, bint written) except NULL:
+    """Where so many values of the module's type lie side by side, which their caller holds."""
+    cdef Py_buffer buffer
+    cdef bint fits
+    PyObject_GetBuffer(values, &buffer, (PyBUF_CONTIG if written else PyBUF_CONTIG_RO) | PyBUF_FORMAT)
+    fits = buffer.len == size * buffer.itemsize and buffer.format[0] == FORMAT and buffer.format[1] == 0
+    PyBuffer_Release(&buffer)
+    if not fits:
+        raise ValueError(f"{name} must have {size} values of the kernel's type")
+    return buffer.buf
+
+
 cdef int set_activation(Activation *act, activation) except -1:
     """From (low, high, slope), or none."""
     act.on = activation is not None
@@ -125,18 +140,26 @@ cdef unsigned char *bits(closed, Py_ssize_t values, bint written) except NULL:
     return <unsigned char *> borrow_values("closed", closed, values // 8 + SPARE, 1, written)
 
 
-cdef int begin(Work *work, const stored[:, :, ::1] x, Py_ssize_t arrays, statistics, gradients, activation, add,
-               closed, selection) except -1:
-    """Cut the work, and get scratch for a few numbers per block and channel, which `free(work.coefficient)` returns."""
-    cdef Py_ssize_t values = x.shape[0] * x.shape[1] * x.shape[2], numbers
-    set_selection(&work.selection, selection, x.shape[0] * x.shape[2], x.shape[2], sizeof(real), VEC)
-    cut(work, x.shape[0], x.shape[1], x.shape[2], arrays)
+cdef int prepare(Work *work, const Py_ssize_t *view, Py_ssize_t arrays, activation, add, closed,
+                 selection) except -1:
+    """Cut the work, and borrow what goes along with x."""
+    cdef Py_ssize_t N = view[0], C = view[1], S = view[2]
+    set_selection(&work.selection, selection, N * S, S, sizeof(real), VEC)
+    cut(work, N, C, S, arrays)
     set_activation(&work.activation, activation)
     work.add, work.closed = NULL, NULL
     if add is not None:
-        work.add = <const stored *> borrow_values("add", add, values, sizeof(stored), False)
+        work.add = <const stored *> borrow_values("add", add, N * C * S, sizeof(stored), False)
     if closed is not None:
-        work.closed = bits(closed, values, True)
+        work.closed = bits(closed, N * C * S, True)
+    return 0
+
+
+cdef int begin(Work *work, const stored[:, :, ::1] x, Py_ssize_t arrays, statistics, gradients, activation, add,
+               closed, selection) except -1:
+    """The same, with scratch for a few numbers per block and channel, which `free(work.coefficient)` returns."""
+    cdef Py_ssize_t numbers
+    prepare(work, x.shape, arrays, activation, add, closed, selection)
     work.statistics = borrow("statistics", statistics, STATISTICS_ROWS, work.C)
     if gradients is not None:
         work.gradients = borrow("gradients", gradients, GRADIENT_ROWS, work.C)
@@ -168,12 +191,17 @@ cdef void moments_of_all(const Work *work, const stored *x, int threads) noexcep
         finish_moments(work, tile)
 
 
-cdef void normalize_all(const Work *work, const stored *x, stored *y, int threads) noexcept nogil:
-    cdef Work ordered = in_memory_order(work)
+cdef bint finish_normalize_all(const Work *work) noexcept nogil:
     cdef bint fit = True
-    cdef Py_ssize_t i, tile
+    cdef Py_ssize_t tile
     for tile in range(work.tiles):
         fit &= finish_normalize(work, tile)
+    return fit
+
+
+cdef void normalize_all(const Work *work, const stored *x, stored *y, bint fit, int threads) noexcept nogil:
+    cdef Work ordered = in_memory_order(work)
+    cdef Py_ssize_t i
     if threads == 1:
         for i in range(ordered.tiles * ordered.blocks):
             normalize_block(&ordered, tile_at(&ordered, i), block_at(&ordered, i), x, y, fit)
@@ -275,21 +303,36 @@ def forward(const stored[:, :, ::1] x, stored[:, :, ::1] y, statistics, gamma, b
                     forward_tile(&work, tile, x0, y0)
         else:
             moments_of_all(&work, x0, threads)
-            normalize_all(&work, x0, y0, threads)
+            normalize_all(&work, x0, y0, finish_normalize_all(&work), threads)
     free(work.coefficient)
 
 
-def normalize(const stored[:, :, ::1] x, stored[:, :, ::1] y, statistics, int num_threads, activation=None, add=None,
-              closed=None, selection=None):
-    """The same with the mean and rstd in `statistics`."""
+def coefficients(statistics, table):
+    """What y is calculated with, from the mean and rstd in `statistics`; whether all of it fits the data's type."""
     cdef Work work
+    work.C = work.tile_channels = statistics.shape[1]
+    work.statistics = borrow("statistics", statistics, STATISTICS_ROWS, work.C)
+    work.coefficient = borrow("table", table, COEFFICIENT_ROWS, work.C)
+    return finish_normalize(&work, 0)
+
+
+def normalize(x, y, view, table, bint fit, int num_threads, activation=None, add=None, closed=None, selection=None):
+    """y = act(gamma·(x − mean)·rstd + beta + add) by such a table; x and y lie in memory as the view (N, C, S) says.
+
+    They are borrowed and not typed, because for small x typed views of them would take half of the time.
+    """
+    cdef Work work
+    cdef Py_ssize_t shape[3]
     cdef int threads = team_size(num_threads)
-    check_view("y", y, x.shape)
+    shape[0], shape[1], shape[2] = view
+    cdef Py_ssize_t values = shape[0] * shape[1] * shape[2]
+    cdef const stored *x0 = <const stored *> borrow_array("x", x, values, False)
+    cdef stored *y0 = <stored *> borrow_array("y", y, values, True)
     # Streaming pays only where one array fills the cache.
-    begin(&work, x, 1, statistics, None, activation, add, closed, selection)
+    prepare(&work, shape, 1, activation, add, closed, selection)
+    work.coefficient = borrow("table", table, COEFFICIENT_ROWS, work.C)
     with nogil:
-        normalize_all(&work, &x[0, 0, 0], &y[0, 0, 0], threads)
-    free(work.coefficient)
+        normalize_all(&work, x0, y0, fit, threads)
 
 
 def grad_sums(const stored[:, :, ::1] dy, const stored[:, :, ::1] x, statistics, gradients, dgamma, dbeta,

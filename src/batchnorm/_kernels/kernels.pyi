@@ -16,6 +16,7 @@ PerChannel = NDArray[np.floating[Any]]
 Table = NDArray[np.float64]
 Bits = NDArray[np.uint8]
 Limits = tuple[float, float, float]
+Three = tuple[int, int, int]
 Chosen = tuple[NDArray[np.bool_] | None, NDArray[np.intp] | None, int, PerChannel | None, float]
 
 class Kernels(Protocol):
@@ -36,11 +37,14 @@ class Kernels(Protocol):
         closed: Bits | None = None,
         selection: Chosen | None = None,
     ) -> None: ...
+    def coefficients(self, statistics: Table, table: Table) -> bool: ...
     def normalize(
         self,
         x: View,
         y: View,
-        statistics: Table,
+        view: Three,
+        table: Table,
+        fit: bool,
         num_threads: int,
         activation: Limits | None = None,
         add: View | None = None,

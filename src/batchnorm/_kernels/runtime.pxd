@@ -22,6 +22,16 @@ cpdef enum:
     UPSTREAM_DVAR
     GRADIENT_ROWS
 
+# What y and dx are calculated with, per channel; REST is that of the mean, mean − centre.
+cpdef enum:
+    CENTRE
+    SCALE
+    SHIFT
+    SLOPE
+    OFFSET
+    REST
+    COEFFICIENT_ROWS
+
 # What dx is made of besides the direct path, as bits.
 cpdef enum:
     THROUGH_MEAN = 1

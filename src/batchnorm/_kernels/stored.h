@@ -8,7 +8,11 @@
 #include "closed.h"
 #include "half.h"
 
-#if !IS_SHORT
+/* Of a stored value, in a buffer of Python. */
+#if IS_SHORT
+#define FORMAT 'H'
+#else
+#define FORMAT (IS_DOUBLE ? 'd' : 'f')
 typedef real stored;
 typedef vec packed;
 

@@ -209,7 +209,7 @@ class SyncBatchNorm(BatchNorm):
 
         def own() -> tuple[float, Numbers, tuple[Array, Array | None, Array, tuple[Array | None, Array | None]]]:
             array = _arrays.as_float(x, "x")
-            self._check_channels(array)
+            _arrays.check_channels(array.shape, self.axis, self.num_features)
             _arrays.as_eps(self.eps)
             parameters = self.gamma, self.beta
             residual = None if add is None else _arrays.as_like(add, "add", array.shape, array.dtype)
