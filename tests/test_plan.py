@@ -1,4 +1,4 @@
-"""A plan gives the bits of `inference`, whatever else is in the batch and however x lies in memory, and never changes."""
+"""A plan gives the bits of `inference`, whatever is in the batch and however x lies in memory, and it never changes."""
 
 import copy
 import os
