@@ -22,6 +22,7 @@ from batchnorm._kernels import lookup, memoryviews, per_channel, runtime
 
 DOCUMENTED = [
     "functional",
+    "folding",
     "layer",
     "reference",
     "gradient.pathways",
@@ -51,7 +52,8 @@ def test_all_public_names_are_documented():
     compute = (bn.forward, bn.backward, bn.inference, bn.inference_backward, bn.update_running, bn.BatchNorm, bn.Plan)
     explain = (bn.pathways, bn.moment_gradients, bn.jacobian, bn.centering_matrix, bn.diagnose)
     merge = (bn.Moments, bn.population, bn.grad_sums)
-    for function in compute + explain + merge:
+    deploy = (bn.fold, bn.fold_next)
+    for function in compute + explain + merge + deploy:
         for section in ("Parameters", "Examples"):
             assert f"{section}\n" in function.__doc__, (function, section)
 

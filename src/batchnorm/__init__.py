@@ -30,6 +30,7 @@ from .plan import Plan
 if TYPE_CHECKING:
     from . import cs231n, mpi
     from .drift import Drift
+    from .folding import Folded, fold, fold_next
     from .gradient.diagnosis import Diagnosis, diagnose
     from .gradient.pathways import Pathways, centering_matrix, jacobian, moment_gradients, pathways
     from .reference import MomentGradients
@@ -39,6 +40,7 @@ __all__ = [
     "BatchNorm",
     "Diagnosis",
     "Drift",
+    "Folded",
     "GradientSums",
     "Gradients",
     "InferenceGradients",
@@ -52,6 +54,8 @@ __all__ = [
     "centering_matrix",
     "cs231n",
     "diagnose",
+    "fold",
+    "fold_next",
     "forward",
     "get_num_threads",
     "grad_sums",
@@ -73,10 +77,13 @@ __all__ = [
 _MODULE_OF = {
     "Diagnosis": ".gradient.diagnosis",
     "Drift": ".drift",
+    "Folded": ".folding",
     "MomentGradients": ".reference",
     "Pathways": ".gradient.pathways",
     "centering_matrix": ".gradient.pathways",
     "diagnose": ".gradient.diagnosis",
+    "fold": ".folding",
+    "fold_next": ".folding",
     "jacobian": ".gradient.pathways",
     "moment_gradients": ".gradient.pathways",
     "pathways": ".gradient.pathways",

@@ -30,4 +30,11 @@ def results_have_the_type_of_x(x: NDArray[np.float32], h: NDArray[np.float16]) -
 
 def names_that_are_imported_late(dx: NDArray[np.float32], dy: NDArray[np.float32], saved: bn.Saved) -> bool:
     assert_type(bn.pathways(dy, saved).mean, NDArray[np.floating[Any]])
+    folded = bn.fold(dx, None, [0.0], [1.0], layout="IO")
+    assert_type(folded, bn.Folded[np.float32])
+    assert_type(folded.weight, NDArray[np.float32])
+    assert_type(bn.fold_next(dx, dy, [0.0], [1.0], padded=True).pad, NDArray[np.float32] | None)
+    weight, bias = bn.fold([[1.0]], None, [0.0], [1.0])
+    assert_type(weight, NDArray[np.floating[Any]])
+    assert_type(bias, NDArray[np.floating[Any]])
     return bn.diagnose(dx, dy, saved).correct
