@@ -55,12 +55,18 @@ cdef struct Strides:            # of values in memory, for the axes of the view 
     Py_ssize_t n, c, s
 
 
+cdef inline void look_up_row(const unsigned char *x, Py_ssize_t of_x, const item *row, item *y, Py_ssize_t of_y,
+                             Py_ssize_t places) noexcept nogil:
+    cdef Py_ssize_t s
+    for s in range(places):
+        y[s * of_y] = row[x[s * of_x]]
+
+
 cdef inline void look_up_piece(const unsigned char *x, Strides of_x, const item *table, item *y, Strides of_y,
                                Py_ssize_t channels, Py_ssize_t places) noexcept nogil:
-    cdef Py_ssize_t c, s
+    cdef Py_ssize_t c
     for c in range(channels):
-        for s in range(places):
-            y[c * of_y.c + s * of_y.s] = table[c * VALUES + x[c * of_x.c + s * of_x.s]]
+        look_up_row(x + c * of_x.c, of_x.s, table + c * VALUES, y + c * of_y.c, of_y.s, places)
 
 
 cdef inline void stream_piece(const unsigned char *x, Strides of_x, const item *table, item *y, Strides of_y,
