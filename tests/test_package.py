@@ -30,6 +30,8 @@ DOCUMENTED = [
     "cs231n",
     "moments",
     "plan",
+    "conventions.systems",
+    "conventions.state",
     "mpi.sync",
     "_threads",
     "_config",
@@ -54,6 +56,8 @@ def test_all_public_names_are_documented():
     merge = (bn.Moments, bn.population, bn.grad_sums)
     deploy = (bn.fold, bn.fold_next)
     for function in compute + explain + merge + deploy:
+    carry = (bn.convention, bn.Convention, bn.from_state, bn.to_state)
+    for function in compute + explain + merge + carry:
         for section in ("Parameters", "Examples"):
             assert f"{section}\n" in function.__doc__, (function, section)
 

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from . import cs231n, mpi
     from .drift import Drift
     from .folding import Folded, fold, fold_next
+    from .conventions import Convention, convention, from_state, to_state
     from .gradient.diagnosis import Diagnosis, diagnose
     from .gradient.pathways import Pathways, centering_matrix, jacobian, moment_gradients, pathways
     from .reference import MomentGradients
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Activation",
     "BatchNorm",
+    "Convention",
     "Diagnosis",
     "Drift",
     "Folded",
@@ -52,11 +54,13 @@ __all__ = [
     "__version__",
     "backward",
     "centering_matrix",
+    "convention",
     "cs231n",
     "diagnose",
     "fold",
     "fold_next",
     "forward",
+    "from_state",
     "get_num_threads",
     "grad_sums",
     "inference",
@@ -69,24 +73,29 @@ __all__ = [
     "population",
     "set_num_threads",
     "show_config",
+    "to_state",
     "update_running",
 ]
 
 
 # Imported when they are first asked for: the gradient explained took half of the time of the import.
 _MODULE_OF = {
+    "Convention": ".conventions",
     "Diagnosis": ".gradient.diagnosis",
     "Drift": ".drift",
     "Folded": ".folding",
     "MomentGradients": ".reference",
     "Pathways": ".gradient.pathways",
     "centering_matrix": ".gradient.pathways",
+    "convention": ".conventions",
     "diagnose": ".gradient.diagnosis",
     "fold": ".folding",
     "fold_next": ".folding",
+    "from_state": ".conventions",
     "jacobian": ".gradient.pathways",
     "moment_gradients": ".gradient.pathways",
     "pathways": ".gradient.pathways",
+    "to_state": ".conventions",
 }
 
 if not TYPE_CHECKING:

@@ -25,6 +25,11 @@ def results_have_the_type_of_x(x: NDArray[np.float32], h: NDArray[np.float16]) -
     assert_type(bn.inference(h, [0.0], [1.0], mask=[[True]]), NDArray[np.float16])
     assert_type(bn.BatchNorm(3)(x, weights=x), NDArray[np.float32])
     assert_type(bn.Moments.of(x, weights=x).weight, float)
+    layer = bn.from_state({"running_mean": x, "running_var": x}, bn.convention("torch"))
+    assert_type(layer, bn.BatchNorm)
+    assert_type(bn.from_state([x, x, x, x], "keras", momentum=0.9), bn.BatchNorm)
+    assert_type(bn.to_state(layer, "flax", eps=1e-3), dict[str, NDArray[Any]])
+    assert_type(bn.convention("keras").unbiased, bool)
     return y
 
 
