@@ -17,6 +17,7 @@ from ._version import __version__
 
 COMMANDS = {
     "explain": ("gradient.worked_example", "follow a gradient through four values, by its three pathways"),
+    "convert": ("convert", "carry the batch norm layers of a file over to another system's names and eps"),
     "profile": ("profile.command", "time forward, backward and inference on the layer shapes of real networks"),
 }
 PROGRAM = "python -m batchnorm"

@@ -36,12 +36,12 @@ _BESIDE_DATA = 4096
 _LONGEST_COMMENT = 65_557
 """Bytes at the end of a zip file that are searched for the record that says where its directory is."""
 
-_DAMAGED = (ValueError, zipfile.BadZipFile, zlib.error, struct.error, EOFError, RuntimeError, OverflowError)
+DAMAGED = (ValueError, zipfile.BadZipFile, zlib.error, struct.error, EOFError, RuntimeError, OverflowError)
 """What zipfile raises for damaged bytes, and no more: an exception of a signal handler is not the file's fault."""
 
 
 def write(path: str | os.PathLike[str], arrays: Mapping[str, NDArray[Any]]) -> None:
-    """Put arrays into a file, or leave the file as it was.
+    """Put arrays into an npz file, or leave the file as it was.
 
     Raises
     ------
@@ -50,9 +50,14 @@ def write(path: str | os.PathLike[str], arrays: Mapping[str, NDArray[Any]]) -> N
     OSError
         If the file cannot be written.
     """
+    replace(path, _archive(arrays))
+
+
+def replace(path: str | os.PathLike[str], data: bytes) -> None:
+    """Put bytes into a file, or leave the file as it was. Raises as `write` does."""
     path = os.fsdecode(path)
     mode = _mode(path)
-    content = memoryview(_archive(arrays))
+    content = memoryview(data)
     target = os.path.realpath(path)
     beside = os.path.join(os.path.dirname(target), f"batchnorm-{os.urandom(8).hex()}.part")
     try:
@@ -153,7 +158,7 @@ def read(path: str | os.PathLike[str], names: Collection[str], max_bytes: int) -
                     raise ValueError("a name is there twice")
                 _check_size(sum(entry.file_size for entry in entries), max_bytes)
                 return {name: _read_entry(archive, entry, name) for entry, name in entries.items()}
-        except _DAMAGED as error:
+        except DAMAGED as error:
             raise ValueError(f"{path!r} must be a file that BatchNorm.save wrote: {error}") from None
 
 
