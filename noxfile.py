@@ -102,6 +102,21 @@ def bench(session):
 
 
 @nox.session
+def frameworks(session):
+    """Layers of other systems, made, predicted and trained by those themselves; Keras on two of its backends."""
+    session.install(".[test]", "torch", "keras", "jax", "flax", "dm-haiku")
+    for backend in ("torch", "jax"):
+        session.run(
+            "python",
+            "-m",
+            "pytest",
+            "tests/test_conventions_peers.py",
+            *session.posargs,
+            env={"KERAS_BACKEND": backend},
+        )
+
+
+@nox.session
 def wheel(session):
     """sdist → wheel from the sdist, twice → auditwheel → audit; then `installed` on every Python that is installed.
 
