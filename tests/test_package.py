@@ -54,10 +54,8 @@ def test_all_public_names_are_documented():
     compute = (bn.forward, bn.backward, bn.inference, bn.inference_backward, bn.update_running, bn.BatchNorm, bn.Plan)
     explain = (bn.pathways, bn.moment_gradients, bn.jacobian, bn.centering_matrix, bn.diagnose)
     merge = (bn.Moments, bn.population, bn.grad_sums)
-    deploy = (bn.fold, bn.fold_next)
+    deploy = (bn.fold, bn.fold_next, bn.convention, bn.Convention, bn.from_state, bn.to_state)
     for function in compute + explain + merge + deploy:
-    carry = (bn.convention, bn.Convention, bn.from_state, bn.to_state)
-    for function in compute + explain + merge + carry:
         for section in ("Parameters", "Examples"):
             assert f"{section}\n" in function.__doc__, (function, section)
 

@@ -29,9 +29,9 @@ from .plan import Plan
 
 if TYPE_CHECKING:
     from . import cs231n, mpi
+    from .conventions import Convention, convention, from_state, to_state
     from .drift import Drift
     from .folding import Folded, fold, fold_next
-    from .conventions import Convention, convention, from_state, to_state
     from .gradient.diagnosis import Diagnosis, diagnose
     from .gradient.pathways import Pathways, centering_matrix, jacobian, moment_gradients, pathways
     from .reference import MomentGradients
