@@ -94,6 +94,7 @@ def bench(session):
     session.run("python", "-m", "bench", "--quick", "--against", rivals, "--output", str(folder / "bench.md"))
     session.run("python", "-m", "bench.busy", "--rounds", "1")
     session.run("python", "-m", "bench.selection", "--rounds", "1", "--quick")
+    session.run("python", "-m", "bench.deploy", "--rounds", "1", "--quick")
     session.run("python", "-m", "bench.trend", "--output", str(folder / "trend.png"))
     session.run("python", "-m", "bench.distributed", "--output", str(folder / "distributed.md"))
     for name in ("bench.json", "bench.png", "trend.png", "distributed.png"):
@@ -111,6 +112,7 @@ def frameworks(session):
             "-m",
             "pytest",
             "tests/test_conventions_peers.py",
+            "tests/test_folding.py",
             *session.posargs,
             env={"KERAS_BACKEND": backend},
         )

@@ -1,11 +1,13 @@
 """A plan gives the bits of `inference`, whatever is in the batch and however x lies in memory, and it never changes."""
 
 import copy
+import doctest
 import os
 import pickle
 import re
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -310,3 +312,10 @@ def test_it_says_what_it_does():
     for shown, expected in said.items():
         assert shown.endswith(expected)
     assert re.fullmatch(r"Plan\(3 channels along axis -1: .*√\(var \+ 0\.0\).*\)", repr(bn.Plan.normalizer(ONES, ONES)))
+
+
+def test_the_page():
+    page = Path(__file__).parents[1] / "docs" / "deploy.md"
+    failed, tried = doctest.testfile(str(page), module_relative=False)
+    assert tried > 10
+    assert failed == 0
