@@ -118,7 +118,7 @@ cdef inline void apply_rows(const Operands *o, bint gradient, int kind, Py_ssize
             j = 0 if start else stop
             while j < length:       # before the first whole line and after the last
                 count = min(size, (start if j < start else length) - j)
-                write(out + j, applied(o, gradient, kind, i, j, count, notes, place, k, column), count)
+                store_each(out + j, applied(o, gradient, kind, i, j, count, notes, place, k, column), count)
                 j = stop if j + count == start else j + count
         elif kind == ANYTHING:
             here = notes_from(o.closed, i)

@@ -70,6 +70,7 @@ cdef extern from "stored.h" nogil:
     void store_vec(stored *, vec) noexcept
     void store_wide(stored *, wide, Py_ssize_t) noexcept
     void store_first(stored *, vec, Py_ssize_t) noexcept
+    void store_each(stored *, vec, Py_ssize_t) noexcept
     void stream_vec(stored *, vec) noexcept
     void finish_streaming() noexcept
     Py_ssize_t to_line(const stored *) noexcept
