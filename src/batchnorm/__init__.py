@@ -29,6 +29,7 @@ from .plan import Plan
 
 if TYPE_CHECKING:
     from . import cs231n, mpi
+    from .calculus import SecondGradients, Tangents, double_backward, jvp, second_sums, tangent_sums
     from .conventions import Convention, convention, from_state, to_state
     from .drift import Drift
     from .folding import Folded, fold, fold_next
@@ -51,12 +52,15 @@ __all__ = [
     "Pathways",
     "Plan",
     "Saved",
+    "SecondGradients",
+    "Tangents",
     "__version__",
     "backward",
     "centering_matrix",
     "convention",
     "cs231n",
     "diagnose",
+    "double_backward",
     "fold",
     "fold_next",
     "forward",
@@ -66,13 +70,16 @@ __all__ = [
     "inference",
     "inference_backward",
     "jacobian",
+    "jvp",
     "moment_gradients",
     "mpi",
     "num_threads",
     "pathways",
     "population",
+    "second_sums",
     "set_num_threads",
     "show_config",
+    "tangent_sums",
     "to_state",
     "update_running",
 ]
@@ -86,15 +93,21 @@ _MODULE_OF = {
     "Folded": ".folding",
     "MomentGradients": ".reference",
     "Pathways": ".gradient.pathways",
+    "SecondGradients": ".calculus",
+    "Tangents": ".calculus",
     "centering_matrix": ".gradient.pathways",
     "convention": ".conventions",
     "diagnose": ".gradient.diagnosis",
+    "double_backward": ".calculus",
     "fold": ".folding",
     "fold_next": ".folding",
     "from_state": ".conventions",
     "jacobian": ".gradient.pathways",
+    "jvp": ".calculus",
     "moment_gradients": ".gradient.pathways",
     "pathways": ".gradient.pathways",
+    "second_sums": ".calculus",
+    "tangent_sums": ".calculus",
     "to_state": ".conventions",
 }
 

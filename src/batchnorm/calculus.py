@@ -1,0 +1,520 @@
+"""Derivatives beyond the gradient: tangents (forward mode), and the gradient of the gradient.
+
+Decisions:
+
+- No kernel of their own. A tangent of y is γ·rstd·ẋ plus a multiple of x − μ plus a constant, per channel, and so is
+  what `backward` writes: P, the projection in both, is its own transpose. The gradient of dx has one array more, which
+  comes in as a residual.
+- Everything between the passes over memory is a few float64 numbers per channel, in the two classes `_Moved` and
+  `_Second`: there stands each formula once.
+- `through=` switches the paths through mean and variance off, as in `backward`. Without both the statistics are fixed.
+- 16-bit floats are worked on in float32, because what goes from one pass to the next would lose its digits.
+"""
+
+import math
+from collections.abc import Collection
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from . import _arrays, _kernels, _threads, functional
+from ._arrays import Array
+from ._kernels.runtime import (
+    GAMMA,
+    GRADIENT_ROWS,
+    RSTD,
+    STATISTICS_ROWS,
+    SUM_DY,
+    SUM_DY_XMU,
+    THROUGH_MEAN,
+    THROUGH_VARIANCE,
+    UPSTREAM,
+    UPSTREAM_DMEAN,
+    UPSTREAM_DVAR,
+)
+from .functional import Saved
+
+if TYPE_CHECKING:
+    from ._kernels.kernels import Chosen, Kernels
+
+Numbers = NDArray[np.float64]
+
+_BOTH = ("mean", "variance")
+_SECOND_NEED = ("dy", "x", "gamma")
+
+
+class Tangents(NamedTuple):
+    """Derivatives along a direction: of y, of x's shape and dtype, and of mean and var, float64 of shape (C,)."""
+
+    dy: Array
+    dmean: Numbers
+    dvar: Numbers
+
+
+class SecondGradients(NamedTuple):
+    """Gradients with respect to dy, x and gamma; None where not asked for, or where there was no gamma."""
+
+    dy: Array | None
+    x: Array | None
+    gamma: Array | None
+
+
+class _Channels(NamedTuple):
+    """What is known of the channels of a batch; `mean` and `variance` are 1 where the path through them counts."""
+
+    n: float  # with weights, their sum
+    gamma: Numbers
+    rstd: Numbers
+    mean: float
+    variance: float
+
+    @classmethod
+    def of(cls, saved: Saved, through: Collection[str]) -> "_Channels":
+        if isinstance(through, str):
+            through = (through,)
+        if not isinstance(through, Collection) or any(name not in _BOTH for name in through):
+            raise ValueError(f"through must be a name or a collection of names out of {_BOTH}, got {through!r}")
+        n, gamma, rstd = saved._tally.weight or 1.0, saved._statistics[GAMMA], saved._statistics[RSTD]
+        return cls(n, gamma, rstd, float("mean" in through), float("variance" in through))
+
+
+class _Moved(NamedTuple):
+    """ẏ = γ·rstd·ẋ + slope·(x − μ) + offset, where the moments move by dmean and dvar."""
+
+    dmean: Numbers
+    dvar: Numbers
+    slope: Numbers
+    offset: Numbers
+
+    @classmethod
+    def by(cls, sums: Numbers, channels: _Channels, *along: Numbers | None) -> "_Moved":
+        n, gamma, rstd, mean, variance = channels
+        dgamma, dbeta, dmean, dvar = (0.0 if value is None else value for value in along)
+        dmean = mean * sums[0] / n + dmean
+        dvar = variance * 2 * sums[1] / n + dvar
+        slope = dgamma * rstd - gamma * rstd**3 * dvar / 2
+        offset = dbeta - gamma * rstd * dmean
+        return cls(dmean, dvar, slope, offset)
+
+
+class _Second(NamedTuple):
+    """g_x = of_dy·dy + weight·(of_ddx·ddx + slope·(x − μ) + offset), with a weight of 1 where there are none."""
+
+    gamma: Numbers
+    of_dy: Numbers
+    of_ddx: Numbers
+    slope: Numbers
+    offset: Numbers
+
+    @classmethod
+    def of(cls, sums: Numbers, channels: _Channels, ddgamma: Numbers | None) -> "_Second":
+        n, gamma, rstd, mean, variance = channels
+        a = 0.0 if ddgamma is None else ddgamma
+        mean_ddx, mean_ddx_xhat = sums[0] / n, rstd * sums[1] / n
+        dbeta, dgamma, product = sums[2], rstd * sums[3], sums[4]
+        inner = product - mean * mean_ddx * dbeta - variance * mean_ddx_xhat * dgamma
+        of_dy = rstd * (a - variance * gamma * rstd * mean_ddx_xhat)
+        of_ddx = -variance * gamma * rstd**2 * dgamma
+        slope = -variance * rstd * (of_dy * dgamma + of_ddx * mean_ddx_xhat + gamma * rstd**2 * inner)
+        offset = -mean * (of_dy * dbeta + of_ddx * mean_ddx)
+        return cls(rstd * inner, of_dy, of_ddx / n, slope / n, offset / n)
+
+
+class _Passes:
+    """The passes over the values of one batch, without its activation; arrays lie in memory as x does."""
+
+    def __init__(self, saved: Saved, num_threads: int | None) -> None:
+        x, self._layout = saved.x, saved._layout
+        self._statistics = saved._statistics
+        self._given = x.dtype
+        self._x = x if x.itemsize > 2 else self._layout.copy(x, np.dtype(np.float32))
+        self._threads = _threads.threads_for(x.size, num_threads)
+        self._kernels: Kernels = _kernels.of_type[self._x.dtype.char]
+        selection = saved._selection
+        weights = None if selection is None else selection.weights
+        self.weights = None if weights is None else self._by_place(weights)
+        self.unit = 1.0 if selection is None else math.ldexp(1.0, selection.exponent)
+        self._chosen: Chosen | None = None if selection is None or weights is not None else selection.chosen()
+
+    def _by_place(self, weights: Array) -> Array:
+        N, _, S = self._layout.view
+        by_place: Array = weights[: N * S].reshape(N, 1, S)
+        return by_place
+
+    def like_x(self, value: ArrayLike, name: str) -> Array:
+        """The argument where and as the kernels read it."""
+        array = _arrays.as_like(value, name, self._layout.shape, self._given)
+        return self._layout.copy(array, self._x.dtype) if self._given != self._x.dtype else self._layout.bring(array)
+
+    def room(self, out: Array | None = None) -> Array:
+        """Where a pass can write: `out` if it fits, else new memory."""
+        if out is None or out.dtype != self._x.dtype:
+            return self._layout.empty(self._x.dtype)
+        return self._layout.room(out, self._x.dtype)
+
+    def weighted(self, array: Array, out: Array | None = None) -> Array:
+        """The array times the weight of each place, in units of `unit`: a copy or `out`, or itself without weights."""
+        if self.weights is None:
+            return array
+        out = self._layout.copy(array) if out is None else out
+        seen = self._layout.seen(out)
+        seen *= self.weights
+        return out
+
+    def weighted_sums(self, array: Array) -> Numbers:
+        """Σw·array and Σw·array·(x − μ)."""
+        return self.unit * self.sums(self.weighted(array))
+
+    def sums(self, array: Array, x: Array | None = None) -> Numbers:
+        """Σarray and Σarray·(x − μ); of another x, Σarray·x."""
+        table = np.zeros((GRADIENT_ROWS, self._layout.view[1]))
+        statistics = self._statistics if x is None else np.zeros_like(self._statistics)
+        if array.size:
+            views = self._layout.seen(array), self._layout.seen(self._x if x is None else x)
+            self._kernels.grad_sums(*views, statistics, table, None, None, self._threads, None, self._chosen)
+        return table[SUM_DY : SUM_DY_XMU + 1]
+
+    def combined(self, array: Array, factor: Numbers, slope: Numbers, offset: Numbers) -> Array:
+        """factor·array + slope·(x − μ) + offset."""
+        statistics, table = self._statistics.copy(), np.zeros((GRADIENT_ROWS, self._layout.view[1]))
+        statistics[GAMMA], statistics[RSTD] = factor, 1
+        table[UPSTREAM_DMEAN], table[UPSTREAM_DVAR] = offset, slope / 2
+        out = self.room()
+        if out.size:
+            u, x, to = map(self._layout.seen, (array, self._x, out))
+            self._kernels.grad_apply(u, x, to, statistics, table, UPSTREAM, 1.0, self._threads, None, self._chosen)
+        return out
+
+    def projected(
+        self, array: Array, paths: int, n: float, besides: tuple[Numbers, Numbers] | None, out: Array
+    ) -> tuple[Array, Numbers]:
+        """γ·rstd·P(array) + slope·(x − μ) + offset, and the sums of array, tile by tile while it is in cache."""
+        table = np.empty((GRADIENT_ROWS, self._layout.view[1]))
+        if besides is not None:
+            slope, offset = besides
+            table[UPSTREAM_DMEAN], table[UPSTREAM_DVAR] = n * offset, n * slope / 2
+            paths |= UPSTREAM
+        u, x, to = map(self._layout.seen, (array, self._x, out))
+        self._kernels.backward(
+            u, x, to, self._statistics, table, None, None, paths, n, self._threads, None, self._chosen
+        )
+        return out, table[SUM_DY : SUM_DY_XMU + 1]
+
+    def add(self, out: Array, factor: Numbers, array: Array) -> None:
+        """out ← out + factor·array."""
+        statistics = np.zeros((STATISTICS_ROWS, self._layout.view[1]))
+        statistics[GAMMA], statistics[RSTD] = factor, 1
+        if out.size:
+            after = None, self._layout.seen(out), None
+            functional.normalize(array, out, self._layout, statistics, self._threads, after, self._chosen)
+
+    def finished(self, result: Array, out: Array | None = None) -> Array:
+        """In the type of x, and where the caller wants it."""
+        if result.dtype != self._given:
+            result = self._layout.copy(result, self._given)
+        return result if out is None else _arrays.deliver(result, out)
+
+
+def per_channel(channels: int, **given: ArrayLike | None) -> list[Numbers | None]:
+    """The arguments, by name, as float64 numbers per channel."""
+    return [
+        None if value is None else _arrays.as_channels(value, name, channels).astype(np.float64)
+        for name, value in given.items()
+    ]
+
+
+def _check_saved(saved: Saved) -> None:
+    if not isinstance(saved, Saved):
+        raise TypeError(f"saved must be what forward returned, got {type(saved).__name__}")
+
+
+def _check_sums(sums: Numbers, rows: int, channels: int) -> Numbers:
+    array = np.asarray(sums)
+    if array.shape != (rows, channels) or array.dtype != np.float64:
+        raise ValueError(f"sums must be float64 of shape ({rows}, {channels}), got {array.dtype} {array.shape}")
+    return array
+
+
+def tangent_sums(dx: ArrayLike, saved: Saved, *, num_threads: int | None = None) -> Numbers:
+    """The sums that `jvp` needs, Σẋ and Σẋ·(x − μ) per channel; with weights, Σwẋ and Σwẋ·(x − μ).
+
+    Add up those of the parts of a batch, whose `saved` come from `forward(..., moments=)`, and give them to
+    `jvp(..., sums=)`.
+
+    Parameters
+    ----------
+    dx : array_like
+        The direction ẋ, of x's shape and dtype.
+    saved : Saved
+        From `forward`.
+    num_threads : int, optional
+        Threads for this call. Its results do not depend on it.
+
+    Returns
+    -------
+    ndarray of float64, shape (2, C)
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `jvp`.
+
+    Examples
+    --------
+    >>> import numpy as np, batchnorm as bn
+    >>> y, saved = bn.forward(np.array([[1.0], [2.0], [6.0]]))
+    >>> bn.tangent_sums(np.array([[1.0], [0.0], [1.0]]), saved)
+    array([[2.],
+           [1.]])
+    """
+    _check_saved(saved)
+    passes = _Passes(saved, num_threads)
+    return passes.weighted_sums(passes.like_x(dx, "dx"))
+
+
+def jvp(
+    dx: ArrayLike,
+    saved: Saved,
+    *,
+    dgamma: ArrayLike | None = None,
+    dbeta: ArrayLike | None = None,
+    dmean: ArrayLike | None = None,
+    dvar: ArrayLike | None = None,
+    dadd: ArrayLike | None = None,
+    through: Collection[str] = _BOTH,
+    sums: Numbers | None = None,
+    out: Array | None = None,
+    num_threads: int | None = None,
+) -> Tangents:
+    """The derivative of `forward` along a direction: ẏ = γ·rstd·(ẋ − μ̇ − ½·rstd·x̂·σ̇²) + γ̇·x̂ + β̇.
+
+    The moments move by μ̇ = Σẋ/n and σ̇² = 2·Σ(x − μ)ẋ/n, so ẏ = γ·rstd·P(ẋ) + γ̇·x̂ + β̇ with
+    P(v) = v − Σv/n − x̂·Σv·x̂/n. It is the same P as in dx = γ·rstd·P(dy): the Jacobian is symmetric. After an
+    activation ẏ is multiplied by act′.
+
+    Parameters
+    ----------
+    dx : array_like
+        The direction ẋ, of x's shape and dtype.
+    saved : Saved
+        From `forward`.
+    dgamma, dbeta : array_like, shape (C,), optional
+        Directions of gamma and beta; 0 where None.
+    dmean, dvar : array_like, shape (C,), optional
+        What the moments move by besides, where they are no functions of x. With `through=()` it is all that they move.
+    dadd : array_like, optional
+        The direction of what was added, of x's shape and dtype.
+    through : {"mean", "variance"} or collection of them, optional
+        The statistics that move with x, both by default. `through=()` is for fixed statistics: `forward` with
+        `moments=Moments(1, mean, var)` has the bits of `inference`.
+    sums : ndarray of float64, shape (2, C), optional
+        `tangent_sums` over all values that the statistics are of, in place of those of dx alone.
+    out : ndarray, optional
+        Where to write ẏ; of x's shape and dtype. `out=dx` is allowed, other overlaps are not.
+    num_threads : int, optional
+        Threads for this call. Its results do not depend on it.
+
+    Returns
+    -------
+    Tangents
+        A named tuple (dy, dmean, dvar): ẏ, μ̇ and σ̇².
+
+    Raises
+    ------
+    TypeError
+        If `saved` is not from `forward`, or an array has another dtype than x.
+    ValueError
+        If a shape, `through`, `sums` or `out` does not fit, or there is `dadd` and nothing was added.
+
+    See Also
+    --------
+    backward : the transposed derivative, vᵀẏ = dxᵀẋ for dx = backward(v).
+
+    References
+    ----------
+    Griewank and Walther, "Evaluating Derivatives", 2008, chapter 3: forward mode.
+
+    Examples
+    --------
+    >>> import numpy as np, batchnorm as bn
+    >>> x, dx = np.array([[1.0], [2.0], [6.0]]), np.array([[1.0], [0.0], [0.0]])
+    >>> y, saved = bn.forward(x)
+    >>> tangents = bn.jvp(dx, saved)
+    >>> moved = (bn.forward(x + 1e-6 * dx)[0] - y) / 1e-6
+    >>> bool(np.allclose(tangents.dy, moved, atol=1e-5))
+    True
+    >>> dy = np.array([[1.0], [2.0], [0.0]])  # both ways to the same number
+    >>> bool(np.isclose((dy * tangents.dy).sum(), (bn.backward(dy, saved).dx * dx).sum()))
+    True
+    """
+    _check_saved(saved)
+    C, channels, passes = saved._layout.view[1], _Channels.of(saved, through), _Passes(saved, num_threads)
+    given = passes.like_x(dx, "dx")
+    along = per_channel(C, dgamma=dgamma, dbeta=dbeta, dmean=dmean, dvar=dvar)
+    residual = None if dadd is None else _residual(dadd, "dadd", saved, passes)
+    if out is not None:
+        _arrays.check_out(out, saved.x.shape, saved.x.dtype)
+        _arrays.check_overlap(out, {"x": saved.x, "dx": dx, "dadd": dadd}, ("dx",))
+    if sums is None and passes.weights is None and given.size:
+        paths = THROUGH_MEAN * bool(channels.mean) | THROUGH_VARIANCE * bool(channels.variance)
+        besides = None
+        if any(value is not None for value in along):
+            alone = _Moved.by(np.zeros((2, C)), channels, *along)
+            besides = alone.slope, alone.offset
+        dy, sums = passes.projected(given, paths, channels.n, besides, passes.room(out))
+        moved = _Moved.by(sums, channels, *along)
+    else:
+        sums = tangent_sums(dx, saved, num_threads=num_threads) if sums is None else _check_sums(sums, 2, C)
+        moved = _Moved.by(sums, channels, *along)
+        dy = passes.combined(given, channels.gamma * channels.rstd, moved.slope, moved.offset)
+    if residual is not None:
+        passes.add(dy, np.ones(C), residual)
+    dy = functional.upstream(passes.finished(dy), saved)
+    return Tangents(dy if out is None or dy is out else _arrays.deliver(dy, out), moved.dmean, moved.dvar)
+
+
+def _residual(value: ArrayLike, name: str, saved: Saved, passes: _Passes) -> Array:
+    if not saved._added:
+        raise ValueError(f"{name} must be None where forward added nothing")
+    return passes.like_x(value, name)
+
+
+def second_sums(ddx: ArrayLike, dy: ArrayLike, saved: Saved, *, num_threads: int | None = None) -> Numbers:
+    """The sums that `double_backward` needs: Σu, Σu·(x − μ), Σdy, Σdy·(x − μ) and Σu·dy per channel, with u for ddx.
+
+    With weights the first two are Σwu and Σwu·(x − μ). Add up those of the parts of a batch, whose `saved` come from
+    `forward(..., moments=)`, and give them to `double_backward(..., sums=)`.
+
+    Parameters
+    ----------
+    ddx, dy : array_like
+        Of x's shape and dtype; see `double_backward`.
+    saved : Saved
+        From `forward`.
+    num_threads : int, optional
+        Threads for this call. Its results do not depend on it.
+
+    Returns
+    -------
+    ndarray of float64, shape (5, C)
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `double_backward`.
+
+    Examples
+    --------
+    >>> import numpy as np, batchnorm as bn
+    >>> y, saved = bn.forward(np.array([[1.0], [2.0], [6.0]]))
+    >>> bn.second_sums(np.array([[1.0], [0.0], [1.0]]), np.array([[2.0], [1.0], [0.0]]), saved).ravel()
+    array([ 2.,  1.,  3., -5.,  2.])
+    """
+    _check_saved(saved)
+    passes = _Passes(saved, num_threads)
+    return _second_sums(passes, passes.like_x(ddx, "ddx"), passes.like_x(functional.upstream(dy, saved), "dy"))
+
+
+def _second_sums(passes: _Passes, ddx: Array, dy: Array) -> Numbers:
+    return np.concatenate([passes.weighted_sums(ddx), passes.sums(dy), passes.sums(ddx, dy)[1:]])
+
+
+def double_backward(
+    ddx: ArrayLike,
+    dy: ArrayLike,
+    saved: Saved,
+    *,
+    ddgamma: ArrayLike | None = None,
+    ddbeta: ArrayLike | None = None,
+    ddadd: ArrayLike | None = None,
+    through: Collection[str] = _BOTH,
+    need: Collection[str] = _SECOND_NEED,
+    sums: Numbers | None = None,
+    num_threads: int | None = None,
+) -> SecondGradients:
+    """Gradients of what `backward` returns: with respect to dy, x and gamma, from upstream gradients u of dx, a and b.
+
+    With P(v) = v − Σv/n − x̂·Σv·x̂/n and q = Σu·dy − Σu·Σdy/n − Σu·x̂·Σdy·x̂/n, per channel,
+
+    - g_dy = γ·rstd·P(u) + a·x̂ + b, which is `jvp` of u, a and b,
+    - g_gamma = rstd·q,
+    - g_x = −(γ·rstd²/n)·(x̂·q + Σdy·x̂·P(u) + Σu·x̂·P(dy)) + a·rstd·P(dy).
+
+    Parameters
+    ----------
+    ddx : array_like
+        u, the upstream gradient of dx, of x's shape and dtype.
+    dy : array_like
+        As given to `backward`.
+    saved : Saved
+        From `forward`.
+    ddgamma, ddbeta : array_like, shape (C,), optional
+        a and b, the upstream gradients of dgamma and dbeta; 0 where None.
+    ddadd : array_like, optional
+        The upstream gradient of dadd, of x's shape and dtype.
+    through : {"mean", "variance"} or collection of them, optional
+        As given to `backward`; `through=()` for fixed statistics.
+    need : {"dy", "x", "gamma"} or collection of them, optional
+        The gradients to compute, all by default; the others are None.
+    sums : ndarray of float64, shape (5, C), optional
+        `second_sums` over all values that the statistics are of, in place of those of ddx and dy alone.
+    num_threads : int, optional
+        Threads for this call. Its results do not depend on it.
+
+    Returns
+    -------
+    SecondGradients
+        A named tuple (dy, x, gamma): the first two like x, the last like gamma and None where there is none. There is
+        no gradient of beta: it only decides where an activation is closed.
+
+    Raises
+    ------
+    TypeError
+        If `saved` is not from `forward`, or an array has another dtype than x.
+    ValueError
+        If a shape, `through`, `need` or `sums` does not fit, or there is `ddadd` and nothing was added.
+
+    Notes
+    -----
+    After an activation dy·act′ takes the place of dy, and g_dy is multiplied by act′; act″ is 0.
+
+    References
+    ----------
+    The formulas are derived in docs/derivation.md.
+
+    Examples
+    --------
+    >>> import numpy as np, batchnorm as bn
+    >>> x, dy, u = np.array([[1.0], [2.0], [6.0]]), np.array([[1.0], [0.0], [0.0]]), np.array([[0.0], [1.0], [0.0]])
+    >>> loss = lambda x: (u * bn.backward(dy, bn.forward(x)[1]).dx).sum()
+    >>> second = bn.double_backward(u, dy, bn.forward(x)[1])
+    >>> step = np.array([[0.0], [0.0], [1e-5]])
+    >>> bool(np.isclose(second.x[2, 0], (loss(x + step) - loss(x - step)) / 2e-5, rtol=1e-6))
+    True
+    """
+    _check_saved(saved)
+    C, channels, passes = saved._layout.view[1], _Channels.of(saved, through), _Passes(saved, num_threads)
+    u, dy = passes.like_x(ddx, "ddx"), passes.like_x(functional.upstream(dy, saved), "dy")
+    a, b = per_channel(C, ddgamma=ddgamma, ddbeta=ddbeta)
+    residual = None if ddadd is None else _residual(ddadd, "ddadd", saved, passes)
+    if isinstance(need, str):
+        need = (need,)
+    if not isinstance(need, Collection) or any(name not in _SECOND_NEED for name in need):
+        raise ValueError(f"need must be a name or a collection of names out of {_SECOND_NEED}, got {need!r}")
+    sums = _second_sums(passes, u, dy) if sums is None else _check_sums(sums, 5, C)
+    moved, second = _Moved.by(sums[:2], channels, a, b, None, None), _Second.of(sums, channels, a)
+    g_dy = g_x = g_gamma = None
+    if "dy" in need:
+        g_dy = passes.combined(u, channels.gamma * channels.rstd, moved.slope, moved.offset)
+        if residual is not None:
+            passes.add(g_dy, np.ones(C), residual)
+        g_dy = functional.upstream(passes.finished(g_dy), saved)
+    if "x" in need:
+        g_x = passes.combined(u, *(passes.unit * part for part in (second.of_ddx, second.slope, second.offset)))
+        passes.weighted(g_x, g_x)
+        passes.add(g_x, second.of_dy, dy)
+        g_x = passes.finished(g_x)
+    if "gamma" in need and saved._dtypes[1] is not None:
+        g_gamma = second.gamma.astype(saved._dtypes[1])
+    return SecondGradients(g_dy, g_x, g_gamma)
