@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice, pairwise
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -251,39 +252,52 @@ def draw(sweep: Sweep, path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def options(description: str, plot: str, trains: bool = True) -> argparse.Namespace:
-    """The command line: epochs, seed and picture."""
+def options(
+    description: str, plot: str, epochs: int | None = None, save: str | None = None, times: bool = False
+) -> argparse.Namespace:
+    """The command line: seed and picture, and what else has a default here."""
     parser = argparse.ArgumentParser(description=description)
-    if trains:
-        parser.add_argument("--epochs", type=int, default=30, metavar="N", help="of training (%(default)s)")
+    if epochs is not None:
+        parser.add_argument("--epochs", type=int, default=epochs, metavar="N", help="of training (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of all that is random (%(default)s)")
     parser.add_argument("--plot", type=Path, default=plot, metavar="FILE", help="the picture (%(default)s)")
+    if save is not None:
+        parser.add_argument("--save", type=Path, default=save, metavar="FILE", help="the network (%(default)s)")
+    if times:
+        parser.add_argument("--time", action="store_true", help="measure times too")
     chosen = parser.parse_args()
-    if trains and chosen.epochs < 1:
+    if epochs is not None and chosen.epochs < 1:
         parser.error(f"argument --epochs: must be at least 1, got {chosen.epochs}")
     if chosen.seed < 0:
         parser.error(f"argument --seed: must be at least 0, got {chosen.seed}")
-    if chosen.plot.suffix != ".png" or not chosen.plot.parent.is_dir():
-        parser.error(f"argument --plot: must be a .png file in an existing folder, got {chosen.plot}")
+    for name, suffix in (("plot", ".png"), ("save", ".npz")):
+        path = getattr(chosen, name, None)
+        if path is not None and (path.suffix != suffix or not path.parent.is_dir()):
+            parser.error(f"argument --{name}: must be a {suffix} file in an existing folder, got {path}")
     return chosen
 
 
-def load() -> tuple[Array, Labels]:
-    """Images from 0 to 1 and their labels; one thread from here on."""
+def datasets() -> ModuleType:
+    """scikit-learn's data sets; one thread from here on."""
     try:
         import matplotlib.figure  # noqa: F401
-        from sklearn.datasets import load_digits
+        import sklearn.datasets
         from threadpoolctl import threadpool_limits
     except ImportError:
         script = Path(sys.argv[0]).name
         sys.exit(f"{script} needs scikit-learn and matplotlib: python -m pip install '.[examples]'")
     threadpool_limits(1)
-    images, labels = load_digits(return_X_y=True)
+    return sklearn.datasets
+
+
+def load() -> tuple[Array, Labels]:
+    """Images from 0 to 1 and their labels; one thread from here on."""
+    images, labels = datasets().load_digits(return_X_y=True)
     return (images / 16).astype(np.float32), labels
 
 
 def main() -> None:
-    chosen = options("Train on handwritten digits with and without batch normalization.", "digits.png")
+    chosen = options("Train on handwritten digits with and without batch normalization.", "digits.png", epochs=30)
     x, labels = load()
     sweep: Sweep = {}
     print(f"test accuracy after epoch {chosen.epochs}\n")

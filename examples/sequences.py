@@ -84,7 +84,7 @@ def draw(right: Statistics, wrong: dict[int, Statistics], ours: Statistics, firs
 
 
 def main() -> None:
-    chosen = options("Show what padding does to the statistics of a batch.", "sequences.png", trains=False)
+    chosen = options("Show what padding does to the statistics of a batch.", "sequences.png")
     images, _ = load()
     sequences = numbers(images, np.random.default_rng(chosen.seed))
     columns = np.concatenate(sequences).astype(np.float64)

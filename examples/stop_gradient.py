@@ -112,7 +112,7 @@ def draw(runs: Runs, path: Path) -> None:
 
 
 def main() -> None:
-    chosen = options("Train on handwritten digits with parts of the gradient stopped.", "stop_gradient.png")
+    chosen = options("Train on handwritten digits with parts of the gradient stopped.", "stop_gradient.png", epochs=30)
     x, labels = load()
     seeds = range(chosen.seed, chosen.seed + SEEDS)
     print(f"after epoch {chosen.epochs}, learning rate {LEARNING_RATE}, seeds {seeds[0]} to {seeds[-1]}\n")
