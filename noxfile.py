@@ -95,6 +95,7 @@ def bench(session):
     session.run("python", "-m", "bench.busy", "--rounds", "1")
     session.run("python", "-m", "bench.selection", "--rounds", "1", "--quick")
     session.run("python", "-m", "bench.deploy", "--rounds", "1", "--quick")
+    session.run("python", "-m", "bench.calculus", "--rounds", "1", "--quick")
     session.run("python", "-m", "bench.trend", "--output", str(folder / "trend.png"))
     session.run("python", "-m", "bench.distributed", "--output", str(folder / "distributed.md"))
     for name in ("bench.json", "bench.png", "trend.png", "distributed.png"):

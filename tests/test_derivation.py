@@ -27,6 +27,13 @@ N, EPS, STEP = 5, 0.03, 1e-3
 
 # LaTeX and the letter that stands for it; the longer ones first.
 LETTERS = {
+    r"\frac{\partial \mathrm{rstd}}{\partial x_i}": "V_i",
+    r"\frac{\partial \hat{x}_j}{\partial x_i}": "O_{ji}",
+    r"\dot{\sigma^2}": "U",
+    r"\dot{\mu}": "N",
+    r"\dot{x}": "X",
+    r"\dot{y}": "Y",
+    r"\mathrm{gx}": "Z",
     r"\frac{\partial \mathrm{rstd}}{\partial \sigma^2}": "R",
     r"\frac{\partial \mu}{\partial x_i}": "M_i",
     r"\frac{\partial \sigma^2}{\partial x_i}": "S_i",
@@ -71,6 +78,9 @@ def values(rng):
     parts = [bn.forward(part)[1] for part in (x[:-2], x[-2:])]
     eye = np.eye(N)
     moved = [lambda h, i=i: bn.forward(x + h * eye[:, [i]], eps=EPS)[1] for i in range(N)]
+    direction, u = rng.standard_normal((2, N, 1))
+    tangents, second = bn.jvp(direction, saved), bn.double_backward(u, dy, saved)
+    normalized = [lambda h, i=i: bn.forward(x + h * eye[:, [i]], eps=EPS)[0][:, 0] for i in range(N)]
     return {
         "R": slope(lambda h: bn.forward(x, eps=EPS + h)[1].rstd[0]),
         "M": np.array([slope(lambda h, f=f: f(h).mean[0]) for f in moved]),
@@ -108,6 +118,15 @@ def values(rng):
         "T": dgamma[0] / saved.rstd[0],
         "F": bn.backward(np.ones_like(dy), saved, through=()).dx[0, 0],
         "G": (bn.pathways(dy, saved).mean)[0, 0],
+        "V": np.array([slope(lambda h, f=f: f(h).rstd[0]) for f in moved]),
+        "O": np.array([slope(f) for f in normalized]).T,
+        "N": tangents.dmean[0],
+        "U": tangents.dvar[0],
+        "X": direction[:, 0],
+        "Y": tangents.dy[:, 0],
+        "Z": second.x[:, 0],
+        "u": u[:, 0],
+        "q": second.gamma[0] / saved.rstd[0],
         "H": (bn.pathways(dy, saved).variance[:, 0] / (x[:, 0] - saved.mean[0]))[0],
     }
 

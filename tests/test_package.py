@@ -28,6 +28,7 @@ DOCUMENTED = [
     "gradient.pathways",
     "gradient.diagnosis",
     "cs231n",
+    "calculus",
     "moments",
     "plan",
     "conventions.systems",
@@ -53,9 +54,10 @@ def test_all_public_names_are_documented():
         assert getattr(bn, name).__doc__, name
     compute = (bn.forward, bn.backward, bn.inference, bn.inference_backward, bn.update_running, bn.BatchNorm, bn.Plan)
     explain = (bn.pathways, bn.moment_gradients, bn.jacobian, bn.centering_matrix, bn.diagnose)
+    calculus = (bn.jvp, bn.double_backward, bn.tangent_sums, bn.second_sums)
     merge = (bn.Moments, bn.population, bn.grad_sums)
     deploy = (bn.fold, bn.fold_next, bn.convention, bn.Convention, bn.from_state, bn.to_state)
-    for function in compute + explain + merge + deploy:
+    for function in compute + explain + calculus + merge + deploy:
         for section in ("Parameters", "Examples"):
             assert f"{section}\n" in function.__doc__, (function, section)
 
