@@ -5,8 +5,8 @@ Decisions:
 - No kernel of their own. A tangent of y is γ·rstd·ẋ plus a multiple of x − μ plus a constant, per channel, and so is
   what `backward` writes: P, the projection in both, is its own transpose. The gradient of dx has one array more, which
   comes in as a residual.
-- Everything between the passes over memory is a few float64 numbers per channel, in the two classes `_Moved` and
-  `_Second`: there stands each formula once.
+- Everything between the passes over memory is a few float64 numbers per channel, in `_moved`,
+  `_combination` and `_Second`: there stands each formula once.
 - `through=` switches the paths through mean and variance off, as in `backward`. Without both the statistics are fixed.
 - 16-bit floats are worked on in float32, because what goes from one pass to the next would lose its digits.
 """
@@ -79,23 +79,24 @@ class _Channels(NamedTuple):
         return cls(n, gamma, rstd, float("mean" in through), float("variance" in through))
 
 
-class _Moved(NamedTuple):
-    """ẏ = γ·rstd·ẋ + slope·(x − μ) + offset, where the moments move by dmean and dvar."""
+def _moved(sums: Numbers, channels: _Channels, dmean: Numbers | None, dvar: Numbers | None) -> tuple[Numbers, Numbers]:
+    """μ̇ and σ̇², with what they move by besides."""
+    n, _, _, mean, variance = channels
+    moved_mean, moved_var = mean * sums[0] / n, variance * 2 * sums[1] / n
+    return (
+        moved_mean if dmean is None else moved_mean + dmean,
+        moved_var if dvar is None else moved_var + dvar,
+    )
 
-    dmean: Numbers
-    dvar: Numbers
-    slope: Numbers
-    offset: Numbers
 
-    @classmethod
-    def by(cls, sums: Numbers, channels: _Channels, *along: Numbers | None) -> "_Moved":
-        n, gamma, rstd, mean, variance = channels
-        dgamma, dbeta, dmean, dvar = (0.0 if value is None else value for value in along)
-        dmean = mean * sums[0] / n + dmean
-        dvar = variance * 2 * sums[1] / n + dvar
-        slope = dgamma * rstd - gamma * rstd**3 * dvar / 2
-        offset = dbeta - gamma * rstd * dmean
-        return cls(dmean, dvar, slope, offset)
+def _combination(
+    channels: _Channels, dmean: Numbers, dvar: Numbers, dgamma: Numbers | None, dbeta: Numbers | None
+) -> tuple[Numbers, Numbers]:
+    """Slope and offset of ẏ = γ·rstd·ẋ + slope·(x − μ) + offset."""
+    _, gamma, rstd, _, _ = channels
+    slope = (0.0 if dgamma is None else dgamma) * rstd - gamma * rstd**3 * dvar / 2
+    offset = (0.0 if dbeta is None else dbeta) - gamma * rstd * dmean
+    return slope, offset
 
 
 class _Second(NamedTuple):
@@ -351,7 +352,7 @@ def jvp(
     _check_saved(saved)
     C, channels, passes = saved._layout.view[1], _Channels.of(saved, through), _Passes(saved, num_threads)
     given = passes.like_x(dx, "dx")
-    along = per_channel(C, dgamma=dgamma, dbeta=dbeta, dmean=dmean, dvar=dvar)
+    along, moments = per_channel(C, dgamma=dgamma, dbeta=dbeta), per_channel(C, dmean=dmean, dvar=dvar)
     residual = None if dadd is None else _residual(dadd, "dadd", saved, passes)
     if out is not None:
         _arrays.check_out(out, saved.x.shape, saved.x.dtype)
@@ -359,19 +360,18 @@ def jvp(
     if sums is None and passes.weights is None and given.size:
         paths = THROUGH_MEAN * bool(channels.mean) | THROUGH_VARIANCE * bool(channels.variance)
         besides = None
-        if any(value is not None for value in along):
-            alone = _Moved.by(np.zeros((2, C)), channels, *along)
-            besides = alone.slope, alone.offset
+        if any(value is not None for value in (*along, *moments)):
+            besides = _combination(channels, *_moved(np.zeros((2, C)), channels, *moments), *along)
         dy, sums = passes.projected(given, paths, channels.n, besides, passes.room(out))
-        moved = _Moved.by(sums, channels, *along)
+        moved = _moved(sums, channels, *moments)
     else:
         sums = tangent_sums(dx, saved, num_threads=num_threads) if sums is None else _check_sums(sums, 2, C)
-        moved = _Moved.by(sums, channels, *along)
-        dy = passes.combined(given, channels.gamma * channels.rstd, moved.slope, moved.offset)
+        moved = _moved(sums, channels, *moments)
+        dy = passes.combined(given, channels.gamma * channels.rstd, *_combination(channels, *moved, *along))
     if residual is not None:
         passes.add(dy, np.ones(C), residual)
     dy = functional.upstream(passes.finished(dy), saved)
-    return Tangents(dy if out is None or dy is out else _arrays.deliver(dy, out), moved.dmean, moved.dvar)
+    return Tangents(dy if out is None or dy is out else _arrays.deliver(dy, out), *moved)
 
 
 def _residual(value: ArrayLike, name: str, saved: Saved, passes: _Passes) -> Array:
@@ -503,10 +503,11 @@ def double_backward(
     if not isinstance(need, Collection) or any(name not in _SECOND_NEED for name in need):
         raise ValueError(f"need must be a name or a collection of names out of {_SECOND_NEED}, got {need!r}")
     sums = _second_sums(passes, u, dy) if sums is None else _check_sums(sums, 5, C)
-    moved, second = _Moved.by(sums[:2], channels, a, b, None, None), _Second.of(sums, channels, a)
+    second = _Second.of(sums, channels, a)
     g_dy = g_x = g_gamma = None
     if "dy" in need:
-        g_dy = passes.combined(u, channels.gamma * channels.rstd, moved.slope, moved.offset)
+        along = _combination(channels, *_moved(sums[:2], channels, None, None), a, b)
+        g_dy = passes.combined(u, channels.gamma * channels.rstd, *along)
         if residual is not None:
             passes.add(g_dy, np.ones(C), residual)
         g_dy = functional.upstream(passes.finished(g_dy), saved)
