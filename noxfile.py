@@ -114,6 +114,7 @@ def frameworks(session):
             "pytest",
             "tests/test_conventions_peers.py",
             "tests/test_folding.py",
+            "tests/test_calculus_peers.py",
             *session.posargs,
             env={"KERAS_BACKEND": backend},
         )
