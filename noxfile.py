@@ -115,6 +115,7 @@ def frameworks(session):
             "tests/test_conventions_peers.py",
             "tests/test_folding.py",
             "tests/test_calculus_peers.py",
+            "tests/test_variants.py",
             *session.posargs,
             env={"KERAS_BACKEND": backend},
         )

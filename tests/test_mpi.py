@@ -237,6 +237,74 @@ def test_what_counts_on_each_rank(tmp_path, name):
     assert done.stdout.count("refused mask must have dtype bool") == 3
 
 
+@needs_mpiexec
+@pytest.mark.parametrize("way", [{"renorm": (1.1, 0.25)}, {"statistics": "running"}, {"update": False}], ids=str)
+def test_ways_to_train(tmp_path, way):
+    """As one process with the whole batch, and the same bits on all ranks; one rank has a single sample, one none."""
+    path = program(
+        tmp_path,
+        f"""
+        import batchnorm as bn
+        rng = np.random.default_rng(4)
+        x, dy, add = rng.standard_normal((3, 12, 3, 10)) + 2
+        parts = [slice(0, 3), slice(3, 4), slice(4, 12), slice(12, 12)]
+        settings = dict(dtype=np.float64, activation="relu", momentum=0.5, **{way!r})
+        whole = bn.BatchNorm(3, **settings)
+        kinds = ("local", "local" if "statistics" in {way!r} else "sum")
+        local, summed = (SyncBatchNorm(3, reduce=reduce, **settings) for reduce in kinds)
+        own = parts[rank]
+        for layer in (whole, summed, local):
+            layer.gamma, layer.beta = [1, 2, -3], [0, 1, 2]
+        for need in (("dx", "dgamma", "dbeta", "dadd"), ("dx", "dadd", "dgamma")):
+            y, dx = whole(x, add=add), whole.backward(dy, need=need)
+            pairs = []
+            for layer in (summed, local):
+                pairs += [(layer(x[own], add=add[own]), y[own]), (layer.backward(dy[own], need=need), dx[own])]
+                pairs += [(layer.dadd, whole.dadd[own])]
+                pairs += [(getattr(layer, name), getattr(whole, name)) for name in ("running_mean", "running_var")]
+            for name in ("dgamma", "dbeta"):
+                if name in need:
+                    together = comm.allreduce(getattr(local, name))
+                    pairs += [(together, getattr(whole, name))]
+                    pairs += [(getattr(summed, name), getattr(whole, name))] * (summed.reduce == "sum")
+                else:
+                    assert getattr(summed, name) is getattr(local, name) is None
+            assert all(np.allclose(a, b, rtol=1e-9, atol=1e-12) for a, b in pairs), pairs
+        assert len(set(comm.allgather(summed.running_var.tobytes() + summed.running_mean.tobytes()))) == 1
+        assert summed.num_batches_tracked == whole.num_batches_tracked
+        say("done")
+        """,
+    )
+    done = run(4, path, timeout=60)
+    assert done.stdout.count("done") == 4, done.stdout + done.stderr
+
+
+def test_a_frozen_layer_sends_nothing(rng):
+    comm = Counting(MPI.COMM_SELF)
+    layer = SyncBatchNorm(5, comm, statistics="running", update=False)
+    comm.calls.clear()
+    layer.backward(layer(rng.standard_normal((1, 5))))
+    assert comm.calls == []
+
+
+def test_ways_that_several_ranks_cannot_go(tmp_path):
+    message = "ghost must be None, got 4: SyncBatchNorm makes one batch of the parts that ranks have"
+    with pytest.raises(ValueError, match=message):
+        SyncBatchNorm(3, MPI.COMM_SELF, ghost=4)
+    layer = SyncBatchNorm(3, MPI.COMM_SELF, renorm=(3, 5))
+    with pytest.raises(ValueError, match=message):
+        layer.ghost = 4
+    assert repr(layer).endswith("dtype=float32, renorm=(3.0, 5.0), reduce='local')")
+    layer.save(tmp_path / "layer")
+    assert repr(SyncBatchNorm.load(tmp_path / "layer", comm=MPI.COMM_SELF)) == repr(layer)
+    message_of_sums = "statistics='running' needs reduce='local': nothing is sent in the backward pass"
+    with pytest.raises(ValueError, match=message_of_sums):
+        SyncBatchNorm(3, MPI.COMM_SELF, reduce="sum", statistics="running", update=False)
+    bn.BatchNorm(3, ghost=4).save(tmp_path / "ghost")
+    with pytest.raises(ValueError, match=message):
+        SyncBatchNorm.load(tmp_path / "ghost", comm=MPI.COMM_SELF)
+
+
 FAULTS = {
     "an exception of its own in x.__array__": ("x = Fails(KeyError('no data'))", "KeyError", "no data"),
     "an interrupt in x.__array__": ("x = Fails(KeyboardInterrupt('by hand'))", "KeyboardInterrupt", "by hand"),
@@ -414,10 +482,23 @@ def test_two_collectives_a_step(rng):
 @pytest.mark.parametrize("reduce", ["local", "sum"])
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"momentum": None}, {"affine": False}, {"track_running_stats": False}, {"bias": False, "unbiased": False}],
+    [
+        {},
+        {"momentum": None},
+        {"affine": False},
+        {"track_running_stats": False},
+        {"bias": False, "unbiased": False},
+        {"update": False},
+        {"statistics": "running"},
+        {"statistics": "running", "update": False},
+        {"renorm": (1.1, 0.5)},
+        {"renorm": (1.1, 0.5), "affine": False},
+    ],
     ids=str,
 )
 def test_one_rank_is_the_layer_bit_for_bit(settings, reduce, dtype, rng):
+    if "statistics" in settings and reduce == "sum":
+        pytest.skip("refused")
     settings = settings | {"dtype": "float32" if dtype == "float16" else dtype}
     ours = SyncBatchNorm(5, MPI.COMM_SELF, reduce=reduce, **settings)
     plain = bn.BatchNorm(5, **settings)

@@ -72,6 +72,11 @@ class State:
         return _restored(*arguments)
 
     @property
+    def dtype(self) -> np.dtype[Any]:
+        dtype: np.dtype[Any] = self._block.dtype
+        return dtype
+
+    @property
     def counter(self) -> int:
         """Batches that the running statistics have followed."""
         counter: int = _COUNTER.unpack_from(self._block.data)[0]

@@ -9,28 +9,30 @@ Decisions:
   layer's dtype.
 - Threads that share a layer take turns at copying its O(C) numbers: batches are worked on at the same time.
 - Evaluation keeps no x unless asked to, because `backward` usually follows training alone.
+- Training with the running statistics is evaluation, and goes its way; other ways of training are in `training`.
 - `save` writes only what `load` takes, so a diverged layer does not replace the file of a sound one.
 """
 
 import math
 import os
 from collections.abc import Collection, Iterable, Mapping
-from typing import Any, Self, overload
+from typing import Any, Generic, Self, TypeVar, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from . import _activation, _arrays, functional
+from . import _activation, _arrays, functional, training
 from ._activation import Activation
 from ._arrays import Array, Float
 from ._kernels import per_channel
-from ._selection import Tally, check_one_of_three, selection_of
+from ._selection import Tally, check_one_of_three
 from ._state import ARRAYS, MOST_BATCHES, State
 from .functional import Gradients, Saved
-from .moments import Moments, population
+from .moments import Moments, Numbers, population
+from .training import Ghosts, Renormed, Statistics, Way
 
-# What a file says of a layer besides its state. A missing momentum means None; the last two are there only where false.
-# An activation is written as (low, high, slope).
+# What a file says of a layer besides its state. A missing momentum means None; what follows `float_bits` is there only
+# where it is not the default. An activation is written as (low, high, slope), renorm as (rmax, dmax).
 _SETTINGS: dict[str, type[np.generic]] = {
     "num_features": np.int64,
     "axis": np.int64,
@@ -41,12 +43,15 @@ _SETTINGS: dict[str, type[np.generic]] = {
     "float_bits": np.int64,
     "has_bias": np.int64,
     "unbiased": np.int64,
+    "update": np.int64,
+    "ghost": np.int64,
+    "trains_with_running": np.int64,
 }
-_OPTIONAL = ("momentum", "has_bias", "unbiased")
+_OPTIONAL = ("momentum", "has_bias", "unbiased", "update", "ghost", "trains_with_running")
 
 # PyTorch's names of the arrays, in its order.
 _NAMES = {"weight": "gamma", "bias": "beta", "running_mean": "running_mean", "running_var": "running_var"}
-_IN_A_FILE = (*_SETTINGS, *_NAMES, "num_batches_tracked", "activation")
+_IN_A_FILE = (*_SETTINGS, *_NAMES, "num_batches_tracked", "activation", "renorm")
 
 # Why there is no gradient.
 _NOT_CALLED = "backward needs a call of the layer before it"
@@ -84,8 +89,15 @@ def _settings(found: Mapping[str, Array]) -> dict[str, Any]:
         settings["activation"] = _activation.activation_of((low, high, slope))
         if _activation.as_limits(settings["activation"]) != (low, high, slope):
             raise ValueError(f"activation must be (low, high, slope) of a known one, got {limits}")
+    if "renorm" in found:
+        bounds = found["renorm"]
+        if bounds.shape != (2,) or bounds.dtype != np.float64:
+            raise ValueError(f"renorm must be two float64 numbers, got {bounds!r}")
+        settings["renorm"] = tuple(bounds.tolist())
     if "has_bias" in settings:
         settings["bias"] = settings.pop("has_bias")
+    if settings.pop("trains_with_running", 0):
+        settings["statistics"] = "running"
     return {"momentum": None, "dtype": own} | settings
 
 
@@ -111,6 +123,30 @@ class _Array:
             raise ValueError(f"this layer was made without {self._name}, got {type(value).__name__}")
         if value is not own:
             layer._state.assign(self._name, layer._converted(self._name, value))
+
+
+_Value = TypeVar("_Value")
+
+
+class _Setting(Generic[_Value]):
+    """A part of the way in which the layer trains: what is assigned is checked together with the other parts."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    @overload
+    def __get__(self, layer: None, owner: type) -> Self: ...
+    @overload
+    def __get__(self, layer: "BatchNorm", owner: type) -> _Value: ...
+    def __get__(self, layer: "BatchNorm | None", owner: type) -> Self | _Value:
+        if layer is None:
+            return self
+        value: _Value = getattr(layer._way, self._name)
+        return value
+
+    def __set__(self, layer: "BatchNorm", value: _Value) -> None:
+        change: dict[str, Any] = {self._name: value}
+        layer._way = layer._checked_way(layer._way._replace(**change))
 
 
 class BatchNorm:
@@ -142,6 +178,19 @@ class BatchNorm:
         with, as in PyTorch. Keras, Flax and ONNX take the biased one.
     activation : "relu", ("leaky_relu", slope) or ("clip", low, high), optional
         What follows the normalization, in the same pass over x; see `forward`.
+    statistics : {"batch", "running"}, default "batch"
+        What training normalizes with: the statistics of each batch, or the running ones as in evaluation.
+    update : bool, default True
+        Whether training moves the running statistics. `statistics="running", update=False` is a frozen layer: y and
+        all gradients are those of evaluation.
+    renorm : (rmax, dmax), optional
+        Batch renormalization: training corrects xhat towards that of evaluation, y = gamma·(xhat·ρ + d) + beta with
+        ρ = σ_batch/σ limited to 1/rmax … rmax and d = (μ_batch − μ)/σ limited to ±dmax, where μ = running_mean and
+        σ = √(running_var + eps) before they follow the batch. ρ and d are constants for the gradient. (1, 0) is plain
+        batch normalization.
+    ghost : int, optional
+        Ghost batches: training cuts a batch into ⌈N/ghost⌉ nearly equal parts along the first axis besides that of the
+        channels, and normalizes each by itself. The running statistics follow the whole batch.
     dtype : float32 or float64, default float32
         Of parameters, their gradients and running statistics. x may have another one, also float16 or bfloat16.
 
@@ -151,6 +200,8 @@ class BatchNorm:
         The same objects as long as the layer lives. `layer.gamma = values` copies values into gamma, converted to the
         layer's dtype; another shape or None is refused.
     num_batches_tracked : int
+    momentum, activation, statistics, update, renorm, ghost
+        As given; they may be changed later.
     training : bool
     keep_input : bool
         Whether evaluation keeps x for `backward`; see `eval`.
@@ -167,9 +218,13 @@ class BatchNorm:
 
     A pickle or a copy of a layer has its state and settings, and no batch.
 
+    docs/variants.md explains `statistics`, `update`, `renorm` and `ghost`. All four are for training alone.
+
     References
     ----------
-    Ioffe and Szegedy, "Batch Normalization", 2015, arXiv:1502.03167, algorithms 1 and 2.
+    Ioffe and Szegedy, "Batch Normalization", 2015, arXiv:1502.03167, algorithms 1 and 2. Ioffe, "Batch
+    Renormalization", 2017, arXiv:1702.03275, algorithm 1. Hoffer, Hubara and Soudry, "Train longer, generalize better",
+    2017, arXiv:1705.08741, algorithm 1 (ghost batches).
 
     Examples
     --------
@@ -183,6 +238,8 @@ class BatchNorm:
     array([2., 2.])
     >>> layer.running_mean
     array([0.2, 2. ])
+    >>> bn.BatchNorm(2, renorm=(3, 5)).renorm
+    (3.0, 5.0)
     """
 
     dgamma: Array | None
@@ -192,6 +249,10 @@ class BatchNorm:
     beta = _Array()
     running_mean = _Array()
     running_var = _Array()
+    statistics = _Setting[Statistics]()
+    update = _Setting[bool]()
+    renorm = _Setting[tuple[float, float] | None]()
+    ghost = _Setting[int | None]()
 
     def __init__(
         self,
@@ -205,6 +266,10 @@ class BatchNorm:
         track_running_stats: bool = True,
         unbiased: bool = True,
         activation: Activation | None = None,
+        statistics: Statistics = "batch",
+        update: bool = True,
+        renorm: tuple[float, float] | None = None,
+        ghost: int | None = None,
         dtype: DTypeLike = np.float32,
     ) -> None:
         self.num_features = _arrays.as_index(num_features, "num_features")
@@ -232,7 +297,8 @@ class BatchNorm:
             "beta": self.affine and bool(bias),
         }
         self._state = State(self.num_features, self.dtype, tuple(name for name in ARRAYS if there[name]))
-        self._kept: Saved | dict[str, Any] | str = _NOT_CALLED
+        self._way = self._checked_way(Way(statistics, update, renorm, ghost))
+        self._kept: Saved | Renormed | Ghosts | dict[str, Any] | str = _NOT_CALLED
         BatchNorm.reset_parameters(self)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -240,7 +306,7 @@ class BatchNorm:
 
     def __repr__(self) -> str:
         more = ", bias=False" * (self.affine and self.beta is None) + ", unbiased=False" * (not self.unbiased)
-        more += "" if self.activation is None else f", activation={self.activation!r}"
+        more += ("" if self.activation is None else f", activation={self.activation!r}") + str(self._way)
         return (
             f"{type(self).__name__}({self.num_features}, axis={self.axis}, eps={self.eps}, momentum={self.momentum}, "
             f"affine={self.affine}, track_running_stats={self.track_running_stats}, dtype={self.dtype}{more})"
@@ -264,6 +330,9 @@ class BatchNorm:
     def activation(self, activation: Activation | None) -> None:
         self._activation = _activation.activation_of(_activation.as_limits(activation))
 
+    def _checked_way(self, way: Way) -> Way:
+        return way.checked(self._state.running_mean is not None)
+
     @property
     def num_batches_tracked(self) -> int:
         """Batches that the running statistics have followed."""
@@ -285,8 +354,9 @@ class BatchNorm:
         Parameters
         ----------
         keep_input : bool, default False
-            Keep a reference to each x, so that `backward` can follow: for a layer that is frozen inside of a network
-            that is trained, or for gradients with respect to the input. Otherwise x is free after the call.
+            Keep a reference to each x, so that `backward` can follow, for gradients with respect to the input.
+            Otherwise x is free after the call. For a layer that is frozen inside of a network that is trained, see
+            `statistics` and `update`.
 
         Examples
         --------
@@ -368,76 +438,110 @@ class BatchNorm:
             As `forward` and `inference`; ValueError also if one value per channel counts where its own statistics are
             needed. Then the layer is as it was.
         """
-        if not self.training:
-            mean, var, gamma, beta = self._state.snapshot()
-            if mean is not None and var is not None:
-                if self.keep_input:
-                    x = _arrays.as_float(x, "x")
-                    add = None if add is None else _arrays.as_float(add, "add")
-                settings: dict[str, Any] = {"axis": self.axis, "eps": self.eps, "activation": self._activation}
-                if mask is not None or lengths is not None or weights is not None:
-                    check_one_of_three(mask, lengths, weights)
-                    settings |= {"mask": mask, "lengths": lengths}
-                try:
-                    y = functional.inference(
-                        x, mean, var, gamma, beta, fill=fill, add=add, out=out, num_threads=num_threads, **settings
-                    )
-                except ValueError:
-                    _arrays.check_channels(_arrays.as_float(x, "x").shape, self.axis, self.num_features)
-                    raise
-                if not self.keep_input:
-                    self._kept = _NOT_KEPT
-                elif out is not None and any(np.shares_memory(out, kept) for kept in (x, add) if kept is not None):
-                    self._kept = _OVERWRITTEN
-                else:
-                    given = {"x": x, "mean": mean, "var": var, "gamma": gamma, "beta": beta, "add": add}
-                    self._kept = given | settings
-                return y
+        selects: dict[str, Any] = {"mask": mask, "lengths": lengths, "weights": weights}
+        fixed = self._fixed
+        if fixed and not self._follows:
+            return self._normalize_by_running(x, selects, fill, add, out, num_threads)
         x = _arrays.as_float(x, "x")
         _arrays.check_channels(x.shape, self.axis, self.num_features)
-        selects: dict[str, Any] = {"mask": mask, "lengths": lengths, "weights": weights}
-        self._check_values(x, selects)
-        state = self._state
-        y, saved = functional.forward(
-            x,
-            state.gamma,
-            state.beta,
-            axis=self.axis,
-            eps=self.eps,
-            fill=fill,
-            activation=self._activation,
-            add=add,
-            out=out,
-            num_threads=num_threads,
+        training.check_spread(x.shape, x.dtype, self.axis, selects)
+        if fixed:
+            moments = Moments.of(x, self.axis, num_threads=num_threads, **selects)  # before y is written over x
+            y = self._normalize_by_running(x, selects, fill, add, out, num_threads)
+            self._follow(training.statistics_of(moments, self.eps), moments._tally)
+            return y
+        state, way = self._state, self._way if self.training else training.PLAIN
+        how: dict[str, Any] = {
+            "axis": self.axis,
+            "eps": self.eps,
+            "fill": fill,
+            "activation": self._activation,
+            "add": add,
+            "out": out,
+            "num_threads": num_threads,
             **selects,
-        )
-        self._follow(saved)
+        }
+        kept: Saved | Renormed | Ghosts
+        if way.bounds is not None:
+            moments = Moments.of(x, self.axis, num_threads=num_threads, **selects)
+            y, kept = training.renormed(x, moments, state, way.bounds, **how)
+        elif way.ghost is not None:
+            y, kept = training.in_ghosts(x, state, way.ghost, **how)
+        else:
+            y, kept = functional.forward(x, state.gamma, state.beta, **how)
+        self._keep(kept)
         return y
 
-    def _check_values(self, x: Array, selects: Mapping[str, Any]) -> None:
-        """Training needs more than one value per channel, or none."""
-        selection = None
-        if any(value is not None for value in selects.values()):
-            selection = selection_of(_arrays.lay_out(x, self.axis)[1], x.dtype, **selects)
-        tally = Tally.of_all(x.size // max(1, self.num_features)) if selection is None else selection.tally
-        if tally.values and not tally.has_spread:
-            counted = f"{tally.values} of " if selection is not None else ""
-            raise ValueError(
-                f"training needs more than one value per channel, got {counted}x of shape {x.shape} with "
-                f"axis={self.axis}; use a larger batch, or eval() for the running statistics"
-            )
+    @property
+    def _fixed(self) -> bool:
+        """Whether a call normalizes with the running statistics."""
+        return self._state.running_mean is not None and (not self.training or self._way.statistics == "running")
 
-    def _follow(self, saved: Saved) -> None:
-        """Move the running statistics towards a batch, in training; keep what `backward` needs."""
-        state, tally = self._state, saved._tally
-        if self.training and self.track_running_stats and state.running_mean is not None and tally.values:
-            correction = tally.correction() if self.unbiased else 1.0
+    @property
+    def _follows(self) -> bool:
+        """Whether a call moves the running statistics."""
+        if not (self.training and self._way.update and self.track_running_stats):
+            return False
+        return self._state.running_mean is not None
+
+    def _normalize_by_running(
+        self,
+        x: ArrayLike,
+        selects: Mapping[str, Any],
+        fill: float,
+        add: ArrayLike | None,
+        out: Array | None,
+        num_threads: int | None,
+    ) -> Array:
+        """y with the running statistics; keeps what `backward` needs, in training and where asked to."""
+        mean, var, gamma, beta = self._state.snapshot()
+        keeps = self.training or self.keep_input
+        if keeps:
+            x = _arrays.as_float(x, "x")
+            add = None if add is None else _arrays.as_float(add, "add")
+        given: dict[str, Any] = {
+            "mean": mean,
+            "var": var,
+            "gamma": gamma,
+            "beta": beta,
+            "axis": self.axis,
+            "eps": self.eps,
+            "activation": self._activation,
+            "add": add,
+        }
+        mask, lengths, weights = selects.values()
+        if mask is not None or lengths is not None or weights is not None:
+            check_one_of_three(mask, lengths, weights)
+            given |= {"mask": mask, "lengths": lengths}
+        try:
+            y = functional.inference(x, fill=fill, out=out, num_threads=num_threads, **given)
+        except ValueError:
+            _arrays.check_channels(_arrays.as_float(x, "x").shape, self.axis, self.num_features)
+            raise
+        if not keeps:
+            self._kept = _NOT_KEPT
+        elif out is not None and any(np.shares_memory(out, kept) for kept in (x, add) if kept is not None):
+            self._kept = _OVERWRITTEN
+        else:
+            self._kept = given | {"x": x}
+        return y
+
+    def _follow(self, statistics: Numbers, tally: Tally) -> None:
+        """Move the running statistics towards those of a batch, unless it was empty."""
+        if tally.values:
+            state, correction = self._state, tally.correction() if self.unbiased else 1.0
             with state.lock:
                 batches, moved, mean, var = state.following()
                 momentum = 1 / (batches + 1) if self._momentum is None else self._momentum
-                per_channel.update_running(mean, var, saved._statistics, momentum, correction)
+                per_channel.update_running(mean, var, statistics, momentum, correction)
                 state.follow(batches + 1, moved)
-        self._kept = saved if self.training or self.keep_input else _NOT_KEPT
+
+    def _keep(self, kept: Saved | Renormed | Ghosts) -> None:
+        """After a batch was normalized by its own statistics: follow them, and keep what `backward` needs."""
+        saved = kept if isinstance(kept, Saved) else kept.saved
+        if self._follows:
+            self._follow(saved._statistics, saved._tally)
+        self._kept = kept if self.training or self.keep_input else _NOT_KEPT
 
     def backward(
         self,
@@ -471,8 +575,13 @@ class BatchNorm:
         kept = self._kept
         if isinstance(kept, str):
             raise RuntimeError(kept)
+        gradients: Gradients
         if isinstance(kept, Saved):
             gradients = self._backward(dy, kept, need, out, num_threads)
+        elif isinstance(kept, Renormed):
+            gradients = kept.corrected(self._backward(dy, kept.saved, kept.needs(need), out, num_threads), need)
+        elif isinstance(kept, Ghosts):
+            gradients = kept.backward(dy, need, out, num_threads)
         else:
             gradients = functional.inference_backward(dy, need=need, out=out, num_threads=num_threads, **kept)
         state = self._state
@@ -634,12 +743,16 @@ class BatchNorm:
         values = {name: getattr(self, name, None) for name in _SETTINGS} | {"float_bits": 8 * self.dtype.itemsize}
         values["has_bias"] = False if self.affine and self.beta is None else None
         values["unbiased"] = None if self.unbiased else False
+        values["update"] = None if self.update else False
+        values["trains_with_running"] = True if self.statistics == "running" else None
         limits = _activation.as_limits(self._activation)
         try:
             found = {name: np.array(value, _SETTINGS[name]) for name, value in values.items() if value is not None}
             found |= self.state_dict()
             if limits is not None:
                 found["activation"] = np.array(limits)
+            if self.renorm is not None:
+                found["renorm"] = np.array(self.renorm)
             BatchNorm._restored(found)
         except (TypeError, ValueError) as error:
             raise type(error)(f"the layer must be one that load takes: {error}; no file was written") from None
@@ -687,7 +800,7 @@ class BatchNorm:
     def _restored(cls, found: Mapping[str, Array], **arguments: Any) -> Self:
         """The layer whose file holds these arrays."""
         settings = _settings(found)
-        state = {name: found[name] for name in found if name not in (*_SETTINGS, "activation")}
+        state = {name: found[name] for name in found if name not in (*_SETTINGS, "activation", "renorm")}
         tracked = bool(settings["track_running_stats"])
         settings["track_running_stats"] = tracked or "running_mean" in state
         layer = cls(**settings, **arguments)

@@ -1,6 +1,6 @@
 """What a type checker knows of calls: mypy, which nobody has to run this for, checks every line."""
 
-from typing import Any, assert_type
+from typing import Any, Literal, assert_type
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +25,11 @@ def results_have_the_type_of_x(x: NDArray[np.float32], h: NDArray[np.float16]) -
     assert_type(bn.inference(h, [0.0], [1.0], mask=[[True]]), NDArray[np.float16])
     assert_type(bn.BatchNorm(3)(x, weights=x), NDArray[np.float32])
     assert_type(bn.Moments.of(x, weights=x).weight, float)
+    trained = bn.BatchNorm(3, statistics="running", update=False)
+    assert_type(trained.renorm, tuple[float, float] | None)
+    assert_type(trained.ghost, int | None)
+    assert_type(trained.statistics, Literal["batch", "running"])
+    trained.statistics, trained.update, trained.renorm, trained.ghost = "batch", True, (3, 5), None
     layer = bn.from_state({"running_mean": x, "running_var": x}, bn.convention("torch"))
     assert_type(layer, bn.BatchNorm)
     assert_type(bn.from_state([x, x, x, x], "keras", momentum=0.9), bn.BatchNorm)

@@ -11,7 +11,8 @@ Decisions:
 - What can fail on one rank alone, such as finding room for y, comes before the exchange; layers move after it.
 - The mean travels as a pair, as it is in the kernels: without its low-order part float64 data at 1e6 would lose five
   digits of it.
-- Evaluation needs no communication: running statistics are the same bits everywhere.
+- Evaluation needs no communication: running statistics are the same bits everywhere. Nor does a frozen layer.
+- Ghost batches are refused: they cut a batch into parts, and this layer makes one of all parts.
 """
 
 from collections.abc import Callable, Collection, Iterable
@@ -20,7 +21,7 @@ from typing import Any, overload
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from .. import _arrays, _kernels, functional
+from .. import _arrays, _kernels, functional, training
 from .._activation import Activation
 from .._arrays import Array, Float
 from .._extras import requirements
@@ -28,6 +29,7 @@ from .._selection import Tally, selection_of
 from ..functional import Gradients, Saved
 from ..layer import BatchNorm
 from ..moments import GradientSums, Moments, Numbers, moments_of
+from ..training import Ghosts, Renormed, Statistics, Way
 
 # What the first number of a packet says: the dtype of x, or that the rank raises an error.
 _STATUS = {char: float(number) for number, char in enumerate(_kernels.NAMES)}
@@ -71,8 +73,11 @@ class SyncBatchNorm(BatchNorm):
     reduce : {"local", "sum"}, default "local"
         What `dgamma` and `dbeta` are. "local": the sums over this rank's values, to be added up over the ranks like the
         other gradients of the network. "sum": the sums over all values, which must not be added up again.
-    axis, eps, momentum, affine, bias, track_running_stats, unbiased, activation, dtype
-        As for `BatchNorm`.
+    axis, eps, momentum, affine, bias, track_running_stats, unbiased, activation, statistics, update, renorm, dtype
+        As for `BatchNorm`. What is changed later must be changed on all ranks. `statistics="running"` needs
+        `reduce="local"`, because no gradient goes through the statistics then, and nothing is sent for it.
+    ghost : None
+        Ghost batches are refused: a rank is one already, so use `BatchNorm` on each rank for them.
 
     Raises
     ------
@@ -113,6 +118,10 @@ class SyncBatchNorm(BatchNorm):
         track_running_stats: bool = True,
         unbiased: bool = True,
         activation: Activation | None = None,
+        statistics: Statistics = "batch",
+        update: bool = True,
+        renorm: tuple[float, float] | None = None,
+        ghost: int | None = None,
         dtype: DTypeLike = np.float32,
     ) -> None:
         self.comm = world() if comm is None else comm
@@ -129,6 +138,10 @@ class SyncBatchNorm(BatchNorm):
                 track_running_stats=track_running_stats,
                 unbiased=unbiased,
                 activation=activation,
+                statistics=statistics,
+                update=update,
+                renorm=renorm,
+                ghost=ghost,
                 dtype=dtype,
             )
             if reduce not in ("local", "sum"):
@@ -146,6 +159,18 @@ class SyncBatchNorm(BatchNorm):
 
     def __repr__(self) -> str:
         return f"{super().__repr__()[:-1]}, reduce={self.reduce!r})"
+
+    def _checked_way(self, way: Way) -> Way:
+        if way.ghost is not None:
+            raise ValueError(
+                f"ghost must be None, got {way.ghost}: SyncBatchNorm makes one batch of the parts that ranks have; "
+                "BatchNorm on each rank has ghost batches"
+            )
+        if way.statistics == "running" and self.reduce == "sum":
+            raise ValueError(
+                "statistics='running' needs reduce='local': nothing is sent in the backward pass of fixed statistics"
+            )
+        return super()._checked_way(way)
 
     @overload
     def __call__(
@@ -204,7 +229,7 @@ class SyncBatchNorm(BatchNorm):
             On the other ranks if one raises an error of its own. Then the layers are as they were.
         """
         selects: dict[str, Any] = {"mask": mask, "lengths": lengths, "weights": weights}
-        if not self.training and self.running_mean is not None:
+        if self._fixed and not self._follows:
             return super().__call__(x, fill=fill, add=add, out=out, num_threads=num_threads, **selects)
 
         def own() -> tuple[float, Numbers, tuple[Array, Array | None, Array, tuple[Array | None, Array | None]]]:
@@ -231,21 +256,26 @@ class SyncBatchNorm(BatchNorm):
         total = _merged(packets)
         if total.count and not total._tally.has_spread:
             raise ValueError(f"training needs more than one value per channel on all ranks together, got {total.count}")
-        y, saved = functional.forward(
-            given,
-            gamma,
-            beta,
-            axis=self.axis,
-            eps=self.eps,
-            moments=total,
-            **selects,
-            fill=fill,
-            activation=self.activation,
-            add=residual,
-            out=y,
-            num_threads=num_threads,
-        )
-        self._follow(saved)
+        if self._fixed:
+            self._normalize_by_running(given, selects, fill, residual, y, num_threads)
+            self._follow(training.statistics_of(total, self.eps), total._tally)
+        else:
+            kept: Saved | Renormed | Ghosts
+            how: dict[str, Any] = {
+                "axis": self.axis,
+                "eps": self.eps,
+                "fill": fill,
+                "activation": self.activation,
+                "add": residual,
+                "out": y,
+                "num_threads": num_threads,
+                **selects,
+            }
+            if self._way.bounds is not None:
+                _, kept = training.renormed(given, total, self._state, self._way.bounds, **how)
+            else:
+                _, kept = functional.forward(given, gamma, beta, moments=total, **how)
+            self._keep(kept)
         return y if out is None else _arrays.deliver(y, out)
 
     def _population(self, batches: Iterable[ArrayLike], **how: Any) -> Moments:
