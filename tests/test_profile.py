@@ -11,8 +11,8 @@ import pytest
 from processes import search_path
 
 import batchnorm as bn
-from batchnorm import __main__
-from batchnorm.profile import command, measure, networks, report
+from batchnorm import __main__, _output
+from batchnorm.profile import measure, networks, report
 
 pytest.importorskip("matplotlib")
 
@@ -306,7 +306,7 @@ def test_a_full_disk_is_one_line(arguments):
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_file_that_cannot_be_written_is_named(printed, monkeypatch):
-    monkeypatch.setattr(command, "_file", Path)
+    monkeypatch.setattr(_output, "file", Path)
     with pytest.raises(SystemExit, match="profile: cannot write /dev/full: No space left on device"):
         printed([row(1)], "--json", "/dev/full")
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+from .. import _output
 from .._extras import require
 from .._threads import get_num_threads
 from . import measure, report
@@ -38,21 +39,6 @@ def _rivals(text: str) -> list[str]:
     return rivals
 
 
-def _file(text: str) -> Path:
-    path = Path(text)
-    if path.is_dir() or not path.parent.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise argparse.ArgumentTypeError(
-            f"must be a file that can be written, in a directory that exists, got {text!r}"
-        )
-    return path
-
-
-def _picture(text: str) -> Path:
-    if Path(text).suffix.lower() not in report.SUFFIXES:
-        raise argparse.ArgumentTypeError(f"must end in {' or '.join(report.SUFFIXES)}, got {text!r}")
-    return _file(text)
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
     shape = _numbers("two or more positive whole numbers joined by x, such as 32x64x56x56", 2, "x", 1 << 40)
@@ -72,8 +58,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=threads, default=(get_num_threads(),), help="one or more, such as 1,2")
     parser.add_argument("--against", type=_rivals, default=["numpy"], help="numpy, torch or both (default numpy)")
     parser.add_argument("--quick", action="store_true", help="small shapes and little time, to see that it works")
-    parser.add_argument("--json", type=_file, metavar="FILE", help="write all figures, in seconds and bytes")
-    parser.add_argument("--plot", type=_picture, metavar="FILE", help="draw time over the copy limit (png, pdf, svg)")
+    parser.add_argument("--json", type=_output.file, metavar="FILE", help="write all figures, in seconds and bytes")
+    parser.add_argument(
+        "--plot", type=_output.picture, metavar="FILE", help="draw time over the copy limit (png, pdf, svg)"
+    )
 
 
 def _layers(arguments: argparse.Namespace) -> dict[Shape, int]:

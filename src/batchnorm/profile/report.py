@@ -12,9 +12,6 @@ from typing import Any
 from .._extras import require
 from .measure import CONTESTANTS, OURS, PASSES, Result
 
-SUFFIXES = (".png", ".pdf", ".svg")
-"""What a plot can be."""
-
 NOTES = """
 µs: best time. vs: time over that of batchnorm. GB/s: traffic no pass can avoid (read x, write y;
 backward: read x and dy, write dx) over the time of batchnorm. limit: time of batchnorm over that of
