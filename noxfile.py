@@ -122,6 +122,15 @@ def frameworks(session):
 
 
 @nox.session
+def page(session):
+    """What `explain --html` writes, in a browser of the system: Debian's package chromium, or Google Chrome."""
+    if not any(map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))):
+        session.error("there is no Chromium here: apt-get install chromium")
+    session.install(".[test-core,profile,page]")
+    session.run("python", "-m", "pytest", "tests/test_page.py", *session.posargs)
+
+
+@nox.session
 def wheel(session):
     """sdist → wheel from the sdist, twice → auditwheel → audit; then `installed` on every Python that is installed.
 

@@ -4,16 +4,18 @@
   stands a central difference of the loss Σ y·dy, so that it can be checked at once.
 - x occurs in y in three ways: by itself, in the mean, in the variance. Each is a pathway, and the difference beside it
   moves x in that place alone.
+- `--html` and `--plot` write the same four values as a page with sliders (`page`) and as a picture (`picture`).
 - Values have one decimal and no two are equal, so that they can be followed with pencil and paper.
 """
 
 import argparse
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
 
-from .. import functional
+from .. import _output, functional, state_file
 from .._extras import require
 from ..reference import Array
 from . import pathways
@@ -164,15 +166,46 @@ def _seed(text: str) -> int:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
     parser.add_argument("--seed", type=_seed, default=0, metavar="N", help="of the numbers (default 0)")
+    parser.add_argument("--html", type=_output.file, metavar="FILE", help="write a page with sliders, for any browser")
+    parser.add_argument("--plot", type=_output.picture, metavar="FILE", help="draw the graph (png, pdf, svg)")
 
 
 def run(arguments: argparse.Namespace, _error: Callable[[str], NoReturn]) -> int:
-    """Print the example."""
+    """Print the example, or write it as a page or a picture."""
+    if arguments.html or arguments.plot:
+        _write(arguments)
+    else:
+        _print(arguments.seed)
+    return 0
+
+
+def _print(seed: int) -> None:
     console = require("rich.console", "explain").Console
     screen = console()
     screen = console(width=max(WIDTH, screen.width) if screen.is_terminal else WIDTH)
-    rng = np.random.default_rng(arguments.seed)
+    rng = np.random.default_rng(seed)
     for part in (_four_values, _two_values):
         part(lambda what: screen.print(what, highlight=False, soft_wrap=isinstance(what, str)), rng)
     screen.print("\nMore: help(batchnorm.pathways), docs/derivation.md.", highlight=False)
-    return 0
+
+
+def _write(arguments: argparse.Namespace) -> None:
+    """The page and the picture, with the numbers that are printed for this seed."""
+    from . import page, picture  # here, because nothing else needs them
+
+    rng = np.random.default_rng(arguments.seed)
+    four = _numbers(rng, 4), _numbers(rng, 4)
+    two = _numbers(rng, 2), _numbers(rng, 2, least=1)
+    files: list[tuple[Path, bytes]] = []
+    if arguments.plot:
+        files.append((arguments.plot, picture.drawn(*four, GAMMA, BETA, EPS, arguments.plot.suffix[1:].lower())))
+    if arguments.html:
+        files.append((arguments.html, page.page(page.Start(four, two, GAMMA, BETA, EPS)).encode()))
+    for path, data in files:
+        try:
+            state_file.replace(path, data)
+        except OSError as problem:
+            raise SystemExit(f"python -m batchnorm explain: cannot write {path}: {problem.strerror}") from None
+        except ValueError as problem:
+            raise SystemExit(f"python -m batchnorm explain: {problem}") from None
+        print(f"written to {path}")
