@@ -300,3 +300,40 @@ def test_bad_input(name):
     call, error, message = BAD[name]
     with pytest.raises(error, match=message):
         call()
+
+
+def test_a_layer_has_both(rng):
+    """Of its last call: in training, in evaluation that keeps x, and with running statistics in training."""
+    layer = bn.BatchNorm(4, activation="relu", dtype=np.float64)
+    layer.gamma, layer.beta = rng.standard_normal((2, 4))
+    x, dx, dy, add, dadd = rng.standard_normal((5, 6, 4, 3))
+    numbers = {"dgamma": rng.standard_normal(4), "dbeta": rng.standard_normal(4)}
+    second = {f"d{name}": value for name, value in numbers.items()}
+    with pytest.raises(RuntimeError, match="backward needs a call of the layer before it"):
+        layer.jvp(dx)
+    layer(x, add=add)
+    for prepare, fixed in ((lambda: None, False), (lambda: layer.eval(keep_input=True), True), (freeze(layer), True)):
+        prepare()
+        known = {"moments": bn.Moments(1, layer.running_mean, layer.running_var)} if fixed else {}
+        _, saved = bn.forward(x, layer.gamma, layer.beta, add=add, activation="relu", **known)
+        layer(x, add=add)
+        through = () if fixed else BOTH
+        expected = bn.jvp(dx, saved, dadd=dadd, through=through, **numbers)
+        for got, wanted in zip(layer.jvp(dx, dadd=dadd, **numbers), expected, strict=True):
+            np.testing.assert_array_equal(got, wanted)
+        expected = bn.double_backward(dx, dy, saved, ddadd=dadd, through=through, **second)
+        for got, wanted in zip(layer.double_backward(dx, dy, ddadd=dadd, **second), expected, strict=True):
+            np.testing.assert_array_equal(got, wanted)
+    layer.train()
+    layer.statistics, layer.ghost = "batch", 3
+    layer(x, add=add)
+    with pytest.raises(RuntimeError, match="only backward is there after renorm or ghost batches"):
+        layer.jvp(dx)
+
+
+def freeze(layer):
+    def frozen():
+        layer.train()
+        layer.statistics, layer.update = "running", False
+
+    return frozen

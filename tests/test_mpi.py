@@ -60,6 +60,48 @@ def test_the_self_check(ranks):
 
 
 @needs_mpiexec
+def test_tangents_and_second_gradients(tmp_path):
+    """As one process with the whole batch, also with weights; a wrong argument on one rank is an error on all."""
+    path = program(
+        tmp_path,
+        """
+        import batchnorm as bn
+        rng = np.random.default_rng(1)
+        x, dx, dy, u = rng.standard_normal((4, 12, 4, 5))
+        weights = rng.random((12, 5)) * 1e3
+        mine = slice(0, 1) if rank == 0 else slice(1, 7) if rank == 1 else slice(7, 12)
+        numbers = rng.standard_normal((2, 4))
+        for named in ({}, {"weights": weights}):
+            whole, layer = bn.BatchNorm(4, dtype="f8"), SyncBatchNorm(4, dtype="f8")
+            own = {name: value[mine] for name, value in named.items()}
+            whole(x, **named), layer(x[mine], **own)
+            expected = whole.jvp(dx, dgamma=numbers[0], dbeta=numbers[1])
+            got = layer.jvp(dx[mine], dgamma=numbers[0], dbeta=numbers[1])
+            assert np.allclose(got.dy, expected.dy[mine], rtol=1e-11, atol=1e-12)
+            assert np.allclose(got[1:], expected[1:], rtol=1e-11, atol=1e-12)
+            assert len(set(comm.allgather(got.dmean.tobytes() + got.dvar.tobytes()))) == 1
+            expected = whole.double_backward(u, dy, ddgamma=numbers[0], ddbeta=numbers[1])
+            got = layer.double_backward(u[mine], dy[mine], ddgamma=numbers[0], ddbeta=numbers[1])
+            assert np.allclose(got.dy, expected.dy[mine], rtol=1e-11, atol=1e-12)
+            assert np.allclose(got.x, expected.x[mine], rtol=1e-11, atol=1e-12)
+            assert np.allclose(got.gamma, expected.gamma, rtol=1e-11, atol=1e-12)
+            assert len(set(comm.allgather(got.gamma.tobytes()))) == 1
+        for wrong in ({"dgamma": numbers[0][:3]}, {"dadd": dx[mine]}, {"out": np.empty(3)}):
+            try:
+                layer.jvp(dx[mine], **(wrong if rank == 1 else {}))
+            except (ValueError if rank == 1 else RuntimeError):
+                say("refused")
+        layer.eval(keep_input=True)(x[mine])
+        if rank == 0:
+            layer.jvp(dx[mine])  # nothing is sent
+        """,
+    )
+    done = run(3, path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.split() == ["refused"] * 9
+
+
+@needs_mpiexec
 def test_activation_and_residual(tmp_path):
     """As one process with the whole batch; nothing is sent for them, and a wrong one is an error on all ranks."""
     path = program(

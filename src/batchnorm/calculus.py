@@ -12,7 +12,7 @@ Decisions:
 """
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -230,6 +230,27 @@ def _check_saved(saved: Saved) -> None:
         raise TypeError(f"saved must be what forward returned, got {type(saved).__name__}")
 
 
+def check(
+    saved: Saved,
+    like_x: Mapping[str, ArrayLike],
+    numbers: Mapping[str, ArrayLike | None],
+    added: Mapping[str, ArrayLike | None],
+    out: Array | None = None,
+) -> None:
+    """Refuse what `jvp` and `double_backward` refuse, by the names of their arguments."""
+    _check_saved(saved)
+    x, layout = saved.x, saved._layout
+    given = {name: value for name, value in added.items() if value is not None}
+    if given and not saved._added:
+        raise ValueError(f"{next(iter(given))} must be None where forward added nothing")
+    for name, array in (*like_x.items(), *given.items()):
+        _arrays.as_like(array, name, layout.shape, x.dtype)
+    per_channel(layout.view[1], **numbers)
+    if out is not None:
+        _arrays.check_out(out, layout.shape, x.dtype)
+        _arrays.check_overlap(out, {"x": x, **like_x, **added}, tuple(like_x))
+
+
 def _check_sums(sums: Numbers, rows: int, channels: int) -> Numbers:
     array = np.asarray(sums)
     if array.shape != (rows, channels) or array.dtype != np.float64:
@@ -349,14 +370,11 @@ def jvp(
     >>> bool(np.isclose((dy * tangents.dy).sum(), (bn.backward(dy, saved).dx * dx).sum()))
     True
     """
-    _check_saved(saved)
+    numbers = {"dgamma": dgamma, "dbeta": dbeta, "dmean": dmean, "dvar": dvar}
+    check(saved, {"dx": dx}, numbers, {"dadd": dadd}, out)
     C, channels, passes = saved._layout.view[1], _Channels.of(saved, through), _Passes(saved, num_threads)
-    given = passes.like_x(dx, "dx")
-    along, moments = per_channel(C, dgamma=dgamma, dbeta=dbeta), per_channel(C, dmean=dmean, dvar=dvar)
-    residual = None if dadd is None else _residual(dadd, "dadd", saved, passes)
-    if out is not None:
-        _arrays.check_out(out, saved.x.shape, saved.x.dtype)
-        _arrays.check_overlap(out, {"x": saved.x, "dx": dx, "dadd": dadd}, ("dx",))
+    given, (*along, move_mean, move_var) = passes.like_x(dx, "dx"), per_channel(C, **numbers)
+    moments = move_mean, move_var
     if sums is None and passes.weights is None and given.size:
         paths = THROUGH_MEAN * bool(channels.mean) | THROUGH_VARIANCE * bool(channels.variance)
         besides = None
@@ -368,16 +386,10 @@ def jvp(
         sums = tangent_sums(dx, saved, num_threads=num_threads) if sums is None else _check_sums(sums, 2, C)
         moved = _moved(sums, channels, *moments)
         dy = passes.combined(given, channels.gamma * channels.rstd, *_combination(channels, *moved, *along))
-    if residual is not None:
-        passes.add(dy, np.ones(C), residual)
+    if dadd is not None:
+        passes.add(dy, np.ones(C), passes.like_x(dadd, "dadd"))
     dy = functional.upstream(passes.finished(dy), saved)
     return Tangents(dy if out is None or dy is out else _arrays.deliver(dy, out), *moved)
-
-
-def _residual(value: ArrayLike, name: str, saved: Saved, passes: _Passes) -> Array:
-    if not saved._added:
-        raise ValueError(f"{name} must be None where forward added nothing")
-    return passes.like_x(value, name)
 
 
 def second_sums(ddx: ArrayLike, dy: ArrayLike, saved: Saved, *, num_threads: int | None = None) -> Numbers:
@@ -493,11 +505,10 @@ def double_backward(
     >>> bool(np.isclose(second.x[2, 0], (loss(x + step) - loss(x - step)) / 2e-5, rtol=1e-6))
     True
     """
-    _check_saved(saved)
+    check(saved, {"ddx": ddx, "dy": dy}, {"ddgamma": ddgamma, "ddbeta": ddbeta}, {"ddadd": ddadd})
     C, channels, passes = saved._layout.view[1], _Channels.of(saved, through), _Passes(saved, num_threads)
     u, dy = passes.like_x(ddx, "ddx"), passes.like_x(functional.upstream(dy, saved), "dy")
     a, b = per_channel(C, ddgamma=ddgamma, ddbeta=ddbeta)
-    residual = None if ddadd is None else _residual(ddadd, "ddadd", saved, passes)
     if isinstance(need, str):
         need = (need,)
     if not isinstance(need, Collection) or any(name not in _SECOND_NEED for name in need):
@@ -508,8 +519,8 @@ def double_backward(
     if "dy" in need:
         along = _combination(channels, *_moved(sums[:2], channels, None, None), a, b)
         g_dy = passes.combined(u, channels.gamma * channels.rstd, *along)
-        if residual is not None:
-            passes.add(g_dy, np.ones(C), residual)
+        if ddadd is not None:
+            passes.add(g_dy, np.ones(C), passes.like_x(ddadd, "ddadd"))
         g_dy = functional.upstream(passes.finished(g_dy), saved)
     if "x" in need:
         g_x = passes.combined(u, *(passes.unit * part for part in (second.of_ddx, second.slope, second.offset)))

@@ -15,8 +15,8 @@ Decisions:
 
 import math
 import os
-from collections.abc import Collection, Iterable, Mapping
-from typing import Any, Generic, Self, TypeVar, overload
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
@@ -30,6 +30,9 @@ from ._state import ARRAYS, MOST_BATCHES, State
 from .functional import Gradients, Saved
 from .moments import Moments, Numbers, population
 from .training import Ghosts, Renormed, Statistics, Way
+
+if TYPE_CHECKING:
+    from .calculus import SecondGradients, Tangents
 
 # What a file says of a layer besides its state. A missing momentum means None; what follows `float_bits` is there only
 # where it is not the default. An activation is written as (low, high, slope), renorm as (rmax, dmax).
@@ -594,6 +597,105 @@ class BatchNorm:
         self, dy: ArrayLike, saved: Saved, need: Collection[str], out: Array | None, num_threads: int | None
     ) -> Gradients:
         return functional.backward(dy, saved, need=need, out=out, num_threads=num_threads)
+
+    def jvp(
+        self,
+        dx: ArrayLike,
+        *,
+        dgamma: ArrayLike | None = None,
+        dbeta: ArrayLike | None = None,
+        dadd: ArrayLike | None = None,
+        out: Array | None = None,
+        num_threads: int | None = None,
+    ) -> "Tangents":
+        """Derivative of the last call along a direction; see `batchnorm.jvp`, also for the arguments.
+
+        Raises
+        ------
+        RuntimeError
+            As `backward`, and after renorm or ghost batches.
+        TypeError, ValueError
+            As `batchnorm.jvp`.
+        """
+        from . import calculus  # here, because few layers are asked for it
+
+        saved, through = self._last()
+
+        def own() -> Numbers:
+            calculus.check(saved, {"dx": dx}, {"dgamma": dgamma, "dbeta": dbeta}, {"dadd": dadd}, out)
+            return calculus.tangent_sums(dx, saved, num_threads=num_threads)
+
+        sums = self._over_all(own, 2) if through else None
+        return calculus.jvp(
+            dx,
+            saved,
+            dgamma=dgamma,
+            dbeta=dbeta,
+            dadd=dadd,
+            through=through,
+            sums=sums,
+            out=out,
+            num_threads=num_threads,
+        )
+
+    def double_backward(
+        self,
+        ddx: ArrayLike,
+        dy: ArrayLike,
+        *,
+        ddgamma: ArrayLike | None = None,
+        ddbeta: ArrayLike | None = None,
+        ddadd: ArrayLike | None = None,
+        num_threads: int | None = None,
+    ) -> "SecondGradients":
+        """Gradients of what `backward` returned for dy; see `batchnorm.double_backward`, also for the arguments.
+
+        Raises
+        ------
+        RuntimeError
+            As `backward`, and after renorm or ghost batches.
+        TypeError, ValueError
+            As `batchnorm.double_backward`.
+        """
+        from . import calculus
+
+        saved, through = self._last()
+
+        def own() -> Numbers:
+            numbers = {"ddgamma": ddgamma, "ddbeta": ddbeta}
+            calculus.check(saved, {"ddx": ddx, "dy": dy}, numbers, {"ddadd": ddadd})
+            return calculus.second_sums(ddx, dy, saved, num_threads=num_threads)
+
+        sums = self._over_all(own, 5) if through else None
+        return calculus.double_backward(
+            ddx,
+            dy,
+            saved,
+            ddgamma=ddgamma,
+            ddbeta=ddbeta,
+            ddadd=ddadd,
+            through=through,
+            sums=sums,
+            num_threads=num_threads,
+        )
+
+    def _over_all(self, own: Callable[[], Numbers], rows: int) -> Numbers | None:
+        """Sums over all that was normalized together; None where that is this layer's x alone."""
+        del own, rows
+        return None
+
+    def _last(self) -> tuple[Saved, tuple[str, ...]]:
+        """What the last call left, and the statistics that depend on x."""
+        kept = self._kept
+        if isinstance(kept, str):
+            raise RuntimeError(kept)
+        if isinstance(kept, Saved):
+            return kept, ("mean", "variance")
+        if not isinstance(kept, dict):
+            raise RuntimeError("only backward is there after renorm or ghost batches")
+        given = dict(kept)
+        moments = Moments(1, given.pop("mean"), given.pop("var"))
+        return functional.forward(**given, moments=moments)[1], ()
 
     def recalibrate(
         self,

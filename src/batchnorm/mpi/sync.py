@@ -305,6 +305,13 @@ class SyncBatchNorm(BatchNorm):
             raise RuntimeError(f"rank {refused_by[0]} refused its arguments; its own error says why")
         return packets, made
 
+    def _over_all(self, own: Callable[[], Numbers], rows: int) -> Numbers | None:
+        packets, _ = self._exchange(lambda: (0.0, own().ravel(), None), rows * self.num_features)
+        total: Numbers = packets[0, 1:].reshape(rows, -1)
+        for other in packets[1:, 1:]:  # in the order of ranks: NumPy's own sums may take another one
+            total = total + other.reshape(rows, -1)
+        return total
+
     def _backward(
         self, dy: ArrayLike, saved: Saved, need: Collection[str], out: Array | None, num_threads: int | None
     ) -> Gradients:
