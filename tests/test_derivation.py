@@ -4,6 +4,7 @@ Formulas are read by sympy's LaTeX parser. It knows single letters only, so name
 skips what it does not understand, so the letters that come out are counted against those that went in.
 """
 
+import doctest
 import re
 from collections import Counter
 from itertools import product
@@ -22,6 +23,7 @@ ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "docs" / "derivation.md").read_text()
 BLOCK = re.compile(r"```math\n(.+?)\n```\n\[`([\w.]+)`\]\((\S+)\)\n```(?:python|cython)\n(.+?)\n```", re.DOTALL)
 BLOCKS = BLOCK.findall(TEXT)
+FUNCTIONS = re.findall(r"```python\n(def .+?)```", TEXT, re.DOTALL)
 INDICES = "ijk"
 N, EPS, STEP = 5, 0.03, 1e-3
 
@@ -187,8 +189,28 @@ def test_a_line_of_code_is_in_its_file(formula, name, path, code):
 
 
 def test_every_formula_is_followed_by_code():
-    assert len(BLOCKS) == TEXT.count("```math") > 20
-    assert TEXT.count("```") == 4 * len(BLOCKS)
+    formulas, functions = TEXT.split("## 10. One function to learn from")
+    assert len(BLOCKS) == formulas.count("```math") > 20
+    assert formulas.count("```") == 4 * len(BLOCKS)
+    assert functions.count("```") == 2 * len(FUNCTIONS) == 4
+
+
+@pytest.mark.parametrize("code", FUNCTIONS, ids=["along the graph", "compact"])
+def test_the_functions_at_the_end_are_the_gradient(code, rng):
+    namespace = {"np": np}
+    exec(code, namespace)
+    x, dy = rng.standard_normal((2, 9, 4))
+    gamma = rng.standard_normal(4)
+    expected = bn.backward(dy, bn.forward(x, gamma, np.zeros(4), eps=EPS)[1])
+    for got, wanted in zip(namespace["backward"](dy, x, gamma, EPS), expected, strict=True):
+        np.testing.assert_allclose(got, wanted, rtol=1e-12, atol=1e-13)
+    assert len(code.splitlines()) <= 8
+
+
+def test_the_questions():
+    failed, tried = doctest.testfile(str(ROOT / "docs" / "faq.md"), module_relative=False)
+    assert tried > 10
+    assert failed == 0
 
 
 def test_a_wrong_formula_would_be_seen(values):
