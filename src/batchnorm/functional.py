@@ -339,7 +339,8 @@ def forward(
         Added to the variance, under the root; finite, at least 0. With eps = 0 a channel without spread gives beta.
     moments : Moments, optional
         Statistics to normalize with in place of x's own: those of a larger batch that x is a part of (`Moments.of`
-        each part, added up), or of any other set of values. With the moments of x itself y is the same, bit for bit.
+        each part, added up), or of any other set of values. With the moments of x itself, and without weights, y is the
+        same, bit for bit.
     mask : array_like of bool, optional
         True where x counts: of x's shape with 1 at the channel axis, or without that axis; other lengths may be 1 too.
         Where it is False x is not looked at, y is `fill`, and in `backward` dy is not looked at and dx is 0.

@@ -117,6 +117,7 @@ def target(source):
         assert y.shape == shape
         assert gradients.dx.shape == shape
         return "empty"
+    judge_plan(source, call)
     if not special and call["eps"]:
         judge_after(source, call, dy, y, saved)
         if dtype != "f2":
@@ -138,6 +139,22 @@ def judge_after(source, call, dy, y, saved):
     passed = np.where(result > 0, dy, 0).astype(y.dtype)
     got, expected = bn.backward(dy, noted), bn.backward(passed, saved)
     assert y.itemsize == 2 or np.array_equal(got.dx, expected.dx, equal_nan=True), "dx is not what two calls give"
+
+
+def judge_plan(source, call):
+    """A plan gives what inference gives, in any order of memory, and rounds what it makes of bytes once."""
+    channels = call["x"].shape[call["axis"]]
+    draw = np.random.default_rng(np.frombuffer(source.data(16), np.uint64))
+    mean, var = 50 * draw.standard_normal(channels), 100 * draw.random(channels) + 0.01
+    numbers = mean, var, call["gamma"], call["beta"]
+    how = {"axis": call["axis"], "eps": call["eps"], "activation": choose(source, [None, "relu", ("clip", -1.0, 1.0)])}
+    plan, order = bn.Plan(*numbers, **how), choose(source, ["K", "C"])
+    y = plan(call["x"], order=order, num_threads=call["num_threads"])
+    assert np.array_equal(y, bn.inference(call["x"], *numbers, **how), equal_nan=True), "not what inference gives"
+    arrangement = choose(source, [name for name in ARRANGEMENTS if name != "foreign byte order"])
+    x = ARRANGEMENTS[arrangement](draw.integers(0, 256, call["x"].shape).astype(choose(source, ["u1", "i1"])))
+    exact = bn.inference(x.astype("f8"), *numbers, **how).astype("f4")
+    assert np.array_equal(plan(x, order=order, num_threads=call["num_threads"]), exact), "not rounded once"
 
 
 def judge_selection(source, call, x, dy):
