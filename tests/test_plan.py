@@ -105,6 +105,40 @@ def test_another_type_is_calculated_in_the_wider_one(of, to, arranged, rng):
     np.testing.assert_array_equal(plan(x_there, add=add), expected.astype(to))
 
 
+def test_out_may_be_what_is_added(rng):
+    """Also where y takes two steps: of another type, of another order in memory, of bytes."""
+    numbers = given(5, rng)
+    for of, to in (
+        (np.float32, np.float32),
+        (np.float32, np.float64),
+        (np.float64, np.float32),
+        (np.uint8, np.float32),
+    ):
+        x = (50 * rng.standard_normal((3, 5, 4, 7)) + 100).clip(0, 255).astype(of)
+        add = rng.standard_normal((3, 5, 4, 7)).astype(to)
+        plan = bn.Plan(*numbers, activation="relu", dtype=to)
+        expected = plan(x, add=add)
+        for arranged in (ARRANGEMENTS["C"], ARRANGEMENTS["channels last in memory"], ARRANGEMENTS["F"]):
+            for own in (add.copy(), ARRANGEMENTS["channels last in memory"](add), np.asfortranarray(add)):
+                assert plan(arranged(x), add=own, out=own) is own
+                np.testing.assert_array_equal(own, expected)
+
+
+def test_what_numpy_can_read(rng, tmp_path):
+    """Lists of floats, memory-mapped images, another dtype's byte order."""
+    plan = bn.Plan(*given(3, rng))
+    images = rng.integers(0, 256, (2, 3, 4), np.uint8)
+    images.tofile(tmp_path / "images")
+    mapped = np.memmap(tmp_path / "images", np.uint8, "r", shape=images.shape)
+    same_bits(plan(mapped), plan(images))
+    x = rng.standard_normal((2, 3))
+    out = np.empty_like(x)
+    same_bits(plan(x.tolist()), plan(x))
+    same_bits(plan(x.tolist(), out=out), plan(x))
+    with pytest.raises(TypeError, match="x must not be a masked array"):
+        plan(np.ma.array(images))
+
+
 def test_between_16_bit_types_it_is_calculated_in_float32(rng):
     ml_dtypes = pytest.importorskip("ml_dtypes")
     numbers = given(5, rng)

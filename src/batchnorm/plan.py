@@ -340,9 +340,9 @@ class Plan:
                 fast = np.empty(x.shape, dtype)
                 normalize(x, fast, view, table, fit, 1, self._limits)
                 return fast
-        given = _as_input(x)
-        _arrays.check_channels(given.shape, self._axis, self.num_features)
-        given, layout = _arrays.lay_out(given, self._axis)
+        array = _as_input(x)
+        _arrays.check_channels(array.shape, self._axis, self.num_features)
+        given, layout = _arrays.lay_out(array, self._axis)
         dtype = self._dtype or (_FLOAT32 if given.itemsize == 1 else given.dtype)
         if order not in ("C", "K"):
             raise ValueError(f"order must be 'C' or 'K', got {order!r}")
@@ -353,18 +353,21 @@ class Plan:
             y = target.empty(dtype)
         else:
             _arrays.check_out(out, given.shape, dtype)
-            _arrays.check_overlap(out, {"x": x, "add": residual}, ("x", "add"))
+            _arrays.check_overlap(out, {"x": array, "add": residual}, ("x", "add"))
             target = plain if plain.fits(out) else layout
             y = target.room(out, dtype)
         threads = _threads.threads_for(given.size, num_threads)
         if not given.size:
             return y
-        if given.itemsize == 1:
-            self._look_up(given, y, layout, target, residual, threads)
-        elif given.dtype == dtype and target.order == layout.order:
+        if given.dtype == dtype and target.order == layout.order:
             self._write(given, y, layout, residual, threads)
         else:
-            self._write_elsewhere(given, y, target, residual, threads)
+            if residual is not None and np.may_share_memory(residual, y):
+                residual = residual.copy()  # before y is written, to which it is added in a second step
+            if given.itemsize == 1:
+                self._look_up(given, y, layout, target, residual, threads)
+            else:
+                self._write_elsewhere(given, y, target, residual, threads)
         if given.size < _threads.SERIAL_VALUES and self._dtype is None:
             self._small = dict([*self._small.items(), (layout.shape, plain.view)][-_MOST_VIEWS:])
         return y if out is None else _arrays.deliver(y, out)
@@ -438,17 +441,17 @@ class Plan:
         residual = None if add is None else layout.lying(layout.bring(add))
         normalize(layout.lying(x), layout.lying(y), layout.view, table, fit, threads, self._limits, residual)
 
-    def _write_elsewhere(self, x: Array, y: Array, layout: Layout, add: Array | None, threads: int) -> None:
-        """y of another type or layout, which is given: by way of the wider type, in place."""
+    def _write_elsewhere(self, x: Array, y: Array, target: Layout, add: Array | None, threads: int) -> None:
+        """y of another type or layout: by way of the wider type, in place."""
         wide = max(x.dtype, y.dtype, _FLOAT32, key=lambda dtype: dtype.itemsize)
         if x.dtype == y.dtype:
             wide = x.dtype
         if y.dtype == wide:
             np.copyto(y, x)
-            self._write(y, y, layout, add, threads)
+            self._write(y, y, target, add, threads)
         else:
-            calculated = layout.copy(x, wide)
-            self._write(calculated, calculated, layout, None if add is None else layout.copy(add, wide), threads)
+            calculated = target.copy(x, wide)
+            self._write(calculated, calculated, target, None if add is None else target.copy(add, wide), threads)
             np.copyto(y, calculated, casting="same_kind")
 
     def _look_up(self, x: Array, y: Array, layout: Layout, target: Layout, add: Array | None, threads: int) -> None:
@@ -481,7 +484,10 @@ def _as_input(x: ArrayLike) -> Array:
     try:
         return _arrays.as_float(x, "x")
     except TypeError as error:
-        raise TypeError(f"{error}; uint8 and int8 are taken, too") from None
+        array = np.asarray(x)
+        if array.dtype.char not in _VALUES or isinstance(x, np.ma.MaskedArray):
+            raise TypeError(f"{error}; uint8 and int8 are taken, too") from None
+        return array
 
 
 def _side_by_side(layout: Layout, target: Layout) -> bool:
