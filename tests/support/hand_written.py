@@ -112,6 +112,12 @@ def over_channels(p):
     return lambda values: values.sum(axis=axis, keepdims=True)
 
 
+def over_some(p):
+    """The last of the right axes is left out, but the first is there; of (N, C) nothing but that is wrong."""
+    axes = p.axes[:-1] or p.axes
+    return lambda values: values.sum(axis=axes, keepdims=True)
+
+
 def batch(p):
     return p.x.dtype.type(p.x.shape[p.axes[0]])
 
@@ -138,9 +144,14 @@ SLIPS = {
     "direct pathway missing": [lambda dy, p: graph(dy, p) - dy * p.gamma * p.rstd],
     "gamma forgotten": [lambda dy, p: graph(dy, p, dxhat=dy), lambda dy, p: compact(dy, p, gamma=1)],
     "gamma applied twice": [lambda dy, p: p.gamma * graph(dy, p)],
+    "divided by gamma": [lambda dy, p: graph(dy, p, dxhat=dy / p.gamma)],
     "gamma forgotten in a pathway": [
         lambda dy, p: graph(dy, p, s_var=lambda values: p.s(values / p.gamma)),
         lambda dy, p: graph(dy, p, s_mean=lambda values: p.s(values / p.gamma), s_var=lambda v: p.s(v / p.gamma)),
+    ],
+    "gamma applied twice in a pathway": [
+        lambda dy, p: graph(dy, p, s_var=lambda values: p.gamma * p.s(values)),
+        lambda dy, p: graph(dy, p, s_mean=lambda values: p.s(values * p.gamma)),
     ],
     "1/n forgotten": [
         lambda dy, p: graph(dy, p, n_mean=1, n_var=1),
@@ -148,6 +159,11 @@ SLIPS = {
     ],
     "1/n forgotten in the mean pathway": [lambda dy, p: graph(dy, p, n_mean=1)],
     "1/n forgotten in the variance pathway": [lambda dy, p: graph(dy, p, n_var=1)],
+    "1/n twice in a pathway": [
+        lambda dy, p: graph(dy, p, n_mean=p.n**2),
+        lambda dy, p: graph(dy, p, n_var=p.n**2),
+        lambda dy, p: compact(dy, p, s_mean=lambda v: p.s(v) / p.n, s_var=lambda v: p.s(v) / p.n),
+    ],
     "n - 1 in place of n": [
         lambda dy, p: graph(dy, p, n_mean=p.n - 1, n_var=p.n - 1),
         lambda dy, p: graph(dy, p, n_var=p.n - 1),
@@ -168,6 +184,10 @@ SLIPS = {
         lambda dy, p: compact(dy, p, rstd=1 / (np.sqrt(p.var) + p.eps)),
     ],
     "eps forgotten": [lambda dy, p: graph(dy, p, rstd=1 / np.sqrt(p.var))],
+    "eps added twice": [
+        lambda dy, p: graph(dy, p, rstd=1 / np.sqrt(p.var + p.eps + p.eps)),
+        lambda dy, p: graph(dy, p, rstd=1 / (np.sqrt(p.var + p.eps) + p.eps)),
+    ],
     "variance taken for the standard deviation": [
         lambda dy, p: graph(dy, p, rstd=1 / (p.var + p.eps)),
         lambda dy, p: compact(dy, p, rstd=1 / p.var),
@@ -200,11 +220,24 @@ SLIPS = {
         lambda dy, p: compact(dy, p, s_mean=over_channels(p), s_var=over_channels(p)),
         lambda dy, p: graph(dy, p, s_mean=over_channels(p)),
     ],
+    "sum over the wrong axes": [
+        lambda dy, p: compact(dy, p, s_mean=over_some(p), s_var=over_some(p)),
+        lambda dy, p: graph(dy, p, s_var=over_some(p)),
+    ],
     "x in place of x - μ": [
         lambda dy, p: graph(dy, p, s_var=lambda values: p.s(values / p.xmu * p.x)),
         lambda dy, p: graph(dy, p, s_var=lambda values: 0 * p.s(values)) + dvar_term(dy, p) * p.x,
     ],
+    "x in place of x - μ in the second term of dmean": [
+        lambda dy, p: graph(dy, p) - dvar_term(dy, p) * p.mean,
+    ],
     "rstd not cubed": [lambda dy, p: graph(dy, p, power=1), lambda dy, p: graph(dy, p, power=2)],
+    "rstd forgotten": [lambda dy, p: graph(dy, p) / p.rstd],
+    "rstd forgotten in a pathway": [
+        lambda dy, p: graph(dy, p) + dy * p.gamma * (1 - p.rstd),
+        lambda dy, p: graph(dy, p, s_mean=lambda values: p.s(values) / p.rstd),
+    ],
+    "xhat in place of x - μ": [lambda dy, p: graph(dy, p, power=4), lambda dy, p: graph(dy, p, power=5)],
     "factor 2 in the variance pathway": [lambda dy, p: graph(dy, p, half=1), lambda dy, p: graph(dy, p, half=0.25)],
     "pathway counted twice": [
         lambda dy, p: graph(dy, p) + dy * p.gamma * p.rstd,
@@ -222,6 +255,10 @@ SLIPS = {
     "number of channels in place of n": [
         lambda dy, p: graph(dy, p, n_mean=p.gamma.size, n_var=p.gamma.size),
         lambda dy, p: graph(dy, p, n_var=p.gamma.size),
+    ],
+    "number of positions in place of n": [
+        lambda dy, p: graph(dy, p, n_mean=p.n / batch(p), n_var=p.n / batch(p)),
+        lambda dy, p: compact(dy, p, n=p.n / batch(p)),
     ],
     "number of all values in place of n": [
         lambda dy, p: graph(dy, p, n_mean=p.x.size, n_var=p.x.size),

@@ -8,8 +8,9 @@ import numpy as np
 
 from .. import _arrays
 from ..reference import Array
+from .fitted import ANOTHER_EPS, all_eps_of, of_another_eps
 from .right import ROUNDING, Right
-from .search import ANOTHER_EPS, CORRECT, NEARLY, NOT_FINITE, UNKNOWN, ZERO, eps_of, of_another_eps
+from .search import CORRECT, NEARLY, NOT_FINITE, UNKNOWN, ZERO
 
 
 class ParameterSlip(NamedTuple):
@@ -115,10 +116,10 @@ class _Parameter:
     def of_eps(self) -> tuple[str, str] | None:
         """Whether dgamma is made with another eps."""
         ratio = np.expand_dims(self.values / self.exact, self.right.cache.axes)
-        eps = eps_of(ratio, self.right, self.rounding.rest) if self.name == "dgamma" else None
-        if eps is None or self.distance(_with_rstd(self.right, 1 / np.sqrt(self.right.var + eps))[0]) > 1:
-            return None
-        return ANOTHER_EPS, of_another_eps(eps, self.right)
+        for eps in all_eps_of(ratio, self.right, self.rounding.rest) if self.name == "dgamma" else ():
+            if self.distance(_with_rstd(self.right, 1 / np.sqrt(self.right.var + eps))[0]) <= 1:
+                return ANOTHER_EPS, of_another_eps(eps, self.right)
+        return None
 
     def of_axes(self) -> tuple[str, str] | None:
         """Whether the sum is over other axes, or left out."""

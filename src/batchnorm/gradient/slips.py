@@ -1,7 +1,8 @@
-"""The mistakes that people make with dx: a slip is a formula.
+"""The mistakes that people make with dx: a slip replaces pieces of the right formula.
 
-The catalogue has each slip once: its name, the remedy, and the wrong dx made of right parts, in the ways in which
-people write it. If some data cannot tell slips apart, the first is the most likely.
+The catalogue has each slip once: its name, the remedy, and the replacements, in the ways in which people write it. A
+slip is either a factor of each pathway (`factors`), or changes of other pieces (`changes`). Both can be combined, so a
+formula with two slips needs no entry. If some data cannot tell slips apart, the first is the most likely.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -9,26 +10,42 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..reference import Array
+from .changes import (
+    DIAGONAL,
+    NO_AXIS,
+    OVER_CHANNELS,
+    WITHOUT_BATCH,
+    WRONG_AXES,
+    Change,
+    Factors,
+    always,
+    counted,
+    gamma,
+    not_summed,
+    rstd,
+    rstds,
+    sample_variance,
+    shifted,
+    summed,
+)
+from .formula import Formula
 from .right import Right
 
 
 class Slip(NamedTuple):
-    """One mistake: its name, what to do about it, and the wrong dx in each of the ways it is written."""
+    """One mistake: its name, what to do about it, and what it does to the right formula."""
 
     name: str
     remedy: str
-    forms: Callable[[Right], Iterable[Array]]
+    factors: Callable[[Right], Iterable[Factors]] = lambda _: ()
+    changes: Callable[[Right], Iterable[Change]] = lambda _: ()
 
-
-def _channel_axis(right: Right) -> int:
-    (axis,) = set(range(right.dy.ndim)) - set(right.cache.axes)
-    return axis
-
-
-def _without_batch(right: Right) -> Iterator[Array]:
-    if len(right.cache.axes) > 1:  # else nothing is left to sum over, which is the diagonal
-        yield from right.with_sum(lambda values: values.sum(axis=right.cache.axes[1:], keepdims=True))
+    def forms(self, right: Right) -> Iterator[Formula]:
+        """The right formula with this slip, in all its ways."""
+        for factors in self.factors(right):
+            yield right.formula.times(*factors)
+        for change in self.changes(right):
+            yield change(right.formula)
 
 
 GAMMA_FORGOTTEN = "gamma forgotten"
@@ -37,146 +54,179 @@ SLIPS = (
     Slip(
         "mean pathway missing",
         "x reaches y through μ too: add dmean/n with dmean = −rstd·Σdxhat",
-        lambda right: [right.paths(1, 0, 1)],
+        always((1, 0, 1)),
     ),
     Slip(
         "variance pathway missing",
         "x reaches y through σ² too: add dvar·2(x − μ)/n with dvar = Σdxhat·(x − μ)·(−½)·rstd³",
-        lambda right: [right.paths(1, 1, 0)],
+        always((1, 1, 0)),
     ),
     Slip(
         "mean and variance pathways missing",
         "μ and σ² are functions of the batch, not constants: add dmean/n + dvar·2(x − μ)/n",
-        lambda right: [right.paths(1, 0, 0)],
+        always((1, 0, 0)),
     ),
-    Slip(
-        "direct pathway missing", "add dxhat·rstd to the paths through μ and σ²", lambda right: [right.paths(0, 1, 1)]
-    ),
-    Slip(
-        GAMMA_FORGOTTEN,
-        "y is gamma·xhat + beta, so dxhat = dy·gamma",
-        lambda right: [right.with_gamma(np.ones_like(right.cache.gamma))],
-    ),
-    Slip(
-        "gamma applied twice",
-        "dxhat = dy·gamma has gamma already",
-        lambda right: [right.with_gamma(right.cache.gamma**2)],
-    ),
+    Slip("direct pathway missing", "add dxhat·rstd to the paths through μ and σ²", always((0, 1, 1))),
+    Slip(GAMMA_FORGOTTEN, "y is gamma·xhat + beta, so dxhat = dy·gamma", changes=gamma((-1, -1, -1))),
+    Slip("gamma applied twice", "dxhat = dy·gamma has gamma already", changes=gamma((1, 1, 1))),
+    Slip("divided by gamma", "dxhat = dy·gamma, as y = gamma·xhat + beta", changes=gamma((-2, -2, -2))),
     Slip(
         "gamma forgotten in a pathway",
         "every pathway begins with dxhat = dy·gamma",
-        Right.with_gamma_in_some,
+        changes=gamma((0, 0, -1), (0, -1, 0), (-1, 0, 0), (0, -1, -1), (-1, 0, -1), (-1, -1, 0)),
+    ),
+    Slip(
+        "gamma applied twice in a pathway",
+        "every pathway begins with dxhat = dy·gamma, which has gamma already",
+        changes=gamma((0, 0, 1), (0, 1, 0), (1, 0, 0), (0, 1, 1), (1, 0, 1), (1, 1, 0)),
     ),
     Slip(
         "1/n forgotten",
         "μ and σ² are means of n values, so ∂μ/∂x = 1/n and ∂σ²/∂x = 2(x − μ)/n",
-        lambda right: [right.paths(1, right.n, right.n), right.paths(right.n, right.n, right.n)],
+        lambda right: [(1, right.n, right.n), (right.n, right.n, right.n)],
     ),
-    Slip("1/n forgotten in the mean pathway", "μ = Σx/n, so ∂μ/∂x = 1/n", lambda right: [right.paths(1, right.n, 1)]),
+    Slip("1/n forgotten in the mean pathway", "μ = Σx/n, so ∂μ/∂x = 1/n", lambda right: [(1, right.n, 1)]),
     Slip(
         "1/n forgotten in the variance pathway",
         "σ² = Σ(x − μ)²/n, so ∂σ²/∂x = 2(x − μ)/n",
-        lambda right: [right.paths(1, 1, right.n)],
+        lambda right: [(1, 1, right.n)],
     ),
     Slip(
-        "n - 1 in place of n",
-        "μ and σ² are divided by n, so both pathways are too",
-        lambda right: right.with_count(right.n - 1),
+        "1/n twice in a pathway",
+        "a sum is divided by n once",
+        lambda right: [(1, 1 / right.n, 1), (1, 1, 1 / right.n), (1, 1 / right.n, 1 / right.n)],
+    ),
+    Slip(
+        "n - 1 in place of n", "μ and σ² are divided by n, so both pathways are too", counted(lambda right: right.n - 1)
     ),
     Slip(
         "batch size in place of n",
         "n counts the values of a channel: the batch size times the positions",
-        lambda right: right.with_count(right.dy.shape[right.cache.axes[0]]) if len(right.cache.axes) > 1 else (),
+        counted(lambda right: right.batch),
     ),
     Slip(
         "n - 1 in the variance",
         "the batch is normalized with the biased variance Σ(x − μ)²/n",
-        Right.with_unbiased_variance,
+        changes=sample_variance,
     ),
     Slip(
-        "eps outside the root",
-        "rstd = 1/√(σ² + eps), not 1/(√σ² + eps)",
-        lambda right: right.with_rstd(right.eps_outside()),
+        "eps outside the root", "rstd = 1/√(σ² + eps), not 1/(√σ² + eps)", changes=rstds(Right.eps_outside, partly=True)
     ),
-    Slip("eps forgotten", "rstd = 1/√(σ² + eps), not 1/√σ²", lambda right: right.with_rstd(1 / np.sqrt(right.var))),
+    Slip(
+        "eps forgotten",
+        "rstd = 1/√(σ² + eps), not 1/√σ²",
+        changes=rstds(lambda right: 1 / np.sqrt(right.var), partly=True),
+    ),
+    Slip(
+        "eps added twice",
+        "rstd = 1/√(σ² + eps), with eps added once",
+        changes=rstds(
+            lambda right: 1 / np.sqrt(right.var + 2 * right.eps),
+            lambda right: 1 / (np.sqrt(right.var + right.eps) + right.eps),
+            partly=True,
+        ),
+    ),
     Slip(
         "variance taken for the standard deviation",
         "divide by √(σ² + eps), not by σ² + eps",
-        lambda right: right.with_rstds(1 / (right.var + right.eps), 1 / right.var),
+        changes=rstds(lambda right: 1 / (right.var + right.eps), lambda right: 1 / right.var),
     ),
     Slip(
         "variance taken for the inverse standard deviation",
         "multiply by 1/√(σ² + eps), not by σ² + eps",
-        lambda right: right.with_rstds(right.var + right.eps, right.var),
+        changes=rstds(lambda right: right.var + right.eps, lambda right: right.var),
     ),
     Slip(
         "standard deviation taken for its inverse",
         "multiply by 1/√(σ² + eps), not by √(σ² + eps)",
-        lambda right: right.with_rstds(np.sqrt(right.var + right.eps), np.sqrt(right.var)),
+        changes=rstds(lambda right: np.sqrt(right.var + right.eps), lambda right: np.sqrt(right.var)),
     ),
     Slip(
-        "sum over the channels too",
+        NO_AXIS,
         "sum over all axes but the channel axis; np.sum without axis= adds up everything",
-        lambda right: right.with_sum(np.sum),
+        changes=summed(NO_AXIS),
     ),
     Slip(
-        "only the diagonal of the Jacobian",
+        DIAGONAL,
         "every y of the channel depends on x_i through μ and σ², so both pathways are sums over the channel",
-        lambda right: right.with_sum(np.asarray),
+        changes=not_summed,
     ),
     Slip(
-        "sum without the batch axis",
+        WITHOUT_BATCH,
         "sum over all axes but the channel axis, the batch axis among them",
-        _without_batch,
+        changes=summed(WITHOUT_BATCH),
     ),
-    Slip(
-        "sum over the channel axis",
-        "sum over all axes but the channel axis",
-        lambda right: right.with_sum(lambda values: values.sum(axis=_channel_axis(right), keepdims=True)),
-    ),
+    Slip(OVER_CHANNELS, "sum over all axes but the channel axis", changes=summed(OVER_CHANNELS)),
+    Slip(WRONG_AXES, "sum over all axes but the channel axis, and no other", changes=summed(WRONG_AXES)),
     Slip(
         "x in place of x - μ",
         "dvar = Σdxhat·(x − μ)·(−½)·rstd³ and ∂σ²/∂x = 2(x − μ)/n",
-        Right.with_x,
+        changes=shifted(
+            lambda right: (right.mean, 0), lambda right: (0, right.mean), lambda right: (right.mean, right.mean)
+        ),
+    ),
+    Slip(
+        "x in place of x - μ in the second term of dmean",
+        "it is dvar·(−2/n)·Σ(x − μ), which is 0 and may be left out",
+        changes=shifted(lambda right: (0, -right.mean)),
     ),
     Slip(
         "rstd not cubed",
         "dvar = Σdxhat·(x − μ)·(−½)·rstd³, from the derivative of (σ² + eps)^(−½)",
-        lambda right: (
-            right.terms.direct + right.terms.mean + right.terms.variance * right.cache.rstd**power for power in (-2, -1)
-        ),
+        changes=rstd((0, 0, -2), (0, 0, -1)),
+    ),
+    Slip("rstd forgotten", "xhat = (x − μ)·rstd, so every pathway has the factor rstd", changes=rstd((-1, -1, -1))),
+    Slip(
+        "rstd forgotten in a pathway",
+        "xhat = (x − μ)·rstd: dxhat·rstd is the direct pathway, and dmean = −rstd·Σdxhat",
+        changes=rstd((-1, 0, 0), (0, -1, 0), (-1, -1, 0)),
+    ),
+    Slip(
+        "xhat in place of x - μ",
+        "dvar = Σdxhat·(x − μ)·(−½)·rstd³ and ∂σ²/∂x = 2(x − μ)/n",
+        changes=rstd((0, 0, 1), (0, 0, 2)),
     ),
     Slip(
         "factor 2 in the variance pathway",
         "dvar has the factor −½, ∂σ²/∂x the factor 2",
-        lambda right: [right.paths(1, 1, 2), right.paths(1, 1, 0.5)],
+        always((1, 1, 2), (1, 1, 0.5)),
     ),
-    Slip(
-        "pathway counted twice",
-        "dx is the sum of the three pathways, each once",
-        lambda right: [right.paths(2, 1, 1), right.paths(1, 2, 1)],
-    ),
-    Slip("wrong sign", "turn the sign of dx", lambda right: [right.paths(-1, -1, -1)]),
-    Slip("wrong sign of the mean pathway", "dmean = −rstd·Σdxhat", lambda right: [right.paths(1, -1, 1)]),
-    Slip(
-        "wrong sign of the variance pathway", "dvar = Σdxhat·(x − μ)·(−½)·rstd³", lambda right: [right.paths(1, 1, -1)]
-    ),
-    Slip(
-        "wrong sign of both pathways", "dmean and dvar both begin with a minus", lambda right: [right.paths(1, -1, -1)]
-    ),
+    Slip("pathway counted twice", "dx is the sum of the three pathways, each once", always((2, 1, 1), (1, 2, 1))),
+    Slip("wrong sign", "turn the sign of dx", always((-1, -1, -1))),
+    Slip("wrong sign of the mean pathway", "dmean = −rstd·Σdxhat", always((1, -1, 1))),
+    Slip("wrong sign of the variance pathway", "dvar = Σdxhat·(x − μ)·(−½)·rstd³", always((1, 1, -1))),
+    Slip("wrong sign of both pathways", "dmean and dvar both begin with a minus", always((1, -1, -1))),
     Slip(
         "second term of dmean not summed",
         "it is dvar·(−2/n)·Σ(x − μ), one number per channel, and 0",
-        lambda right: [right.paths(1, 1, 1 - 1 / right.n)],
+        lambda right: [(1, 1, 1 - 1 / right.n)],
     ),
     Slip(
         "number of channels in place of n",
         "n counts the values of a channel, not the channels",
-        lambda right: right.with_count(right.cache.gamma.size),
+        counted(lambda right: right.channels),
     ),
     Slip(
-        "number of all values in place of n",
-        "n counts the values of one channel",
-        lambda right: right.with_count(right.dy.size),
+        "number of positions in place of n",
+        "n counts the values of a channel: the batch size times the positions",
+        counted(lambda right: right.n // right.batch if right.n > right.batch else right.n),
+    ),
+    Slip(
+        "number of all values in place of n", "n counts the values of one channel", counted(lambda right: right.dy.size)
     ),
 )
+
+FACTOR = "constant factor"
+
+
+def constant_factors(right: Right) -> Iterator[Slip]:
+    """Numbers by which people multiply all of dx too often or too seldom."""
+    known: dict[str, float] = {"2": 2, "1/2": 1 / 2, "1/n": 1 / right.n}
+    if right.n > right.batch:
+        known |= {"1/the batch size": 1 / right.batch, "1/the number of positions": right.batch / right.n}
+    if right.channels > 1:
+        known |= {"the number of channels": right.channels, "1/the number of channels": 1 / right.channels}
+        known |= {"the size of x": right.dy.size, "1/the size of x": 1 / right.dy.size}
+    for name, k in known.items():
+        if k != 1:
+            yield Slip(f"{FACTOR} {name}", f"divide dx by {name}", always((k, k, k)))

@@ -1,0 +1,132 @@
+"""Slips with an unknown number: it is estimated from dx, and then the formula is held against dx like any other.
+
+Decisions:
+
+- The direct pathway has the part of dy to itself that is neither constant nor a multiple of xhat. Its factor there is
+  gamma·rstd, so dx tells with which rstd it was made, and with that, by which μ.
+- One number for all of x, an eps, is soon found by chance in one channel, in many never. A number per channel that
+  only scales dx could be anything, and is given as unsure.
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..reference import Array
+from .changes import with_rstd
+from .formula import Formula
+from .right import Right
+from .slips import FACTOR
+
+ANOTHER_EPS = "another eps"
+LOST = "variance lost to cancellation"
+RUNNING = "running statistics"
+PER_SAMPLE = "a factor per sample"
+PER_CHANNEL = "a factor per channel"
+
+EPS_IN_USE = tuple(10.0**-power for power in range(1, 17))
+"""Values that people choose for eps."""
+
+
+class Estimate(NamedTuple):
+    """A slip, and the formula with the number that fits best; `certain` unless anything could have been fitted."""
+
+    name: str
+    remedy: str
+    formula: Formula
+    certain: bool = True
+
+
+def orthonormal(right: Right) -> tuple[Array, Array, Array]:
+    """A constant, xhat and dy in every channel, each without those before it, of length 1 or 0."""
+    found: list[Array] = []
+    for part in (np.ones_like(right.dy), right.cache.xhat, right.dy):
+        rest = part
+        for before in found:
+            rest = rest - before * (rest * before).sum(right.cache.axes, keepdims=True)
+        norm = np.sqrt((rest * rest).sum(right.cache.axes, keepdims=True))
+        found.append(rest / np.where(norm > 0, norm, 1))
+    return found[0], found[1], found[2]
+
+
+def direct_of(dx: Array, right: Right) -> tuple[Array, Array]:
+    """By what the direct pathway of dx is too large, and how much of the largest term that is, per channel."""
+    axes, own = right.cache.axes, orthonormal(right)[2]
+    weight = (right.terms.direct * own).sum(axes, keepdims=True)
+    return (dx * own).sum(axes, keepdims=True) / weight, abs(weight) / right.largest
+
+
+def rstd_of(dx: Array, right: Right, formula: Formula) -> Array:
+    """rstd as it is in the direct pathway of dx, if dx has gamma as the formula has."""
+    _, _, rstd, gamma, _ = right.cache
+    fitted = direct_of(dx, right)[0] * rstd * gamma ** (1 - formula.gamma[0])
+    return np.where(np.isfinite(fitted) & (fitted > 0), fitted, rstd)
+
+
+def another_eps(dx: Array, right: Right, formula: Formula, noise: Array) -> Iterator[Estimate]:
+    """rstd = 1/√(σ² + another eps)."""
+    for eps in all_eps_of(rstd_of(dx, right, formula) / right.cache.rstd, right, noise):
+        certain = right.channels > 1 or eps in EPS_IN_USE
+        for change in with_rstd(1 / np.sqrt(right.var + eps)):
+            yield Estimate(ANOTHER_EPS, of_another_eps(eps, right), change(formula), certain)
+
+
+def lost_variance(dx: Array, right: Right, formula: Formula, eps: float) -> Iterator[Estimate]:
+    """An rstd of its own in each channel, as far as E[x²] − μ² may lose it in arithmetic with this eps."""
+    rstd = rstd_of(dx, right, formula)
+    if (abs((right.cache.rstd / rstd) ** 2 - 1) <= right.cancellation(eps)).all():
+        far = f"where x lies up to {float(right.offset.max()):.3g} σ from 0"
+        for change in with_rstd(rstd):
+            yield Estimate(LOST, f"E[x²] − μ² loses σ² {far}: take the mean of (x − μ)²", change(formula))
+
+
+def running_statistics(dx: Array, right: Right, formula: Formula, noise: Array) -> Iterator[Estimate]:
+    """A σ² of its own in each channel, and a μ, which is seen only if dx has a variance pathway."""
+    xmu, _, _, gamma, axes = right.cache
+    rstd = rstd_of(dx, right, formula)
+    scale = gamma ** formula.gamma[0] * rstd
+    rest = dx - scale * right.dy
+    slope = (rest * xmu).sum(axes, keepdims=True) / (xmu * xmu).sum(axes, keepdims=True)
+    sums = [values.sum(axes, keepdims=True) for values in (right.dy * xmu, right.dy)]
+    shift = (-slope * right.n / (scale * rstd**2) - sums[0]) / sums[1]
+    seen = (abs(slope) * abs(xmu).max(axes, keepdims=True) > 4 * noise * right.largest).any()
+    for moved in [np.zeros_like(shift), np.where(np.isfinite(shift), shift, 0)][: 1 + seen]:
+        there = f"√(σ² + eps) = {float(1 / rstd.flat[0]):.4g}"
+        there += f" and μ = {float((right.mean - moved).flat[0]):.4g}" if moved.any() else ""
+        remedy = f"training takes μ and σ² of the batch; channel 0 has {there} here"
+        yield Estimate(RUNNING, remedy, formula._replace(rstd=(rstd,) * 3, shifts=(moved, moved)))
+
+
+def factors(dx: Array, right: Right, formula: Formula) -> Iterator[Estimate]:
+    """dx times one number, times one per sample, times one per channel."""
+    form = formula.dx(dx.shape)
+    batch, axes = right.cache.axes[0], right.cache.axes
+    found: dict[str, tuple[str, tuple[int, ...]]] = {
+        FACTOR: ("dx is {} times what it should be", tuple(range(dx.ndim))),
+        PER_SAMPLE: ("the samples of dx are multiplied by {} …", tuple(i for i in range(dx.ndim) if i != batch)),
+        PER_CHANNEL: ("the channels of dx are multiplied by {} …", axes),
+    }
+    for name, (remedy, over) in found.items():
+        if form.size >= 2 * right.batch and (name != PER_CHANNEL or right.channels > 1):
+            weight = (form / right.largest) / right.largest
+            k: Any = (dx * weight).sum(over, keepdims=True) / (form * weight).sum(over, keepdims=True)
+            first = ", ".join(f"{value:.6g}" for value in k.flat[:3])
+            yield Estimate(name, remedy.format(first), formula.times(k, k, k))
+
+
+def of_another_eps(eps: float, right: Right) -> str:
+    """The remedy."""
+    return f"rstd = 1/√(σ² + eps) is made with eps = {eps:.3g}, but `forward` was given {right.eps:.3g}"
+
+
+def all_eps_of(ratio: Array, right: Right, noise: Array) -> Iterator[float]:
+    """The eps that changes rstd by these ratios, one per channel: as people choose it, and as it is estimated."""
+    exact = right.var + right.eps
+    weight = 1 / (exact * noise) ** 2
+    eps = float(((exact / ratio**2 - right.var) * weight).sum() / weight.sum())
+    usual = [value for value in EPS_IN_USE if abs(eps - value) <= 0.03 * value + 1 / float(np.sqrt(weight.sum()))]
+    if usual:
+        yield min(usual, key=lambda value: abs(eps - value))
+    if eps >= 0:
+        yield eps
