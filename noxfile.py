@@ -105,8 +105,8 @@ def bench(session):
 
 @nox.session
 def frameworks(session):
-    """Layers of other systems, made, predicted and trained by those themselves; Keras on two of its backends."""
-    session.install(".[test]", "torch", "keras", "jax", "flax", "dm-haiku")
+    """Layers of other systems, made, predicted and trained by those themselves; Keras on two backends; adapters."""
+    session.install(".[test,sklearn,autograd]", "torch", "keras", "jax", "flax", "dm-haiku", "pandas")
     for backend in ("torch", "jax"):
         session.run(
             "python",
@@ -119,6 +119,7 @@ def frameworks(session):
             *session.posargs,
             env={"KERAS_BACKEND": backend},
         )
+    session.run("python", "-m", "pytest", "tests/test_sklearn.py", "tests/test_autograd.py", *session.posargs)
 
 
 @nox.session

@@ -2,7 +2,7 @@
 
 import ast
 import doctest
-import importlib
+import importlib.util
 import inspect
 import os
 import pkgutil
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from processes import python, succeeds
+from processes import python, search_path, succeeds
 
 import batchnorm as bn
 from batchnorm import _kernels
@@ -37,6 +37,9 @@ DOCUMENTED = [
     "_threads",
     "_config",
 ]
+ADAPTERS = {"sklearn": ("scikit-learn 1.6 or newer", "scikit-learn"), "autograd": ("HIPS autograd", "autograd")}
+"""What they need, in words, and the package to install."""
+
 SOURCES = (".py", ".pyi", ".pyx", ".pxd", ".pxi", ".h", ".sh")
 
 
@@ -173,8 +176,21 @@ def test_modules_for_some_are_attributes_that_are_imported_when_asked_for():
 
 def test_every_module_imports():
     for module in pkgutil.walk_packages(bn.__path__, "batchnorm."):
-        if not module.name.endswith("__main__") and not re.search(r"float\d\d_", module.name):
+        peer = module.name.partition(".")[2]
+        absent = peer in ADAPTERS and importlib.util.find_spec(peer) is None
+        if not absent and not module.name.endswith("__main__") and not re.search(r"float\d\d_", module.name):
             importlib.import_module(module.name)
+
+
+@pytest.mark.parametrize(("peer", "wanted"), ADAPTERS.items())
+def test_an_adapter_names_the_command_for_what_is_missing(tmp_path, peer, wanted):
+    (tmp_path / peer).mkdir()
+    (tmp_path / peer / "__init__.py").write_text("raise ImportError('it is not here')\n")
+    run = python(f"import batchnorm.{peer}", PYTHONPATH=search_path(tmp_path))
+    last = run.stderr.strip().splitlines()[-1]
+    needs, package = wanted
+    install = rf"python -m pip install ({package}|'{package}>=[\d.]+')"
+    assert re.fullmatch(rf"ImportError: batchnorm\.{peer} needs {needs}: {install}", last), last
 
 
 def compiled(module):

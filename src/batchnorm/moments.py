@@ -395,37 +395,42 @@ class GradientSums(_Mergeable):
         return f"GradientSums(count={self.count}, sum_dy={self.sum_dy}, sum_dy_xmu={self.sum_dy_xmu})"
 
 
-class _Part(NamedTuple):
-    """Some samples along axis 0, and what selects from them: along axis 0 too, or None."""
+class Part(NamedTuple):
+    """Some samples along axis 0, and what selects from them, along axis 0 too, with its name."""
 
     array: Array
     channel: int
-    selecting: NDArray[Any] | None
+    selecting: NDArray[Any] | None = None
+    name: str = ""
 
     def kind(self) -> tuple[Any, ...]:
         """What may not change within a block."""
         shape = None if self.selecting is None else self.selecting.shape[1:]
-        return self.array.shape[1:], self.array.dtype, self.channel, shape
+        return self.array.shape[1:], self.array.dtype, self.channel, shape, self.name
 
-    def cut(self, start: int, stop: int) -> "_Part":
+    def cut(self, start: int, stop: int) -> "Part":
         selecting = None if self.selecting is None else self.selecting[start:stop]
-        return _Part(self.array[start:stop], self.channel, selecting)
+        return Part(self.array[start:stop], self.channel, selecting, self.name)
 
-    def room(self) -> "_Part":
+    def room(self) -> "Part":
         """A block for such samples, whose size depends on their shape alone."""
         rows = max(1, BLOCK_VALUES // max(1, math.prod(self.array.shape[1:])))
         own = self.selecting
         selecting = None if own is None else np.empty((rows, *own.shape[1:]), own.dtype)
-        return _Part(np.empty((rows, *self.array.shape[1:]), self.array.dtype), self.channel, selecting)
+        return Part(np.empty((rows, *self.array.shape[1:]), self.array.dtype), self.channel, selecting, self.name)
 
-    def take(self, filled: int, part: "_Part") -> None:
+    def moments(self, num_threads: int | None) -> Moments:
+        chosen: dict[str, Any] = {self.name: self.selecting} if self.name else {}
+        return Moments.of(self.array, self.channel, num_threads=num_threads, **chosen)
+
+    def take(self, filled: int, part: "Part") -> None:
         stop = filled + len(part.array)
         self.array[filled:stop] = part.array
         if self.selecting is not None:
             self.selecting[filled:stop] = part.selecting
 
 
-def _samples(batches: Iterable[ArrayLike], axis: int, name: str, selecting: Iterable[ArrayLike]) -> Iterator[_Part]:
+def _samples(batches: Iterable[ArrayLike], axis: int, name: str, selecting: Iterable[ArrayLike]) -> Iterator[Part]:
     """Each batch with its samples along axis 0, the channel axis, and what selects from it."""
     channels = None
     for batch, selects in _pairs(batches, name, selecting):
@@ -435,8 +440,8 @@ def _samples(batches: Iterable[ArrayLike], axis: int, name: str, selecting: Iter
         if channels not in (None, array.shape[channel]):
             raise ValueError(f"a batch must have {channels} channels along axis {axis}, got shape {array.shape}")
         channels = array.shape[channel]
-        part = _Part(array, channel, None) if channel else _Part(np.moveaxis(array, 1, 0), 1, None)
-        yield part._replace(selecting=by_sample(name, selects, layout) if name else None)
+        part = Part(array, channel) if channel else Part(np.moveaxis(array, 1, 0), 1)
+        yield part._replace(selecting=by_sample(name, selects, layout), name=name) if name else part
 
 
 def _pairs(batches: Iterable[ArrayLike], name: str, selecting: Iterable[ArrayLike]) -> Iterator[tuple[Any, Any]]:
@@ -451,24 +456,56 @@ def _pairs(batches: Iterable[ArrayLike], name: str, selecting: Iterable[ArrayLik
         yield batch, selects
 
 
-def _blocks(samples: Iterable[_Part]) -> Iterator[_Part]:
-    """The same samples in blocks that depend on their shape and dtype alone; a change of those ends a block."""
-    held, filled = None, 0
-    for part in samples:
-        if held is None or part.kind() != held.kind():
-            if held is not None:
-                yield held.cut(0, filled)
-            held, filled = part.room(), 0
-        start = 0
+class Stream:
+    """The moments of samples that come in parts, cut anew into blocks that depend on their shape and dtype alone.
+
+    What does not fill a block is held until it does; a change of shape or dtype ends a block. A copy, and so a pickle,
+    ends it too: it holds moments and no data.
+    """
+
+    def __init__(self, moments: Moments | None = None) -> None:
+        self._ended = moments
+        self._held: Part | None = None
+        self._filled = 0
+        self._known: Moments | None = None
+
+    def add(self, part: Part, num_threads: int | None = None) -> None:
+        if self._held is None or part.kind() != self._held.kind():
+            room = part.room()
+            self.end(num_threads)
+            self._held = room
+        rows, start, self._known = len(self._held.array), 0, None
         while start < len(part.array):
-            take = min(len(held.array) - filled, len(part.array) - start)
-            held.take(filled, part.cut(start, start + take))
-            start, filled = start + take, filled + take
-            if filled == len(held.array):
-                yield held
-                filled = 0
-    if held is not None:
-        yield held.cut(0, filled)
+            own = part.cut(start, start + rows - self._filled)
+            start += len(own.array)
+            if len(own.array) == rows and own.array.flags.c_contiguous:
+                self._count(own, num_threads)
+                continue
+            self._held.take(self._filled, own)
+            self._filled += len(own.array)
+            if self._filled == rows:
+                self._count(self._held, num_threads)
+                self._filled = 0
+
+    def _count(self, block: Part, num_threads: int | None) -> None:
+        moments = block.moments(num_threads)
+        self._ended = moments if self._ended is None else self._ended + moments
+
+    def end(self, num_threads: int | None = None) -> None:
+        """Let the next sample begin a block."""
+        self._ended, self._held, self._filled = self.moments(num_threads), None, 0
+
+    def moments(self, num_threads: int | None = None) -> Moments | None:
+        """Of all samples so far; None where there was no part."""
+        if self._held is None:
+            return self._ended
+        if self._known is None:
+            moments = self._held.cut(0, self._filled).moments(num_threads)
+            self._known = moments if self._ended is None else self._ended + moments
+        return self._known
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Stream, (self.moments(),)
 
 
 def population(
@@ -530,11 +567,10 @@ def population(
     given = {"mask": mask, "lengths": lengths, "weights": weights}
     name, selecting = next(((name, value) for name, value in given.items() if value is not None), ("", ()))
     shown = with_progress(batches, "population") if progress else batches
-    total = None
-    for block in _blocks(_samples(shown, _arrays.as_index(axis, "axis"), name, selecting)):
-        chosen: dict[str, Any] = {name: block.selecting} if name else {}
-        part = Moments.of(block.array, block.channel, num_threads=num_threads, **chosen)
-        total = part if total is None else total + part
-    if total is None:
+    stream = Stream()
+    for part in _samples(shown, _arrays.as_index(axis, "axis"), name, selecting):
+        stream.add(part, num_threads)
+    moments = stream.moments(num_threads)
+    if moments is None:
         raise ValueError("batches must hold at least one batch, got none")
-    return total
+    return moments
