@@ -1,0 +1,26 @@
+"""Batch normalization of PyTorch on the CPU with this package's kernels: `from batchnorm.torch import BatchNorm2d`.
+
+Decisions:
+
+- The modules are subclasses of PyTorch's and override `forward` alone, so constructor, state dict and checks are
+  PyTorch's own. `convert` changes the class of a module, so nothing else that holds it or its parameters notices.
+- The work is done by operators in the namespace `batchnorm` of `torch.ops`, which have fake kernels for `torch.compile`
+  and first and second derivatives. There is no third derivative and no forward mode.
+- Tensors are seen as NumPy arrays and the results as tensors, without a copy, in whatever order the axes lie in memory.
+  NumPy has no bfloat16: the package ml_dtypes is needed for it, and for nothing else.
+- PyTorch's number of threads counts, `torch.get_num_threads()`, and none of this package's settings. A forked child and
+  small tensors are serial.
+- PyTorch is no dependency and in no extra, because it comes in several builds: install the one you want.
+"""
+
+try:
+    import torch
+except ImportError as error:
+    raise ImportError("batchnorm.torch needs PyTorch, see https://pytorch.org or python -m pip install torch") from error
+
+if not hasattr(torch.library, "custom_op"):
+    raise ImportError(f"batchnorm.torch needs PyTorch 2.4 or newer, found {torch.__version__}")
+
+from .modules import BatchNorm1d, BatchNorm2d, BatchNorm3d, batch_norm, convert, revert
+
+__all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "batch_norm", "convert", "revert"]

@@ -1,0 +1,234 @@
+"""`BatchNorm1d`, `BatchNorm2d` and `BatchNorm3d`, as PyTorch has them; `convert` and `revert` exchange them.
+
+Unlike PyTorch's, `num_batches_tracked` does not move with a batch that is refused.
+"""
+
+import math
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from .. import _activation
+from .._activation import Activation
+from . import operators
+
+Model = TypeVar("Model", bound=torch.nn.Module)
+
+
+def batch_norm(
+    input: Tensor,  # noqa: A002
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float | None = 0.1,
+    eps: float = 1e-5,
+    *,
+    activation: Activation | None = None,
+    num_batches_tracked: Tensor | None = None,
+) -> Tensor:
+    """y = act(gamma·(x − μ)/√(σ² + eps) + beta), in place of `torch.nn.functional.batch_norm`.
+
+    In training μ and σ² are of the batch, and the running statistics move towards them:
+    r ← (1 − momentum)·r + momentum·batch.
+
+    Parameters
+    ----------
+    input : Tensor of float32, float64, float16 or bfloat16, at least 2-D, on the CPU
+        x, with channels along axis 1, in any order in memory. bfloat16 needs the package ml_dtypes.
+    running_mean, running_var : Tensor of shape (C,), optional
+        In training they are changed in place, if they are given; otherwise they are what x is normalized with.
+    weight, bias : Tensor of shape (C,), optional
+        gamma and beta; 1 and 0 where None.
+    training : bool, default False
+    momentum : float, default 0.1
+        The weight of the new batch. None for the mean of all batches, of which there are `num_batches_tracked`.
+    eps : float, default 1e-5
+    activation : "relu", ("leaky_relu", slope) or ("clip", low, high), optional
+        Applied in the pass that writes y, and in the one that writes dx.
+    num_batches_tracked : Tensor, optional
+        How many batches there have been, with this one. It is read, and only if momentum is None.
+
+    Returns
+    -------
+    Tensor
+        Of x's shape, dtype and order in memory.
+
+    Raises
+    ------
+    TypeError
+        If x has another dtype.
+    ValueError
+        If x is not on the CPU, has one value per channel in training, or a shape does not fit. Nothing is written then.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from batchnorm.torch import batch_norm
+    >>> batch_norm(torch.tensor([[1.0], [3.0]]), None, None, training=True, eps=0.0)
+    tensor([[-1.],
+            [ 1.]])
+    """
+    _check(input, running_mean, running_var)
+    limits = list(_activation.as_limits(activation) or ())
+    eps = float(eps)
+    if not training:
+        if running_mean is None or running_var is None:
+            raise ValueError("running_mean and running_var must be given where training is false, got None")
+        y, _ = operators.inference(input, running_mean, running_var, weight, bias, eps, limits)
+        return y
+    if math.prod(input.shape) == input.shape[1]:
+        raise ValueError(f"input must have more than one value per channel in training, got shape {tuple(input.shape)}")
+    y, statistics = operators.forward(input, weight, bias, eps, limits)
+    if running_mean is not None and running_var is not None:
+        operators.update_running(running_mean, running_var, input, statistics, momentum, num_batches_tracked)
+    return y
+
+
+def _check(x: Tensor, running_mean: Tensor | None, running_var: Tensor | None) -> None:
+    """Refuse what PyTorch's dispatcher or NumPy would refuse in their own words."""
+    if x.device.type not in ("cpu", "meta"):
+        raise ValueError(
+            f"input must be on the CPU, got {x.device}: batchnorm.torch.revert(model) gives a model PyTorch's own "
+            "modules back, input.cpu() brings a tensor here"
+        )
+    if x.dtype not in operators.DTYPES:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in operators.DTYPES)
+        raise TypeError(f"input must have one of the dtypes {names}, got {x.dtype}: input.float() converts it")
+    if x.dim() < 2:
+        raise ValueError(f"input must have at least 2 dimensions, got shape {tuple(x.shape)}")
+    for name, running in (("running_mean", running_mean), ("running_var", running_var)):
+        if running is not None and running.shape != (x.shape[1],):
+            raise ValueError(f"{name} must have shape ({x.shape[1]},), got {tuple(running.shape)}")
+
+
+class _Norm(torch.nn.modules.batchnorm._BatchNorm):
+    """What the three modules have in common."""
+
+    activation: Activation | None = None
+
+    def __init__(self, *args: Any, activation: Activation | None = None, **kwargs: Any) -> None:
+        _activation.as_limits(activation)
+        super().__init__(*args, **kwargs)
+        self.activation = activation
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+        self._check_input_dim(input)
+        moves = self.training and self.track_running_stats
+        known = moves or not self.training
+        counter = self.num_batches_tracked if moves else None
+        y = batch_norm(
+            input,
+            self.running_mean if known else None,
+            self.running_var if known else None,
+            self.weight,
+            self.bias,
+            self.training or self.running_mean is None,
+            0.0 if self.momentum is None and counter is None else self.momentum,
+            self.eps,
+            activation=self.activation,
+            num_batches_tracked=counter + 1 if counter is not None and self.momentum is None else None,
+        )
+        if counter is not None:
+            counter.add_(1)
+        return y
+
+    def extra_repr(self) -> str:
+        after = "" if self.activation is None else f", activation={self.activation!r}"
+        return f"{super().extra_repr()}{after}"
+
+
+class BatchNorm1d(_Norm, torch.nn.BatchNorm1d):
+    """`torch.nn.BatchNorm1d` on this package's kernels, for x of shape (N, C) or (N, C, L).
+
+    Parameters
+    ----------
+    num_features, eps, momentum, affine, track_running_stats, device, dtype
+        As PyTorch's, and with its other keywords.
+    activation : "relu", ("leaky_relu", slope) or ("clip", low, high), optional
+        Applied in the pass that writes y; see `batch_norm`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from batchnorm.torch import BatchNorm1d
+    >>> BatchNorm1d(1, eps=1e-9, activation="relu")(torch.tensor([[1.0], [3.0]])).detach()
+    tensor([[0.],
+            [1.]])
+    """
+
+
+class BatchNorm2d(_Norm, torch.nn.BatchNorm2d):
+    """`torch.nn.BatchNorm2d` on this package's kernels, for x of shape (N, C, H, W); see `BatchNorm1d`."""
+
+
+class BatchNorm3d(_Norm, torch.nn.BatchNorm3d):
+    """`torch.nn.BatchNorm3d` on this package's kernels, for x of shape (N, C, D, H, W); see `BatchNorm1d`."""
+
+
+_OURS: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
+    torch.nn.BatchNorm1d: BatchNorm1d,
+    torch.nn.BatchNorm2d: BatchNorm2d,
+    torch.nn.BatchNorm3d: BatchNorm3d,
+}
+
+
+def convert(model: Model) -> Model:
+    """Give each `torch.nn.BatchNorm1d`, `2d` and `3d` of a model the class of this package, in place.
+
+    Parameters, buffers, hooks and flags stay the same objects, so an optimizer may hold them already. Subclasses,
+    `SyncBatchNorm` and lazy modules that have not seen a batch are left alone.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+
+    Returns
+    -------
+    torch.nn.Module
+        The model itself.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from batchnorm.torch import convert, revert
+    >>> model = convert(torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8)))
+    >>> type(model[1]).__module__, type(revert(model)[1]).__module__
+    ('batchnorm.torch.modules', 'torch.nn.modules.batchnorm')
+    """
+    for module in model.modules():
+        if type(module) in _OURS:
+            module.__class__ = _OURS[type(module)]
+    return model
+
+
+def revert(model: Model) -> Model:
+    """Undo `convert`, in place; also for modules that were made with the classes of this package.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+
+    Returns
+    -------
+    torch.nn.Module
+        The model itself.
+
+    Raises
+    ------
+    ValueError
+        If a module has an activation, which PyTorch's would lose. Nothing is changed then.
+    """
+    theirs = {ours: their for their, ours in _OURS.items()}
+    found = {name: module for name, module in model.named_modules() if type(module) in theirs}
+    for name, module in found.items():
+        if module.activation is not None:
+            raise ValueError(
+                f"model must have no activation in its batch norm modules, got {module.activation!r} in {name!r}: "
+                "put a module of its own behind it and set .activation = None"
+            )
+    for module in found.values():
+        module.__class__ = theirs[type(module)]
+    return model
