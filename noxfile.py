@@ -106,7 +106,7 @@ def bench(session):
 @nox.session
 def frameworks(session):
     """Layers of other systems, made, predicted and trained by those themselves; Keras on two backends; adapters."""
-    session.install(".[test,sklearn,autograd]", "torch", "keras", "jax", "flax", "dm-haiku", "pandas")
+    session.install(".[test,sklearn,autograd]", "torch", "expecttest", "keras", "jax", "flax", "dm-haiku", "pandas")
     for backend in ("torch", "jax"):
         session.run(
             "python",
@@ -116,6 +116,7 @@ def frameworks(session):
             "tests/test_folding.py",
             "tests/test_calculus_peers.py",
             "tests/test_variants.py",
+            "tests/test_torch.py",
             *session.posargs,
             env={"KERAS_BACKEND": backend},
         )

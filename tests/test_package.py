@@ -170,14 +170,14 @@ def test_modules_for_some_are_attributes_that_are_imported_when_asked_for():
         "print(bn.cs231n.batchnorm_forward.__name__, bn.mpi.SyncBatchNorm.__name__)"
     )
     assert succeeds(program).split() == ["batchnorm_forward", "SyncBatchNorm"]
-    with pytest.raises(AttributeError, match="module 'batchnorm' has no attribute 'torch'"):
-        _ = bn.torch
+    with pytest.raises(AttributeError, match="module 'batchnorm' has no attribute 'numpy'"):
+        _ = bn.numpy
 
 
 def test_every_module_imports():
     for module in pkgutil.walk_packages(bn.__path__, "batchnorm."):
         peer = module.name.partition(".")[2]
-        absent = peer in ADAPTERS and importlib.util.find_spec(peer) is None
+        absent = peer in (*ADAPTERS, "torch") and importlib.util.find_spec(peer) is None
         if not absent and not module.name.endswith("__main__") and not re.search(r"float\d\d_", module.name):
             importlib.import_module(module.name)
 
@@ -191,6 +191,14 @@ def test_an_adapter_names_the_command_for_what_is_missing(tmp_path, peer, wanted
     needs, package = wanted
     install = rf"python -m pip install ({package}|'{package}>=[\d.]+')"
     assert re.fullmatch(rf"ImportError: batchnorm\.{peer} needs {needs}: {install}", last), last
+
+
+def test_without_torch_its_modules_say_what_to_install():
+    program = "import sys; sys.modules['torch'] = None; import batchnorm.torch"
+    last = python(program).stderr.strip().splitlines()[-1]
+    assert last == (
+        "ImportError: batchnorm.torch needs PyTorch, see https://pytorch.org or python -m pip install torch"
+    )
 
 
 def compiled(module):

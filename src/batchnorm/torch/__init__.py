@@ -16,7 +16,9 @@ Decisions:
 try:
     import torch
 except ImportError as error:
-    raise ImportError("batchnorm.torch needs PyTorch, see https://pytorch.org or python -m pip install torch") from error
+    raise ImportError(
+        "batchnorm.torch needs PyTorch, see https://pytorch.org or python -m pip install torch"
+    ) from error
 
 if not hasattr(torch.library, "custom_op"):
     raise ImportError(f"batchnorm.torch needs PyTorch 2.4 or newer, found {torch.__version__}")

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .. import _activation
 from .._activation import Activation
@@ -59,9 +60,11 @@ def batch_norm(
     Raises
     ------
     TypeError
-        If x has another dtype.
+        If x has another dtype, or is sparse.
     ValueError
         If x is not on the CPU, has one value per channel in training, or a shape does not fit. Nothing is written then.
+    NotImplementedError
+        In forward mode: PyTorch would lose the tangent without a word.
 
     Examples
     --------
@@ -94,9 +97,13 @@ def _check(x: Tensor, running_mean: Tensor | None, running_var: Tensor | None) -
             f"input must be on the CPU, got {x.device}: batchnorm.torch.revert(model) gives a model PyTorch's own "
             "modules back, input.cpu() brings a tensor here"
         )
+    if x.layout is not torch.strided:
+        raise TypeError(f"input must be dense, got {x.layout}: input.to_dense() converts it")
     if x.dtype not in operators.DTYPES:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in operators.DTYPES)
         raise TypeError(f"input must have one of the dtypes {names}, got {x.dtype}: input.float() converts it")
+    if forward_ad.unpack_dual(x).tangent is not None:
+        raise NotImplementedError("input must have no tangent: batchnorm.torch has no forward mode, batchnorm.jvp has")
     if x.dim() < 2:
         raise ValueError(f"input must have at least 2 dimensions, got shape {tuple(x.shape)}")
     for name, running in (("running_mean", running_mean), ("running_var", running_var)):

@@ -10,6 +10,8 @@ Decisions:
 - y and dx lie in memory as x does; if x has gaps, they are contiguous.
 """
 
+# ruff: noqa: ARG001 (fake kernels have the arguments of the operators)
+
 from typing import Any
 
 import numpy as np
@@ -54,7 +56,7 @@ def _maybe_array(tensor: Tensor | None) -> Array | None:
 def _tensor(array: Array | None) -> Tensor:
     """The array's memory as a tensor."""
     assert array is not None
-    if array.dtype.name == "bfloat16":
+    if array.dtype.kind == "V":  # bfloat16
         return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
     return torch.from_numpy(array)
 
@@ -123,9 +125,7 @@ def inference(
     x = _dense(x)
     given = _array(mean), _array(var), _maybe_array(weight), _maybe_array(bias)
     statistics, _ = functional.table_of(*given, eps, x.shape[1])
-    y = bn.inference(
-        _array(x), *given, eps=eps, activation=_activation_of(limits), num_threads=torch.get_num_threads()
-    )
+    y = bn.inference(_array(x), *given, eps=eps, activation=_activation_of(limits), num_threads=torch.get_num_threads())
     return _like(x, y), torch.from_numpy(statistics)
 
 
@@ -136,9 +136,7 @@ def backward(
     """dx, dgamma and dbeta."""
     x = _dense(x)
     saved = _saved(x, statistics, weight, eps, limits)
-    dx, *parameters = bn.backward(
-        _array(dy), saved, through=_THROUGH[fixed], num_threads=torch.get_num_threads()
-    )
+    dx, *parameters = bn.backward(_array(dy), saved, through=_THROUGH[fixed], num_threads=torch.get_num_threads())
     dgamma, dbeta = map(_tensor, parameters)
     return _like(x, dx), dgamma, dbeta
 
@@ -171,9 +169,7 @@ def double_backward(
     return _like(x, second.dy), _like(x, second.x), _tensor(second.gamma)
 
 
-@torch.library.custom_op(
-    "batchnorm::update_running", mutates_args=("running_mean", "running_var"), device_types="cpu"
-)
+@torch.library.custom_op("batchnorm::update_running", mutates_args=("running_mean", "running_var"), device_types="cpu")
 def update_running(
     running_mean: Tensor,
     running_var: Tensor,
@@ -221,16 +217,10 @@ def _(running_mean, running_var, x, statistics, momentum, batches):  # type: ign
     return None
 
 
-def _keep_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, bias, ctx.eps, ctx.limits = inputs
-    ctx.fixed, ctx.has_bias = False, bias is not None
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(x, output[1], weight)
-
-
-def _keep_inference(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, _, _, weight, bias, ctx.eps, ctx.limits = inputs
-    ctx.fixed, ctx.has_bias = True, bias is not None
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    """For the gradients of `forward` and `inference`."""
+    x, *running, weight, bias, ctx.eps, ctx.limits = inputs
+    ctx.fixed, ctx.has_bias = bool(running), bias is not None
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(x, output[1], weight)
 
@@ -263,6 +253,6 @@ def _second_gradients(ctx: Any, ddx: Tensor, ddgamma: Tensor, ddbeta: Tensor) ->
     return g_dy, g_x, None, None if weight is None else g_gamma, None, None, None
 
 
-forward.register_autograd(_forward_gradients, setup_context=_keep_forward)
-inference.register_autograd(_inference_gradients, setup_context=_keep_inference)
+forward.register_autograd(_forward_gradients, setup_context=_keep)
+inference.register_autograd(_inference_gradients, setup_context=_keep)
 backward.register_autograd(_second_gradients, setup_context=_keep_backward)
