@@ -116,11 +116,11 @@ def frameworks(session):
             "tests/test_folding.py",
             "tests/test_calculus_peers.py",
             "tests/test_variants.py",
-            "tests/test_torch.py",
             *session.posargs,
             env={"KERAS_BACKEND": backend},
         )
-    session.run("python", "-m", "pytest", "tests/test_sklearn.py", "tests/test_autograd.py", *session.posargs)
+    adapters = "tests/test_torch.py", "tests/test_sklearn.py", "tests/test_autograd.py"
+    session.run("python", "-m", "pytest", *adapters, *session.posargs)
 
 
 @nox.session
