@@ -125,15 +125,24 @@ def test_gradcheck_and_gradgradcheck(fixed, activation, affine):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("limits", [[], [0.0, float("inf"), 0.0]], ids=str)
-@pytest.mark.parametrize("shape", [(8, 3), (2, 3, 4, 5), (2, 1, 4, 5), (2, 3, 1, 1), (0, 3, 2, 2)], ids=str)
-@pytest.mark.parametrize("dtype", operators.DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        *(((2, 3, 4, 5), dtype) for dtype in operators.DTYPES),
+        *((shape, torch.float32) for shape in [(8, 3), (2, 1, 4, 5), (2, 3, 1, 1), (0, 3, 2, 2), (2, 3, 2, 2, 2)]),
+    ],
+    ids=str,
+)
 def test_opcheck(shape, dtype, limits):
     if dtype is torch.bfloat16:
         pytest.importorskip("ml_dtypes")
     calls, channels = torch.ops.batchnorm, shape[1]
     x = torch.randn(shape).to(dtype).to(memory_format=FORMATS.get(len(shape), torch.contiguous_format))
     weight, bias, mean, var = torch.rand(4, channels) + 0.5
-    y, statistics = calls.forward(x, weight, bias, 0.1, limits)
+    y, statistics = calls.forward(x.requires_grad_(), weight, bias, 0.1, limits)
+    assert y.stride() == x.stride()
+    assert (y.requires_grad, statistics.requires_grad) == (True, False)
+    y, x = y.detach(), x.detach()
     common = (x, statistics, weight, 0.1, limits, False)
     running, counter = (torch.zeros(channels), torch.ones(channels)), torch.tensor(3)
     for call, arguments in (
@@ -396,6 +405,8 @@ def test_what_there_is_no_derivative_of_says_so():
 
     with pytest.raises(NotImplementedError, match="no forward mode"):
         torch.func.jvp(norm, (x,), (x,))
+    with pytest.raises(RuntimeError, match="functorch"):
+        torch.func.grad(lambda x: norm(x).pow(3).sum())(x.detach())
     (first,) = torch.autograd.grad(norm(x).pow(3).sum(), x, create_graph=True)
     (second,) = torch.autograd.grad(first.square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="no autograd formula was registered"):
