@@ -12,7 +12,7 @@ Decisions:
 
 # ruff: noqa: ARG001 (fake kernels have the arguments of the operators)
 
-from typing import Any
+from typing import Any, Sequence  # noqa: UP035 (PyTorch 2.4 knows no other)
 
 import numpy as np
 import torch
@@ -87,7 +87,7 @@ def _parameter_dtype(x: Tensor, weight: Tensor | None) -> torch.dtype:
     return x.dtype if x.dtype.itemsize > 2 else torch.float32
 
 
-def _saved(x: Tensor, statistics: Tensor, weight: Tensor | None, eps: float, limits: list[float]) -> bn.Saved:
+def _saved(x: Tensor, statistics: Tensor, weight: Tensor | None, eps: float, limits: Sequence[float]) -> bn.Saved:
     """What `forward` left, put together again."""
     array, layout = _arrays.lay_out(_array(x), 1)
     full = np.dtype(np.float64 if x.dtype is torch.float64 else np.float32)
@@ -96,13 +96,13 @@ def _saved(x: Tensor, statistics: Tensor, weight: Tensor | None, eps: float, lim
     return bn.Saved(array, eps, layout, statistics.numpy(), (array.dtype, dtype, dtype), limits=low_high_slope)
 
 
-def _activation_of(limits: list[float]) -> "_activation.Activation | None":
+def _activation_of(limits: Sequence[float]) -> "_activation.Activation | None":
     return _activation.activation_of((limits[0], limits[1], limits[2])) if limits else None
 
 
 @torch.library.custom_op("batchnorm::forward", mutates_args=(), device_types="cpu")
 def forward(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, limits: list[float]
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, limits: Sequence[float]
 ) -> tuple[Tensor, Tensor]:
     """y with the statistics of the batch, and these."""
     x = _dense(x)
@@ -119,7 +119,13 @@ def forward(
 
 @torch.library.custom_op("batchnorm::inference", mutates_args=(), device_types="cpu")
 def inference(
-    x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, limits: list[float]
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    limits: Sequence[float],
 ) -> tuple[Tensor, Tensor]:
     """y with given statistics, and these as the other operators take them."""
     x = _dense(x)
@@ -131,7 +137,7 @@ def inference(
 
 @torch.library.custom_op("batchnorm::backward", mutates_args=(), device_types="cpu")
 def backward(
-    dy: Tensor, x: Tensor, statistics: Tensor, weight: Tensor | None, eps: float, limits: list[float], fixed: bool
+    dy: Tensor, x: Tensor, statistics: Tensor, weight: Tensor | None, eps: float, limits: Sequence[float], fixed: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx, dgamma and dbeta."""
     x = _dense(x)
@@ -151,7 +157,7 @@ def double_backward(
     statistics: Tensor,
     weight: Tensor | None,
     eps: float,
-    limits: list[float],
+    limits: Sequence[float],
     fixed: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of `backward` with respect to dy, x and gamma."""
