@@ -13,6 +13,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from torch import library  # noqa: E402
+
 from batchnorm.torch import BatchNorm1d, BatchNorm2d, BatchNorm3d, batch_norm, convert, operators, revert  # noqa: E402
 
 FORMATS = {3: torch.contiguous_format, 4: torch.channels_last, 5: torch.channels_last_3d}
@@ -152,7 +154,7 @@ def test_opcheck(shape, dtype, limits):
         (calls.double_backward, tuple(t.detach() for t in (y, weight, bias, y, x, statistics, weight)) + common[3:]),
         (calls.update_running, (*running, x.detach(), statistics, None, counter)),
     ):
-        assert set(torch.library.opcheck(call.default, arguments).values()) == {"SUCCESS"}
+        assert set(library.opcheck(call.default, arguments).values()) == {"SUCCESS"}
 
 
 @pytest.mark.parametrize("arrange", ["gaps", "expanded", "transposed", "permuted"])
@@ -165,7 +167,7 @@ def test_other_orders_in_memory(arrange):
         "permuted": lambda: torch.randn(3, 4, 5, 2).permute(1, 0, 3, 2),
     }[arrange]()
     arguments = (x, None, None, 1e-5, [])
-    assert set(torch.library.opcheck(torch.ops.batchnorm.forward.default, arguments).values()) == {"SUCCESS"}
+    assert set(library.opcheck(torch.ops.batchnorm.forward.default, arguments).values()) == {"SUCCESS"}
     y, _ = torch.ops.batchnorm.forward(*arguments)
     assert y.stride() == (x.stride() if arrange in ("transposed", "permuted") else x.contiguous().stride())
     close(y, torch.nn.functional.batch_norm(x.double(), None, None, training=True))

@@ -15,12 +15,13 @@ Decisions:
 
 try:
     import torch
+    from torch import library
 except ImportError as error:
     raise ImportError(
         "batchnorm.torch needs PyTorch, see https://pytorch.org or python -m pip install torch"
     ) from error
 
-if not hasattr(torch.library, "custom_op"):
+if not hasattr(library, "custom_op"):
     raise ImportError(f"batchnorm.torch needs PyTorch 2.4 or newer, found {torch.__version__}")
 
 from .modules import BatchNorm1d, BatchNorm2d, BatchNorm3d, batch_norm, convert, revert

@@ -16,7 +16,7 @@ from typing import Any, Sequence  # noqa: UP035 (PyTorch 2.4 knows no other)
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 import batchnorm as bn
 
@@ -100,7 +100,7 @@ def _activation_of(limits: Sequence[float]) -> "_activation.Activation | None":
     return _activation.activation_of((limits[0], limits[1], limits[2])) if limits else None
 
 
-@torch.library.custom_op("batchnorm::forward", mutates_args=(), device_types="cpu")
+@library.custom_op("batchnorm::forward", mutates_args=(), device_types="cpu")
 def forward(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, limits: Sequence[float]
 ) -> tuple[Tensor, Tensor]:
@@ -117,7 +117,7 @@ def forward(
     return _like(x, y), torch.from_numpy(saved._statistics)
 
 
-@torch.library.custom_op("batchnorm::inference", mutates_args=(), device_types="cpu")
+@library.custom_op("batchnorm::inference", mutates_args=(), device_types="cpu")
 def inference(
     x: Tensor,
     mean: Tensor,
@@ -135,7 +135,7 @@ def inference(
     return _like(x, y), torch.from_numpy(statistics)
 
 
-@torch.library.custom_op("batchnorm::backward", mutates_args=(), device_types="cpu")
+@library.custom_op("batchnorm::backward", mutates_args=(), device_types="cpu")
 def backward(
     dy: Tensor, x: Tensor, statistics: Tensor, weight: Tensor | None, eps: float, limits: Sequence[float], fixed: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -147,7 +147,7 @@ def backward(
     return _like(x, dx), dgamma, dbeta
 
 
-@torch.library.custom_op("batchnorm::double_backward", mutates_args=(), device_types="cpu")
+@library.custom_op("batchnorm::double_backward", mutates_args=(), device_types="cpu")
 def double_backward(
     ddx: Tensor,
     ddgamma: Tensor,
@@ -175,7 +175,7 @@ def double_backward(
     return _like(x, second.dy), _like(x, second.x), _tensor(second.gamma)
 
 
-@torch.library.custom_op("batchnorm::update_running", mutates_args=("running_mean", "running_var"), device_types="cpu")
+@library.custom_op("batchnorm::update_running", mutates_args=("running_mean", "running_var"), device_types="cpu")
 def update_running(
     running_mean: Tensor,
     running_var: Tensor,
