@@ -440,6 +440,12 @@ def umask():
     return mask
 
 
+def whats_there(folder):
+    """What each name stands for; not when it was last read, which a look at a link changes."""
+    found = {name: os.lstat(folder / name) for name in os.listdir(folder)}
+    return {name: (info.st_mode, info.st_ino, info.st_size, info.st_mtime_ns) for name, info in found.items()}
+
+
 def test_only_a_regular_file_is_replaced(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "folder").mkdir()
@@ -447,11 +453,11 @@ def test_only_a_regular_file_is_replaced(tmp_path):
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(tmp_path / "socket"))
     ends = os.pipe()
-    before = {name: os.lstat(tmp_path / name) for name in os.listdir(tmp_path)}
+    before = whats_there(tmp_path)
     for path in [*(str(tmp_path / name) for name in before), f"/dev/fd/{ends[1]}"]:
         with pytest.raises(ValueError, match=f"^'{path}' must be a regular file$"):
             bn.BatchNorm(3).save(path)
-    assert {name: os.lstat(tmp_path / name) for name in os.listdir(tmp_path)} == before
+    assert whats_there(tmp_path) == before
     for end in ends:
         os.close(end)
 
