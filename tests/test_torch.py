@@ -14,6 +14,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from torch import library  # noqa: E402
+from torch.autograd import forward_ad  # noqa: E402
 
 from batchnorm.torch import BatchNorm1d, BatchNorm2d, BatchNorm3d, batch_norm, convert, operators, revert  # noqa: E402
 
@@ -141,18 +142,20 @@ def test_opcheck(shape, dtype, limits):
     calls, channels = torch.ops.batchnorm, shape[1]
     x = torch.randn(shape).to(dtype).to(memory_format=FORMATS.get(len(shape), torch.contiguous_format))
     weight, bias, mean, var = torch.rand(4, channels) + 0.5
-    y, statistics = calls.forward(x.requires_grad_(), weight, bias, 0.1, limits)
+    running, counter = (torch.zeros(channels), torch.ones(channels)), torch.tensor(3)
+    nothing_moves = (None, None, None, None, 0.1, limits)
+    y, statistics = calls.forward(x.requires_grad_(), weight, bias, *nothing_moves)
     assert y.stride() == x.stride()
     assert (y.requires_grad, statistics.requires_grad) == (True, False)
     y, x = y.detach(), x.detach()
     common = (x, statistics, weight, 0.1, limits, False)
-    running, counter = (torch.zeros(channels), torch.ones(channels)), torch.tensor(3)
     for call, arguments in (
-        (calls.forward, (x.requires_grad_(), weight.requires_grad_(), None, 0.1, limits)),
+        (calls.forward, (x.requires_grad_(), weight.requires_grad_(), None, *nothing_moves)),
+        (calls.forward, (x, weight, None, *running, None, counter, 0.1, limits)),
+        (calls.forward, (x.detach(), None, None, *running, 0.3, None, 0.1, limits)),
         (calls.inference, (x, mean, var, weight, bias.requires_grad_(), 0.1, limits)),
         (calls.backward, (y.requires_grad_(), *common)),
         (calls.double_backward, tuple(t.detach() for t in (y, weight, bias, y, x, statistics, weight)) + common[3:]),
-        (calls.update_running, (*running, x.detach(), statistics, None, counter)),
     ):
         assert set(library.opcheck(call.default, arguments).values()) == {"SUCCESS"}
 
@@ -166,7 +169,7 @@ def test_other_orders_in_memory(arrange):
         "transposed": lambda: torch.randn(4, 5, 3).transpose(1, 2),
         "permuted": lambda: torch.randn(3, 4, 5, 2).permute(1, 0, 3, 2),
     }[arrange]()
-    arguments = (x, None, None, 1e-5, [])
+    arguments = (x, *[None] * 6, 1e-5, [])
     assert set(library.opcheck(torch.ops.batchnorm.forward.default, arguments).values()) == {"SUCCESS"}
     y, _ = torch.ops.batchnorm.forward(*arguments)
     assert y.stride() == (x.stride() if arrange in ("transposed", "permuted") else x.contiguous().stride())
@@ -405,13 +408,15 @@ def test_what_there_is_no_derivative_of_says_so():
     def norm(x):
         return batch_norm(x, None, None, training=True)
 
-    with pytest.raises(NotImplementedError, match="no forward mode"):
-        torch.func.jvp(norm, (x,), (x,))
-    with pytest.raises(RuntimeError, match="functorch"):
-        torch.func.grad(lambda x: norm(x).pow(3).sum())(x.detach())
+    for fixed in (x, x.detach()):
+        with pytest.raises(NotImplementedError, match="no forward mode"), forward_ad.dual_level():
+            norm(forward_ad.make_dual(fixed, fixed))
+    for transform in (torch.func.grad, torch.vmap, torch.func.jacfwd):
+        with pytest.raises(RuntimeError, match="functorch"):
+            transform(lambda x: norm(x).pow(3).sum())(x.detach()[..., None])
     (first,) = torch.autograd.grad(norm(x).pow(3).sum(), x, create_graph=True)
     (second,) = torch.autograd.grad(first.square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="no autograd formula was registered"):
+    with pytest.raises(NotImplementedError, match="no third derivative"):
         torch.autograd.grad(second.square().sum(), x)
 
 

@@ -3,12 +3,10 @@
 Unlike PyTorch's, `num_batches_tracked` does not move with a batch that is refused.
 """
 
-import math
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from .. import _activation
 from .._activation import Activation
@@ -82,11 +80,10 @@ def batch_norm(
             raise ValueError("running_mean and running_var must be given where training is false, got None")
         y, _ = operators.inference(input, running_mean, running_var, weight, bias, eps, limits)
         return y
-    if math.prod(input.shape) == input.shape[1]:
+    if input.numel() == input.shape[1]:
         raise ValueError(f"input must have more than one value per channel in training, got shape {tuple(input.shape)}")
-    y, statistics = operators.forward(input, weight, bias, eps, limits)
-    if running_mean is not None and running_var is not None:
-        operators.update_running(running_mean, running_var, input, statistics, momentum, num_batches_tracked)
+    running = running_mean, running_var
+    y, _ = operators.forward(input, weight, bias, *running, momentum, num_batches_tracked, eps, limits)
     return y
 
 
@@ -102,8 +99,6 @@ def _check(x: Tensor, running_mean: Tensor | None, running_var: Tensor | None) -
     if x.dtype not in operators.DTYPES:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in operators.DTYPES)
         raise TypeError(f"input must have one of the dtypes {names}, got {x.dtype}: input.float() converts it")
-    if forward_ad.unpack_dual(x).tangent is not None:
-        raise NotImplementedError("input must have no tangent: batchnorm.torch has no forward mode, batchnorm.jvp has")
     if x.dim() < 2:
         raise ValueError(f"input must have at least 2 dimensions, got shape {tuple(x.shape)}")
     for name, running in (("running_mean", running_mean), ("running_var", running_var)):
