@@ -106,7 +106,9 @@ def bench(session):
 @nox.session
 def frameworks(session):
     """Layers of other systems, made, predicted and trained by those themselves; Keras on two backends; adapters."""
-    session.install(".[test,sklearn,autograd]", "torch", "expecttest", "keras", "jax", "flax", "dm-haiku", "pandas")
+    session.install(
+        ".[test,sklearn,autograd]", "torch", "torchvision", "expecttest", "keras", "jax", "flax", "dm-haiku", "pandas"
+    )
     for backend in ("torch", "jax"):
         session.run(
             "python",
@@ -119,7 +121,7 @@ def frameworks(session):
             *session.posargs,
             env={"KERAS_BACKEND": backend},
         )
-    adapters = "tests/test_torch.py", "tests/test_sklearn.py", "tests/test_autograd.py"
+    adapters = "tests/test_torch.py", "tests/test_torch_networks.py", "tests/test_sklearn.py", "tests/test_autograd.py"
     session.run("python", "-m", "pytest", *adapters, *session.posargs)
 
 
