@@ -147,14 +147,16 @@ def test_the_self_check_sees_a_difference(tmp_path):
         tmp_path,
         """
         import sys
-        from batchnorm import moments
+        from batchnorm._kernels import per_channel
         from batchnorm.mpi import check
-        def averaged(parts):
-            parts = [part for part in parts if part.count]
-            n = sum(part.count for part in parts)
-            var = np.mean([part.var() for part in parts], axis=0)
-            return moments.Moments(n, np.mean([part.mean for part in parts], axis=0), n * var)
-        moments.Moments.merge_all = staticmethod(averaged)
+        def averaged(lower, upper):
+            counts = lower[1], upper[1]
+            rows, others = (packet[4:].reshape(3, -1) for packet in (lower, upper))
+            var = (rows[2] / max(counts[0], 1) + others[2] / max(counts[1], 1)) / 2
+            rows[...] = (rows + others) / 2
+            rows[2] = sum(counts) * var
+            lower[1:4] += upper[1:4]
+        per_channel.merge_moments = averaged
         sys.exit(check.main())
         """,
     )
@@ -197,7 +199,7 @@ def test_ranks_that_disagree_all_raise(tmp_path, arguments, message):
         ("np.ones((4, 3), int if rank == 1 else float)", "TypeError x must have dtype", "RuntimeError rank 1 refused"),
         (
             "np.ones((4, 3), 'f2' if rank == 1 else 'f8')",
-            "TypeError x must have the same dtype on all ranks, got float64, float16, float64",
+            "TypeError x must have the same dtype on all ranks, got float64 and float16, float",
             None,
         ),
         (
@@ -319,14 +321,6 @@ def test_ways_to_train(tmp_path, way):
     )
     done = run(4, path, timeout=60)
     assert done.stdout.count("done") == 4, done.stdout + done.stderr
-
-
-def test_a_frozen_layer_sends_nothing(rng):
-    comm = Counting(MPI.COMM_SELF)
-    layer = SyncBatchNorm(5, comm, statistics="running", update=False)
-    comm.calls.clear()
-    layer.backward(layer(rng.standard_normal((1, 5))))
-    assert comm.calls == []
 
 
 def test_ways_that_several_ranks_cannot_go(tmp_path):
@@ -491,35 +485,6 @@ def test_adding_up_twice_is_seen_by_the_example(tmp_path):
     assert run(2, "-m", "mpi4py", str(tmp_path / "wrong.py")).returncode != 0
 
 
-class Counting:
-    """A communicator that counts what is asked of it."""
-
-    def __init__(self, comm):
-        self.comm, self.calls = comm, []
-
-    def __getattr__(self, name):
-        def call(*arguments):
-            self.calls.append(name)
-            return getattr(self.comm, name)(*arguments)
-
-        return call
-
-
-def test_two_collectives_a_step(rng):
-    comm = Counting(MPI.COMM_SELF)
-    layer = SyncBatchNorm(5, comm)
-    comm.calls.clear()
-    layer(rng.standard_normal((8, 5)))
-    assert [name for name in comm.calls if name != "Get_size"] == ["Allgather"]
-    comm.calls.clear()
-    layer.backward(rng.standard_normal((8, 5)))
-    assert [name for name in comm.calls if name != "Get_size"] == ["Allgather"]
-    comm.calls.clear()
-    layer.eval(keep_input=True)
-    layer.backward(layer(rng.standard_normal((8, 5))))
-    assert comm.calls == []
-
-
 @pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
 @pytest.mark.parametrize("reduce", ["local", "sum"])
 @pytest.mark.parametrize(
@@ -579,7 +544,7 @@ def test_bad_arguments():
     with pytest.raises(ValueError, match="reduce must be 'local' or 'sum', got 'mean'"):
         SyncBatchNorm(3, MPI.COMM_SELF, reduce="mean")
     layer = SyncBatchNorm(3, MPI.COMM_SELF)
-    with pytest.raises(ValueError, match="training needs more than one value per channel on all ranks together, got 1"):
+    with pytest.raises(ValueError, match="training needs more than one value per channel, got x of shape"):
         layer(np.ones((1, 3)))
     with pytest.raises(RuntimeError, match="backward needs a call"):
         layer.backward(np.ones((1, 3)))

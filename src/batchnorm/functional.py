@@ -785,7 +785,8 @@ def grad_sums(dy: ArrayLike, saved: Saved, *, num_threads: int | None = None) ->
         kernels = _kernels.of_type[x.dtype.char]
         views = layout.seen(layout.bring(dy)), layout.seen(x)
         kernels.grad_sums(*views, saved._statistics, table, None, None, threads, limits, chosen)
-    return GradientSums(_normalized(layout, saved._selection), table[SUM_DY], table[SUM_DY_XMU])
+    normalized = Tally.of_all(_normalized(layout, saved._selection))
+    return GradientSums._made(normalized, table[SUM_DY : SUM_DY_XMU + 1])
 
 
 def own_parameters(sums: GradientSums, saved: Saved) -> tuple[Array | None, Array | None]:

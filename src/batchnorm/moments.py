@@ -18,11 +18,11 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from . import _arrays, _kernels, _threads
+from . import _arrays, _kernels, _threads, _tree
 from ._arrays import Array, Layout
 from ._extras import with_progress
 from ._kernels import per_channel
-from ._kernels.runtime import M2, MEAN, MEAN_LOW, STATISTICS_ROWS
+from ._kernels.runtime import M2, STATISTICS_ROWS
 from ._selection import Selection, Tally, by_sample, check_one_of_three, selection_of
 
 Numbers = NDArray[np.float64]
@@ -45,6 +45,13 @@ class _Mergeable:
         self._tally = tally
         self._table = np.array(rows, np.float64)
         self._table.flags.writeable = False
+
+    @classmethod
+    def _made(cls, tally: Tally, rows: ArrayLike) -> Self:
+        """The object of numbers that need no check."""
+        made = cls.__new__(cls)
+        _Mergeable.__init__(made, tally, rows)
+        return made
 
     @property
     def count(self) -> int:
@@ -78,6 +85,20 @@ class _Mergeable:
             If it has another number of channels.
         """
         raise NotImplementedError
+
+    @classmethod
+    def merge_all(cls, parts: Iterable[Self]) -> Self:
+        """The object of many parts together, at least one, merged in pairs as several ranks would do it.
+
+        The leading parts are paired, 0 with 1, 2 with 3, …, until a power of two is left; then neighbours are merged,
+        then pairs of neighbours, and so on.
+        """
+        merged = list(parts)
+        if not merged:
+            raise ValueError("parts must hold at least one part, got none")
+        for lower, upper in _tree.merges(len(merged)):
+            merged[lower] = merged[lower].merge(merged[upper])
+        return merged[0]
 
 
 class Moments(_Mergeable):
@@ -257,21 +278,6 @@ class Moments(_Mergeable):
         per_channel.merge(merged, self.weight, other._table, other.weight)
         return self._made(self._tally.merged(other._tally), merged)
 
-    @classmethod
-    def _made(cls, tally: Tally, table: Numbers) -> Self:
-        moments = cls.__new__(cls)
-        _Mergeable.__init__(moments, tally, table)
-        return moments
-
-    @classmethod
-    def merge_all(cls, parts: Iterable[Self]) -> Self:
-        """The moments of many parts, at least one: neighbours are merged, then pairs of neighbours, and so on."""
-        merged = list(parts)
-        while len(merged) > 1:
-            pairs = zip(merged[0::2], merged[1::2], strict=False)
-            merged = [a.merge(b) for a, b in pairs] + merged[len(merged) // 2 * 2 :]
-        return merged[0]
-
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Moments):
             return NotImplemented
@@ -326,7 +332,7 @@ def moments_of(x: Array, layout: Layout, selection: Selection | None, num_thread
         _kernels.of_type[x.dtype.char].moments(layout.seen(x), table, 0.0, threads, chosen)
         if selection is not None:
             np.ldexp(table[M2], selection.exponent, out=table[M2])
-    return Moments._made(tally, table[[MEAN, MEAN_LOW, M2]])
+    return Moments._made(tally, table[: M2 + 1])
 
 
 class GradientSums(_Mergeable):
@@ -366,30 +372,10 @@ class GradientSums(_Mergeable):
     def sum_dy_xmu(self) -> Numbers:
         return self._row(1)
 
+    @np.errstate(invalid="ignore", over="ignore")
     def merge(self, other: Self) -> Self:
         self._check(other)
-        return self.merge_all(self.count + other.count, np.stack([self._table, other._table]))
-
-    @classmethod
-    @np.errstate(invalid="ignore", over="ignore")
-    def merge_all(cls, count: int, tables: Numbers) -> Self:
-        """The sums of many parts, added up one after the other.
-
-        Parameters
-        ----------
-        count : int
-            Values per channel in all of them.
-        tables : ndarray of float64, shape (P, 2, C)
-            sum_dy and sum_dy_xmu of each part.
-
-        Returns
-        -------
-        GradientSums
-        """
-        total, *others = tables
-        for other in others:
-            total = total + other
-        return cls(count, *total)
+        return self._made(self._tally.merged(other._tally), self._table + other._table)
 
     def __repr__(self) -> str:
         return f"GradientSums(count={self.count}, sum_dy={self.sum_dy}, sum_dy_xmu={self.sum_dy_xmu})"

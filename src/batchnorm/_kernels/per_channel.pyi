@@ -1,6 +1,11 @@
 """Numbers per channel: the functions that fill, change and merge the float64 tables of the kernels."""
 
+import numpy as np
+from numpy.typing import NDArray
+
 from .kernels import PerChannel, Table
+
+Packet = NDArray[np.float64]
 
 def fix_statistics(
     statistics: Table,
@@ -17,6 +22,8 @@ def channel_gradients(
     statistics: Table, gradients: Table, dgamma: PerChannel | None = None, dbeta: PerChannel | None = None
 ) -> None: ...
 def merge(moments: Table, count: float, other: Table, other_count: float) -> None: ...
+def merge_moments(lower: Packet, upper: Packet) -> None: ...
+def merge_sums(lower: Packet, upper: Packet) -> None: ...
 def weigh(weights: Table, places: int) -> tuple[float, float]: ...
 def update_running(
     running_mean: PerChannel,

@@ -7,7 +7,8 @@ from libc.math cimport sqrt
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 from batchnorm._kernels.runtime cimport (
-    BETA, DGAMMA, DMEAN, DVAR, GAMMA, GRADIENT_ROWS, M2, MEAN, MEAN_LOW, RSTD, STATISTICS_ROWS, SUM_DY, SUM_DY_XMU, VAR)
+    BETA, DGAMMA, DMEAN, DVAR, GAMMA, GRADIENT_ROWS, HEAD, M2, MEAN, MEAN_LOW, RSTD, STATISTICS_ROWS, STATUS, SUM_DY,
+    SUM_DY_XMU, VALUES, VAR, WEIGHT)
 
 include "channel_formula.pxi"
 
@@ -158,15 +159,60 @@ def channel_gradients(statistics, gradients, dgamma=None, dbeta=None):
     take_parameters(g, dgamma, dbeta, C)
 
 
-def merge(moments, double count, other, double other_count):
-    """Merge other moments, of at least one value, into `moments`: rows mean, mean_low and m2, the mean their sum."""
-    cdef Py_ssize_t c, C = moments.shape[1]
-    cdef double *s = borrow("moments", moments, M2 + 1, C)
-    cdef const double *o = borrow("other", other, M2 + 1, C)
+cdef void merge_rows(double *s, double count, const double *o, double other_count, Py_ssize_t C) noexcept nogil:
+    """Merge rows mean, mean_low and m2 into others, both of at least one value; the mean is their sum."""
+    cdef Py_ssize_t c
     for c in range(C):
         chan(s + MEAN * C + c, s + MEAN_LOW * C + c, s + M2 * C + c, count, o[MEAN * C + c], o[MEAN_LOW * C + c],
              o[M2 * C + c], other_count)
         s[MEAN * C + c] = two_sum(s[MEAN * C + c], s[MEAN_LOW * C + c], s + MEAN_LOW * C + c)
+
+
+def merge(moments, double count, other, double other_count):
+    """Merge other moments, of at least one value, into `moments`: rows mean, mean_low and m2, the mean their sum."""
+    cdef Py_ssize_t C = moments.shape[1]
+    cdef double *s = borrow("moments", moments, M2 + 1, C)
+    merge_rows(s, count, borrow("other", other, M2 + 1, C), other_count, C)
+
+
+cdef inline double status_of_both(double lower, double upper) noexcept nogil:
+    """Of two packets: every bit that one of them has, or −1 − the first rank that refused its arguments."""
+    if lower < 0 or upper < 0:
+        return lower if lower < 0 else upper
+    return <long> lower | <long> upper
+
+
+cdef int borrow_packets(lower, upper, Py_ssize_t least, double **own, const double **other) except -1:
+    """Where two packets are that are as long as the lower one; merges what they have in common, the status."""
+    least = max(least, len(lower))
+    own[0] = <double *> borrow_values("lower", lower, least, sizeof(double), True)
+    other[0] = <const double *> borrow_values("upper", upper, least, sizeof(double), False)
+    own[0][STATUS] = status_of_both(own[0][STATUS], other[0][STATUS])
+    return 0
+
+
+def merge_moments(lower, upper):
+    """Merge a packet of moments into that of the ranks before it; an empty one leaves the other as it is."""
+    cdef Py_ssize_t i, numbers = len(lower)
+    cdef double *a
+    cdef const double *b
+    borrow_packets(lower, upper, HEAD, &a, &b)
+    if a[WEIGHT] == 0:
+        memcpy(a + VALUES, b + VALUES, (numbers - VALUES) * sizeof(double))
+    elif b[WEIGHT] != 0:
+        merge_rows(a + HEAD, a[WEIGHT], b + HEAD, b[WEIGHT], (numbers - HEAD) // (M2 + 1))
+        for i in range(VALUES, HEAD):
+            a[i] += b[i]
+
+
+def merge_sums(lower, upper):
+    """Add a packet of sums to that of the ranks before it."""
+    cdef Py_ssize_t i, numbers = len(lower)
+    cdef double *a
+    cdef const double *b
+    borrow_packets(lower, upper, 1, &a, &b)
+    for i in range(STATUS + 1, numbers):
+        a[i] += b[i]
 
 
 def weigh(weights, Py_ssize_t places):

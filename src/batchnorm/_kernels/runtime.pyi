@@ -30,6 +30,12 @@ THROUGH_MEAN: int
 THROUGH_VARIANCE: int
 UPSTREAM: int
 
+STATUS: int
+VALUES: int
+WEIGHT: int
+SQUARES: int
+HEAD: int
+
 def supported() -> tuple[str, ...]: ...
 def built() -> tuple[str, ...]: ...
 def max_threads() -> int: ...

@@ -4,6 +4,7 @@
 one process.
 """
 
-from .sync import SyncBatchNorm, world
+from .exchange import Communicator, world
+from .sync import SyncBatchNorm
 
-__all__ = ["SyncBatchNorm", "world"]
+__all__ = ["Communicator", "SyncBatchNorm", "world"]

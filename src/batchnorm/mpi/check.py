@@ -14,7 +14,8 @@ from .. import functional
 from .._arrays import Array
 from ..gradient import pathways
 from ..layer import BatchNorm
-from .sync import SyncBatchNorm, world
+from .exchange import world
+from .sync import SyncBatchNorm
 
 CHANNELS = 6
 LIMIT = 8.0

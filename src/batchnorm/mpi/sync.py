@@ -4,10 +4,8 @@ Decisions:
 
 - Statistics are merged, not averaged: each rank sends count, mean and Σ(x − μ)² of its part. Parts may differ in size,
   be empty or hold one sample.
-- A step has two collectives, both Allgather. Every rank adds up the parts in the order of ranks, so that all get the
-  same bits on every run. A reduction would be free to choose its order.
-- A rank whose arguments are wrong takes part nevertheless and says so in its packet. It raises its own error, the
-  others raise one that names it, and no rank is left waiting.
+- A step has two exchanges, after which every rank has the same bits; `exchange` does them, also where a rank raises.
+- On one rank the layer is `BatchNorm`, and goes its ways.
 - What can fail on one rank alone, such as finding room for y, comes before the exchange; layers move after it.
 - The mean travels as a pair, as it is in the kernels: without its low-order part float64 data at 1e6 would lose five
   digits of it.
@@ -16,7 +14,7 @@ Decisions:
 """
 
 from collections.abc import Callable, Collection, Iterable
-from typing import Any, overload
+from typing import Any, TypeVar, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
@@ -24,37 +22,30 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 from .. import _arrays, _kernels, functional, training
 from .._activation import Activation
 from .._arrays import Array, Float
-from .._extras import requirements
+from .._kernels import per_channel
+from .._kernels.runtime import HEAD, M2, STATUS, VALUES
 from .._selection import Tally, selection_of
 from ..functional import Gradients, Saved
 from ..layer import BatchNorm
 from ..moments import GradientSums, Moments, Numbers, moments_of
 from ..training import Ghosts, Renormed, Statistics, Way
+from .exchange import Communicator, Exchange, world
 
-# What the first number of a packet says: the dtype of x, or that the rank raises an error.
-_STATUS = {char: float(number) for number, char in enumerate(_kernels.NAMES)}
-_REFUSED = -1.0
-
-
-def world() -> Any:
-    """MPI's communicator of all ranks."""
-    try:
-        from mpi4py import MPI
-    except (ImportError, RuntimeError) as error:
-        install = f"python -m pip install {requirements('mpi4py', 'mpi')} mpich"
-        raise ImportError(f"batchnorm.mpi needs mpi4py and an MPI library: {install}") from error
-    return MPI.COMM_WORLD
+# What the first number of a packet says, where no rank refused its arguments: the dtypes of x that there are, as bits.
+_BIT = {char: 1 << number for number, char in enumerate(_kernels.NAMES)}
 
 
-def _packed(moments: Moments) -> Numbers:
-    return np.concatenate([moments._tally, moments._table.ravel()])
+_Made = TypeVar("_Made")
 
 
-def _merged(packets: Numbers) -> Moments:
-    return Moments.merge_all(
-        Moments._made(Tally(int(count), weight, squares), np.reshape(numbers, (3, -1)))
-        for _, count, weight, squares, *numbers in packets.tolist()
-    )
+def _fill(packet: Numbers, moments: Moments) -> None:
+    packet[VALUES:HEAD] = moments._tally
+    packet[HEAD:] = moments._table.ravel()
+
+
+def _filled(packet: Numbers) -> Moments:
+    count, weight, squares = packet[VALUES:HEAD].tolist()
+    return Moments._made(Tally(int(count), weight, squares), packet[HEAD:].reshape(M2 + 1, -1))
 
 
 class SyncBatchNorm(BatchNorm):
@@ -107,7 +98,7 @@ class SyncBatchNorm(BatchNorm):
     def __init__(
         self,
         num_features: int,
-        comm: Any = None,
+        comm: Communicator | None = None,
         *,
         reduce: str = "local",
         axis: int = 1,
@@ -124,7 +115,7 @@ class SyncBatchNorm(BatchNorm):
         ghost: int | None = None,
         dtype: DTypeLike = np.float32,
     ) -> None:
-        self.comm = world() if comm is None else comm
+        self._exchange = Exchange(world() if comm is None else comm)
         self.reduce = reduce
         error: BaseException | None = None
         try:
@@ -156,6 +147,15 @@ class SyncBatchNorm(BatchNorm):
                 raise ValueError(
                     f"all ranks must agree about the layer, got {described[0]} on rank 0, {other} on {rank}"
                 )
+
+    @property
+    def comm(self) -> Communicator:
+        """The ranks that share a batch."""
+        return self._exchange.comm
+
+    @property
+    def _alone(self) -> bool:
+        return self._exchange.ranks == 1
 
     def __repr__(self) -> str:
         return f"{super().__repr__()[:-1]}, reduce={self.reduce!r})"
@@ -229,10 +229,10 @@ class SyncBatchNorm(BatchNorm):
             On the other ranks if one raises an error of its own. Then the layers are as they were.
         """
         selects: dict[str, Any] = {"mask": mask, "lengths": lengths, "weights": weights}
-        if self._fixed and not self._follows:
+        if self._alone or (self._fixed and not self._follows):
             return super().__call__(x, fill=fill, add=add, out=out, num_threads=num_threads, **selects)
 
-        def own() -> tuple[float, Numbers, tuple[Array, Array | None, Array, tuple[Array | None, Array | None]]]:
+        def own(packet: Numbers) -> tuple[Array, Array | None, Array, tuple[Array | None, Array | None]]:
             array = _arrays.as_float(x, "x")
             _arrays.check_channels(array.shape, self.axis, self.num_features)
             _arrays.as_eps(self.eps)
@@ -246,14 +246,18 @@ class SyncBatchNorm(BatchNorm):
             y = layout.empty(given.dtype) if out is None else layout.room(out, given.dtype)
             residual = None if residual is None else layout.bring(residual)
             _arrays.as_number(fill, "fill")
-            moments = moments_of(given, layout, selection_of(layout, given.dtype, **selects), num_threads)
-            return _STATUS[given.dtype.char], _packed(moments), (given, residual, y, parameters)
+            _fill(packet, moments_of(given, layout, selection_of(layout, given.dtype, **selects), num_threads))
+            packet[STATUS] = _BIT[given.dtype.char]
+            return given, residual, y, parameters
 
-        packets, (given, residual, y, (gamma, beta)) = self._exchange(own, 3 + 3 * self.num_features)
-        if len({packet[0] for packet in packets}) > 1:
-            names = [list(_kernels.NAMES.values())[int(packet[0])] for packet in packets]
-            raise TypeError(f"x must have the same dtype on all ranks, got {', '.join(names)}")
-        total = _merged(packets)
+        packet, (given, residual, y, (gamma, beta)) = self._moments_of_all(own)
+        if packet[STATUS] != _BIT[given.dtype.char]:
+            names = [_kernels.NAMES[char] for char, bit in _BIT.items() if int(packet[STATUS]) & bit]
+            raise TypeError(
+                f"x must have the same dtype on all ranks, got {' and '.join(names)}, "
+                f"{_kernels.NAMES[given.dtype.char]} on rank {self._exchange.rank}"
+            )
+        total = _filled(packet)
         if total.count and not total._tally.has_spread:
             raise ValueError(f"training needs more than one value per channel on all ranks together, got {total.count}")
         if self._fixed:
@@ -281,41 +285,35 @@ class SyncBatchNorm(BatchNorm):
     def _population(self, batches: Iterable[ArrayLike], **how: Any) -> Moments:
         """The moments of the batches of all ranks, for `recalibrate`, which all ranks have to call."""
 
-        def own() -> tuple[float, Numbers, None]:
-            return 0.0, _packed(super(SyncBatchNorm, self)._population(batches, **how)), None
+        def own(packet: Numbers) -> None:
+            _fill(packet, super(SyncBatchNorm, self)._population(batches, **how))
 
-        packets, _ = self._exchange(own, 3 + 3 * self.num_features)
-        return _merged(packets)
+        packet, _ = self._moments_of_all(own)
+        return _filled(packet)
 
-    def _exchange(self, own: Callable[[], tuple[float, Numbers, Any]], size: int) -> tuple[Numbers, Any]:
-        """The packets of all ranks in their order, and what this rank made besides its own."""
-        packet, made, error = np.zeros(1 + size), None, None
-        packets = np.empty((self.comm.Get_size(), packet.size))
-        packet[0] = _REFUSED
-        try:
-            status, packet[1:], made = own()
-            packet[0] = status
-        except BaseException as refused:
-            error = refused
-        self.comm.Allgather(packet, packets)
-        if error is not None:
-            raise error
-        refused_by = [rank for rank, other in enumerate(packets) if other[0] == _REFUSED]
-        if refused_by:
-            raise RuntimeError(f"rank {refused_by[0]} refused its arguments; its own error says why")
-        return packets, made
+    def _moments_of_all(self, own: Callable[[Numbers], _Made]) -> tuple[Numbers, _Made]:
+        return self._exchange.of_all(own, HEAD + (M2 + 1) * self.num_features, per_channel.merge_moments)
+
+    def _sums_of_all(self, own: Callable[[Numbers], _Made], rows: int) -> tuple[Numbers, _Made]:
+        packet, made = self._exchange.of_all(own, STATUS + 1 + rows * self.num_features, per_channel.merge_sums)
+        return packet[STATUS + 1 :].reshape(rows, -1), made
 
     def _over_all(self, own: Callable[[], Numbers], rows: int) -> Numbers | None:
-        packets, _ = self._exchange(lambda: (0.0, own().ravel(), None), rows * self.num_features)
-        total: Numbers = packets[0, 1:].reshape(rows, -1)
-        for other in packets[1:, 1:]:  # in the order of ranks: NumPy's own sums may take another one
-            total = total + other.reshape(rows, -1)
-        return total
+        if self._alone:
+            return None
+
+        def fill(packet: Numbers) -> None:
+            packet[STATUS + 1 :] = own().ravel()
+
+        return self._sums_of_all(fill, rows)[0]
 
     def _backward(
         self, dy: ArrayLike, saved: Saved, need: Collection[str], out: Array | None, num_threads: int | None
     ) -> Gradients:
-        def own() -> tuple[float, Numbers, tuple[GradientSums, Array, Array | None, Saved]]:
+        if self._alone:
+            return super()._backward(dy, saved, need, out, num_threads)
+
+        def own(packet: Numbers) -> tuple[GradientSums, Array, Array | None, Saved]:
             functional.check_backward(dy, saved, need, out)
             layout = saved._layout
             given, normalized = functional.before_addition(layout.bring(functional.like_x(dy, saved)), saved)
@@ -323,10 +321,11 @@ class SyncBatchNorm(BatchNorm):
             if "dx" in need:
                 dx = layout.empty(given.dtype) if out is None else layout.room(out, given.dtype)
             sums = functional.grad_sums(given, normalized, num_threads=num_threads)
-            return _STATUS[given.dtype.char], sums._table.ravel(), (sums, given, dx, normalized)
+            packet[STATUS + 1 :] = sums._table.ravel()
+            return sums, given, dx, normalized
 
-        packets, (local, given, dx, normalized) = self._exchange(own, 2 * self.num_features)
-        total = GradientSums.merge_all(max(saved.count, local.count), packets[:, 1:].reshape(len(packets), 2, -1))
+        sums, (local, given, dx, normalized) = self._sums_of_all(own, 2)
+        total = GradientSums._made(Tally.of_all(max(saved.count, local.count)), sums)
         gradients = functional.backward(given, normalized, sums=total, need=need, out=dx, num_threads=num_threads)
         if out is not None and dx is not None:
             gradients = gradients._replace(dx=_arrays.deliver(dx, out))

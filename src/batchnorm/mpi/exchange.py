@@ -1,0 +1,147 @@
+"""One packet of each rank, merged for all ranks: the transport of what is synchronised. It knows nothing of layers.
+
+Decisions:
+
+- Ranks exchange packets with one partner after another, by recursive doubling. A rank sends log₂P packets, or two more
+  where the number of ranks P is no power of two. An Allgather would receive P − 1 of them, and is not faster among few
+  ranks either: see docs/distributed.md.
+- Both partners merge the same two packets in the order of ranks, so they get the same bits; so do all ranks in the end.
+  The order is that of `Moments.merge_all`. A reduction of MPI would be free to choose its own.
+- A rank that cannot make its packet takes part nevertheless: its packet says so, and so does what it is merged into.
+  It raises its own error, the others raise one that names it, and no rank is left waiting.
+- Messages go through a duplicate of the communicator, because receives of the program may take a message from anybody.
+- Ranks are reached through few methods, which are those of mpi4py, so that something else can take its place.
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+
+from .. import _tree
+from .._extras import requirements
+from .._kernels.runtime import STATUS
+from ..moments import Numbers
+
+Merge = Callable[[Numbers, Numbers], None]
+"""Merges an upper packet into a lower one, like `per_channel.merge_moments`."""
+
+_Made = TypeVar("_Made")
+
+
+class Communicator(Protocol):
+    """What an exchange needs of its ranks, a part of mpi4py's `Comm`; buffers are arrays of float64."""
+
+    def Get_rank(self) -> int: ...  # noqa: N802
+    def Get_size(self) -> int: ...  # noqa: N802
+    def allgather(self, sendobj: Any, /) -> list[Any]: ...
+    def Send(self, buf: Numbers, dest: int, /) -> None: ...  # noqa: N802
+    def Recv(self, buf: Numbers, source: int, /) -> None: ...  # noqa: N802
+    def Sendrecv(  # noqa: N802
+        self, sendbuf: Numbers, dest: int, sendtag: int, recvbuf: Numbers, source: int, /
+    ) -> None: ...
+
+
+def world() -> Any:
+    """MPI's communicator of all ranks."""
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        install = f"python -m pip install {requirements('mpi4py', 'mpi')} mpich"
+        raise ImportError(f"batchnorm.mpi needs mpi4py and an MPI library: {install}") from error
+    return MPI.COMM_WORLD
+
+
+@lru_cache(maxsize=1)
+def _key() -> int:
+    """Under which a communicator of MPI has its duplicate, which is freed with it."""
+    from mpi4py import MPI
+
+    key: int = MPI.Comm.Create_keyval(delete_fn=lambda _comm, _key, duplicate: duplicate.Free())
+    return key
+
+
+def _duplicate(comm: Any) -> Any:
+    """The same ranks for messages of this package alone: one for all its layers, because MPI has not many."""
+    mpi = sys.modules.get("mpi4py.MPI")
+    if mpi is None or not isinstance(comm, mpi.Comm):
+        return comm
+    duplicate = comm.Get_attr(_key())
+    if duplicate is None:
+        duplicate = comm.Dup()
+        comm.Set_attr(_key(), duplicate)
+    return duplicate
+
+
+Message = tuple[int, Numbers | None, Numbers | None]
+"""With which rank, what is sent, where it receives."""
+
+
+def doubling(packet: Numbers, merge: Merge, rank: int, ranks: int) -> Iterator[Message]:
+    """The messages of one rank, each to be done before it goes on; its packet becomes that of all ranks."""
+    mine, theirs, paired = packet, np.empty_like(packet), rank < 2 * _tree.leading_pairs(ranks)
+    if paired and rank % 2:
+        yield rank - 1, packet, None
+        yield rank - 1, None, packet
+        return
+    if paired:
+        yield rank + 1, None, theirs
+        merge(mine, theirs)
+    for partner in _tree.partners(rank, ranks):
+        yield partner, mine, theirs
+        if partner < rank:
+            mine, theirs = theirs, mine
+        merge(mine, theirs)
+    if paired:
+        yield rank + 1, mine, None
+    if mine is not packet:
+        packet[...] = mine
+
+
+class Exchange:
+    """Merges packets over the ranks of a communicator; all of them have to call it."""
+
+    def __init__(self, comm: Communicator) -> None:
+        self.comm = comm
+        self.rank, self.ranks = comm.Get_rank(), comm.Get_size()
+        self._carrier: Communicator | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Exchange, (self.comm,)
+
+    def merge(self, packet: Numbers, merge: Merge) -> None:
+        """Make a packet that of all ranks."""
+        comm = self._carrier
+        if comm is None:
+            comm = self._carrier = _duplicate(self.comm)
+        for partner, sent, received in doubling(packet, merge, self.rank, self.ranks):
+            if sent is not None and received is not None:
+                comm.Sendrecv(sent, partner, 0, received, partner)
+            elif sent is not None:
+                comm.Send(sent, partner)
+            elif received is not None:
+                comm.Recv(received, partner)
+
+    def of_all(self, own: Callable[[Numbers], _Made], size: int, merge: Merge) -> tuple[Numbers, _Made]:
+        """The packet of all ranks, and what `own` made on this rank besides filling its packet, which begins as 0.
+
+        Raises
+        ------
+        RuntimeError
+            If `own` raised an error on another rank.
+        """
+        packet, error = np.zeros(size), None
+        try:
+            made = own(packet)
+        except BaseException as refused:
+            error = refused
+            packet[...] = 0
+            packet[STATUS] = -1 - self.rank
+        self.merge(packet, merge)
+        if error is not None:
+            raise error
+        if packet[STATUS] < 0:
+            raise RuntimeError(f"rank {-1 - int(packet[STATUS])} refused its arguments; its own error says why")
+        return packet, made
