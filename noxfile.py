@@ -106,7 +106,8 @@ def bench(session):
 @nox.session
 def frameworks(session):
     """Layers of other systems, made, predicted and trained by those themselves; Keras on two backends; adapters."""
-    session.install(".[test,sklearn,autograd]", "torch", "expecttest", "keras", "jax", "flax", "dm-haiku", "pandas")
+    tables = "pandas", "polars", "pyarrow", "xarray"
+    session.install(".[test,sklearn,autograd]", "torch", "expecttest", "keras", "jax", "flax", "dm-haiku", *tables)
     for backend in ("torch", "jax"):
         session.run(
             "python",
@@ -120,7 +121,7 @@ def frameworks(session):
             env={"KERAS_BACKEND": backend},
         )
     adapters = "tests/test_torch.py", "tests/test_sklearn.py", "tests/test_autograd.py"
-    session.run("python", "-m", "pytest", *adapters, *session.posargs)
+    session.run("python", "-m", "pytest", *adapters, "tests/test_array_types.py", *session.posargs)
 
 
 @nox.session
