@@ -29,7 +29,7 @@ from ._kernels import per_channel
 from ._selection import Tally, check_one_of_three
 from ._state import ARRAYS, MOST_BATCHES, State
 from .functional import Gradients, Saved
-from .moments import Moments, Numbers, population
+from .moments import Batch, Moments, Numbers, population
 from .training import Ghosts, Renormed, Statistics, Way
 
 if TYPE_CHECKING:
@@ -700,7 +700,7 @@ class BatchNorm:
 
     def recalibrate(
         self,
-        batches: Iterable[ArrayLike],
+        batches: Iterable[Batch],
         *,
         mask: Iterable[ArrayLike] | None = None,
         lengths: Iterable[ArrayLike] | None = None,
@@ -752,7 +752,7 @@ class BatchNorm:
             mean[...], var[...] = moments.mean, moments.var(ddof=1)
             state.follow(counter, moved)
 
-    def _population(self, batches: Iterable[ArrayLike], **how: Any) -> Moments:
+    def _population(self, batches: Iterable[Batch], **how: Any) -> Moments:
         moments = population(batches, self.axis, **how)
         if moments.mean.size != self.num_features:
             raise ValueError(f"batches must have {self.num_features} channels, got {moments.mean.size}")

@@ -28,7 +28,7 @@ from .._extras import requirements
 from .._selection import Tally, selection_of
 from ..functional import Gradients, Saved
 from ..layer import BatchNorm
-from ..moments import GradientSums, Moments, Numbers, moments_of
+from ..moments import Batch, GradientSums, Moments, Numbers, moments_of
 from ..training import Ghosts, Renormed, Statistics, Way
 
 # What the first number of a packet says: the dtype of x, or that the rank raises an error.
@@ -278,7 +278,7 @@ class SyncBatchNorm(BatchNorm):
             self._keep(kept)
         return y if out is None else _arrays.deliver(y, out)
 
-    def _population(self, batches: Iterable[ArrayLike], **how: Any) -> Moments:
+    def _population(self, batches: Iterable[Batch], **how: Any) -> Moments:
         """The moments of the batches of all ranks, for `recalibrate`, which all ranks have to call."""
 
         def own() -> tuple[float, Numbers, None]:
