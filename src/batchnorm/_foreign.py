@@ -19,8 +19,8 @@ _READABLE = {1, 3, 11}
 _WAYS = {
     "toarray": "toarray()",  # sparse matrices of SciPy
     "collect": "collect()",  # lazy frames of Polars
-    "with_columns": "cast(polars.Float32)",
-    "astype": "astype(np.float32)",  # pandas
+    "with_columns": "cast(polars.Float32)",  # its other frames
+    "astype": "astype(np.float32)",  # frames of pandas
 }
 """What gives floats, by an attribute that the object has."""
 
