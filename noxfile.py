@@ -88,7 +88,7 @@ def sanitize(session, kind):
 @nox.session
 def bench(session):
     """Check that the benchmarks work, on small shapes, against all contestants that PyPI has for this Python."""
-    session.install(".[bench,mpi]", "mpich")
+    session.install(".[bench,mpi,dask]", "mpich")
     folder = Path(session.create_tmp())
     rivals = "numpy,jax,onnxruntime,numba"
     session.run("python", "-m", "bench", "--quick", "--against", rivals, "--output", str(folder / "bench.md"))
@@ -96,6 +96,7 @@ def bench(session):
     session.run("python", "-m", "bench.selection", "--rounds", "1", "--quick")
     session.run("python", "-m", "bench.deploy", "--rounds", "1", "--quick")
     session.run("python", "-m", "bench.calculus", "--rounds", "1", "--quick")
+    session.run("python", "-m", "bench.engines", "--rows", "1000000", "--chunk", "300000")
     session.run("python", "-m", "bench.trend", "--output", str(folder / "trend.png"))
     session.run("python", "-m", "bench.distributed", "--output", str(folder / "distributed.md"))
     for name in ("bench.json", "bench.png", "trend.png", "distributed.png"):
@@ -106,9 +107,9 @@ def bench(session):
 @nox.session
 def frameworks(session):
     """Layers of other systems, made, predicted and trained by those themselves; Keras on two backends; adapters."""
-    session.install(
-        ".[test,sklearn,autograd]", "torch", "torchvision", "expecttest", "keras", "jax", "flax", "dm-haiku", "pandas"
-    )
+    frameworks = "torch", "torchvision", "expecttest", "keras", "jax", "flax", "dm-haiku"
+    tables = "pandas", "polars", "pyarrow", "xarray"
+    session.install(".[test,sklearn,autograd,dask]", *frameworks, *tables)
     for backend in ("torch", "jax"):
         session.run(
             "python",
@@ -122,7 +123,8 @@ def frameworks(session):
             env={"KERAS_BACKEND": backend},
         )
     adapters = "tests/test_torch.py", "tests/test_torch_networks.py", "tests/test_sklearn.py", "tests/test_autograd.py"
-    session.run("python", "-m", "pytest", *adapters, *session.posargs)
+    arrays = "tests/test_array_types.py", "tests/test_engines.py"
+    session.run("python", "-m", "pytest", *adapters, *arrays, *session.posargs)
 
 
 @nox.session

@@ -465,7 +465,7 @@ STATE = {
             TypeError,
             "must hold real numbers, got dtype complex128",
         ),
-        ({"a/bn/beta": [[1], [2, 3]]}, "keras", "a/bn", TypeError, "a/bn/beta must be readable as a NumPy array: "),
+        ({"a/bn/beta": [[1], [2, 3]]}, "keras", "a/bn", ValueError, "a/bn/beta must be an array of numbers: "),
         ({"a/bn/beta": np.ma.ones(3)}, "keras", "a/bn", TypeError, "a/bn/beta must not be a masked array"),
         (
             *({"a/bn/beta": np.array([1, np.nan, 1])}, "keras", "a/bn", ValueError),

@@ -240,6 +240,7 @@ def test_jax_arrays_of_16_bits(trained):
 
 def test_tensors_that_numpy_cannot_read_are_named():
     torch = pytest.importorskip("torch", exc_type=ImportError)
-    for tensor in (torch.ones(3, requires_grad=True), torch.ones(3, dtype=torch.bfloat16)):
-        with pytest.raises(TypeError, match="running_mean must be readable as a NumPy array"):
+    wants, bfloat16 = torch.ones(3, requires_grad=True), torch.ones(3, dtype=torch.bfloat16)
+    for tensor, told in ((wants, "not require grad"), (bfloat16, "be readable as a NumPy array")):
+        with pytest.raises(TypeError, match=f"running_mean must {told}"):
             bn.from_state({"running_mean": tensor, "running_var": torch.ones(3)}, "torch")

@@ -8,7 +8,6 @@ misaligned) are copied.
 
 import math
 import operator
-import sys
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,6 +15,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
+
+from ._foreign import as_array, way_to_floats
 
 if np.lib.NumpyVersion(np.__version__) < "1.26.0":
     raise ImportError(f"batchnorm needs NumPy 1.26 or newer, found {np.__version__}")
@@ -106,25 +107,16 @@ def as_float(value: ArrayLike, name: str, integers: bool = False) -> Array:
     """
     if type(value) is np.ndarray and value.dtype in _known:
         return value
-    ma = sys.modules.get("numpy.ma")
-    if ma is not None and isinstance(value, ma.MaskedArray):
-        raise TypeError(f"{name} must not be a masked array: pass its data, and in mask= where it counts")
-    try:
-        array = np.asarray(value)
-    except ValueError as error:
-        raise ValueError(f"{name} must be an array of numbers: {error}") from None
-    except TypeError as error:
-        raise TypeError(
-            f"{name} must be readable as a NumPy array of floats: {error}; "
-            f"convert it first, a bfloat16 tensor of torch by {name}.float()"
-        ) from None
+    array = as_array(value, name)
     if integers and array.dtype.kind in "iub":
         return array.astype(np.float64)
     if array.dtype.kind == "V" and array.dtype.name == "bfloat16" and array.dtype.itemsize == 2:
         _known.add(array.dtype)  # of a package like ml_dtypes, which need not be imported here
         return array
     if array.dtype.kind != "f" or array.dtype.itemsize not in (2, 4, 8):
-        hint = f"; if that is bfloat16 from a file: {name}.view(ml_dtypes.bfloat16)" if array.dtype == "V2" else ""
+        hint = way_to_floats(value, name) if array.dtype == object else ""
+        if array.dtype == "V2":
+            hint = f"; if that is bfloat16 from a file: {name}.view(ml_dtypes.bfloat16)"
         raise TypeError(f"{name} must have dtype float64, float32, float16 or bfloat16, got {array.dtype}{hint}")
     return array.astype(array.dtype.newbyteorder("="), copy=False)
 

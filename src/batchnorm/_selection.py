@@ -20,6 +20,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from . import _arrays
 from ._arrays import Array, Layout
+from ._foreign import as_array
 from ._kernels import per_channel
 
 if TYPE_CHECKING:
@@ -116,14 +117,14 @@ def as_places(value: NDArray[Any], name: str, layout: Layout) -> NDArray[Any]:
 
 
 def as_mask(mask: ArrayLike) -> NDArray[np.bool_]:
-    array = np.asarray(mask)
+    array = as_array(mask, "mask")
     if array.dtype != np.bool_:
         raise TypeError(f"mask must have dtype bool, True where x counts, got {array.dtype}")
     return array
 
 
 def as_lengths(lengths: ArrayLike, layout: Layout) -> NDArray[np.intp]:
-    array, others = np.asarray(lengths), _others(layout)
+    array, others = as_array(lengths, "lengths"), _others(layout)
     if len(others) != 2:
         raise ValueError(
             f"lengths need x with 3 dimensions, sequences, places and channels, got x of shape {layout.shape}"

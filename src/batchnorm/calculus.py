@@ -243,12 +243,13 @@ def check(
     given = {name: value for name, value in added.items() if value is not None}
     if given and not saved._added:
         raise ValueError(f"{next(iter(given))} must be None where forward added nothing")
-    for name, array in (*like_x.items(), *given.items()):
-        _arrays.as_like(array, name, layout.shape, x.dtype)
+    arrays = {"x": x}
+    for name, value in (*like_x.items(), *given.items()):
+        arrays[name] = _arrays.as_like(value, name, layout.shape, x.dtype)
     per_channel(layout.view[1], **numbers)
     if out is not None:
         _arrays.check_out(out, layout.shape, x.dtype)
-        _arrays.check_overlap(out, {"x": x, **like_x, **added}, tuple(like_x))
+        _arrays.check_overlap(out, arrays, tuple(like_x))
 
 
 def _check_sums(sums: Numbers, rows: int, channels: int) -> Numbers:

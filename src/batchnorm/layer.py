@@ -24,11 +24,12 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 from . import _activation, _arrays, functional, training
 from ._activation import Activation
 from ._arrays import Array, Float
+from ._foreign import as_array
 from ._kernels import per_channel
 from ._selection import Tally, check_one_of_three
 from ._state import ARRAYS, MOST_BATCHES, State
 from .functional import Gradients, Saved
-from .moments import Moments, Numbers, population
+from .moments import Batch, Moments, Numbers, population
 from .training import Ghosts, Renormed, Statistics, Way
 
 if TYPE_CHECKING:
@@ -699,7 +700,7 @@ class BatchNorm:
 
     def recalibrate(
         self,
-        batches: Iterable[ArrayLike],
+        batches: Iterable[Batch],
         *,
         mask: Iterable[ArrayLike] | None = None,
         lengths: Iterable[ArrayLike] | None = None,
@@ -751,7 +752,7 @@ class BatchNorm:
             mean[...], var[...] = moments.mean, moments.var(ddof=1)
             state.follow(counter, moved)
 
-    def _population(self, batches: Iterable[ArrayLike], **how: Any) -> Moments:
+    def _population(self, batches: Iterable[Batch], **how: Any) -> Moments:
         moments = population(batches, self.axis, **how)
         if moments.mean.size != self.num_features:
             raise ValueError(f"batches must have {self.num_features} channels, got {moments.mean.size}")
@@ -912,9 +913,7 @@ class BatchNorm:
 
     def _converted(self, name: str, value: ArrayLike | None) -> Array:
         """Numbers per channel in the layer's dtype."""
-        array = np.asarray(value)
-        if np.ma.isMaskedArray(value):
-            raise TypeError(f"{name} must not be a masked array: it has one number per channel")
+        array = as_array(value, name)
         if array.dtype.kind not in "fiu" and array.dtype.name != "bfloat16":
             raise TypeError(f"{name} must hold real numbers, got {'None' if value is None else f'dtype {array.dtype}'}")
         if array.shape != (self.num_features,):

@@ -7,18 +7,19 @@ Decisions:
 - The only arithmetic here is addition: the kernels make the numbers and merge them.
 - Objects are immutable: a merge is a new object, so the caller alone decides the order of merging.
 - `population` cuts its stream anew, into blocks that depend on the shape of a sample alone. The same samples in the
-  same order give the same bits, however they came.
+  same order give the same bits, however they came: also from the workers of Dask, which send the moments of blocks.
+- Parts and futures are taken in the order in which they are given, not in that of their arrival.
 """
 
 import math
 from collections.abc import Iterable, Iterator
-from itertools import zip_longest
-from typing import Any, NamedTuple, Self
+from itertools import chain, zip_longest
+from typing import Any, NamedTuple, Protocol, Self, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from . import _arrays, _kernels, _threads, _tree
+from . import _arrays, _dask, _kernels, _threads, _tree
 from ._arrays import Array, Layout
 from ._extras import with_progress
 from ._kernels import per_channel
@@ -381,6 +382,11 @@ class GradientSums(_Mergeable):
         return f"GradientSums(count={self.count}, sum_dy={self.sum_dy}, sum_dy_xmu={self.sum_dy_xmu})"
 
 
+def block_rows(shape: tuple[int, ...]) -> int:
+    """How many samples of that shape make a block."""
+    return max(1, BLOCK_VALUES // max(1, math.prod(shape)))
+
+
 class Part(NamedTuple):
     """Some samples along axis 0, and what selects from them, along axis 0 too, with its name."""
 
@@ -399,8 +405,8 @@ class Part(NamedTuple):
         return Part(self.array[start:stop], self.channel, selecting, self.name)
 
     def room(self) -> "Part":
-        """A block for such samples, whose size depends on their shape alone."""
-        rows = max(1, BLOCK_VALUES // max(1, math.prod(self.array.shape[1:])))
+        """A block for such samples."""
+        rows = block_rows(self.array.shape[1:])
         own = self.selecting
         selecting = None if own is None else np.empty((rows, *own.shape[1:]), own.dtype)
         return Part(np.empty((rows, *self.array.shape[1:]), self.array.dtype), self.channel, selecting, self.name)
@@ -416,21 +422,36 @@ class Part(NamedTuple):
             self.selecting[filled:stop] = part.selecting
 
 
-def _samples(batches: Iterable[ArrayLike], axis: int, name: str, selecting: Iterable[ArrayLike]) -> Iterator[Part]:
-    """Each batch with its samples along axis 0, the channel axis, and what selects from it."""
+def _part_of(batch: ArrayLike, axis: int, name: str = "", selects: Any = None) -> Part:
+    array = _as_data(batch, "a batch")
+    layout = _arrays.layout_of(array.shape, axis)
+    part = Part(array, layout.axis) if layout.axis else Part(np.moveaxis(array, 1, 0), 1)
+    return part._replace(selecting=by_sample(name, selects, layout), name=name) if name else part
+
+
+def _check_nothing_selects(name: str, where: str) -> None:
+    if name:
+        raise TypeError(f"{name} must be None where {where}: select within each part, with Moments.of")
+
+
+def _samples(batches: Iterable[Any], axis: int, name: str, selecting: Iterable[ArrayLike]) -> Iterator[Part | Moments]:
+    """Each batch with its samples along axis 0, the channel axis, and what selects from it; moments as they are."""
     channels = None
     for batch, selects in _pairs(batches, name, selecting):
-        array = _as_data(batch, "a batch")
-        layout = _arrays.layout_of(array.shape, axis)
-        channel = layout.axis
-        if channels not in (None, array.shape[channel]):
-            raise ValueError(f"a batch must have {channels} channels along axis {axis}, got shape {array.shape}")
-        channels = array.shape[channel]
-        part = Part(array, channel) if channel else Part(np.moveaxis(array, 1, 0), 1)
-        yield part._replace(selecting=by_sample(name, selects, layout), name=name) if name else part
+        part: Part | Moments
+        if isinstance(batch, Moments):
+            _check_nothing_selects(name, "a batch is Moments")
+            part, own = batch, batch.mean.size
+        else:
+            part = _part_of(batch, axis, name, selects)
+            own = part.array.shape[part.channel]
+        if channels not in (None, own):
+            raise ValueError(f"a batch must have {channels} channels along axis {axis}, got {own}")
+        channels = own
+        yield part
 
 
-def _pairs(batches: Iterable[ArrayLike], name: str, selecting: Iterable[ArrayLike]) -> Iterator[tuple[Any, Any]]:
+def _pairs(batches: Iterable[Any], name: str, selecting: Iterable[ArrayLike]) -> Iterator[tuple[Any, Any]]:
     """The batches with what selects from each, of which there must be as many."""
     if not name:
         yield from ((batch, None) for batch in batches)
@@ -455,7 +476,12 @@ class Stream:
         self._filled = 0
         self._known: Moments | None = None
 
-    def add(self, part: Part, num_threads: int | None = None) -> None:
+    def add(self, part: Part | Moments, num_threads: int | None = None) -> None:
+        """Samples, or the moments of some, which are a block of their own."""
+        if isinstance(part, Moments):
+            self.end(num_threads)
+            self._add_block(part)
+            return
         if self._held is None or part.kind() != self._held.kind():
             room = part.room()
             self.end(num_threads)
@@ -465,16 +491,15 @@ class Stream:
             own = part.cut(start, start + rows - self._filled)
             start += len(own.array)
             if len(own.array) == rows and own.array.flags.c_contiguous:
-                self._count(own, num_threads)
+                self._add_block(own.moments(num_threads))
                 continue
             self._held.take(self._filled, own)
             self._filled += len(own.array)
             if self._filled == rows:
-                self._count(self._held, num_threads)
+                self._add_block(self._held.moments(num_threads))
                 self._filled = 0
 
-    def _count(self, block: Part, num_threads: int | None) -> None:
-        moments = block.moments(num_threads)
+    def _add_block(self, moments: Moments) -> None:
         self._ended = moments if self._ended is None else self._ended + moments
 
     def end(self, num_threads: int | None = None) -> None:
@@ -494,8 +519,40 @@ class Stream:
         return Stream, (self.moments(),)
 
 
+class Pending(Protocol):
+    """A future: `result` waits for what it stands for."""
+
+    def result(self) -> Any: ...
+
+
+Batch: TypeAlias = ArrayLike | Moments | Pending
+
+
+def _arrived(batches: Iterable[Any]) -> Iterator[Any]:
+    """The batches, those of futures as soon as it is their turn."""
+    for batch in batches:
+        yield batch.result() if callable(getattr(batch, "result", None)) else batch
+
+
+def _moments_of_blocks(array: ArrayLike, axis: int, num_threads: int | None) -> list[Moments]:
+    """Those that a stream would merge, of samples that begin with a block."""
+    part = _part_of(array, axis)
+    rows = block_rows(part.array.shape[1:])
+    blocks = (part.cut(start, start + rows) for start in range(0, max(1, len(part.array)), rows))
+    return [block._replace(array=np.ascontiguousarray(block.array)).moments(num_threads) for block in blocks]
+
+
+def _moments_of_dask(array: Any, axis: int, num_threads: int | None) -> Iterator[Moments]:
+    """The same of a dask array, by its workers."""
+    channel = _arrays.layout_of(array.shape if array.ndim > 1 else (*array.shape, 1), axis).axis
+    sample = 0 if channel else 1
+    _dask.check_chunks(array, sample)
+    rows = block_rows(array.shape[:sample] + array.shape[sample + 1 :])
+    return chain(*_dask.of_pieces(array, sample, rows, _moments_of_blocks, axis, num_threads))
+
+
 def population(
-    batches: Iterable[ArrayLike],
+    batches: Iterable[Batch],
     axis: int = 1,
     *,
     mask: Iterable[ArrayLike] | None = None,
@@ -512,13 +569,15 @@ def population(
 
     Parameters
     ----------
-    batches : iterable of array_like
+    batches : iterable of array_like, or dask array
         Arrays that `Moments.of` takes, each with the same number of channels along `axis`: a list, a generator, chunks
-        of a memory-mapped file. All other sizes may differ.
+        of a memory-mapped file. All other sizes may differ. Moments of a part of the data may take the place of its
+        batch, and a future, which has `result`, that of what it gives. All are merged in their order, whenever they
+        arrive. The data of a dask array stay with its workers.
     axis : int, default 1
         The channel axis. Samples are cut along the first other one.
     mask, lengths, weights : iterable of array_like, optional
-        For each batch, which of its values count, or how much; see `forward`.
+        For each batch, which of its values count, or how much; see `forward`. Not for Moments and dask arrays.
     progress : bool, default True
         Show a bar if standard error is a terminal, `batches` has a length and rich is installed.
     num_threads : int, optional
@@ -534,7 +593,7 @@ def population(
         If a batch is not of numbers.
     ValueError
         If there is no batch, or one has a different number of channels from the first, or a mask, lengths or weights
-        do not fit.
+        do not fit, or a dask array has chunks of unknown sizes or along other axes than the samples.
 
     References
     ----------
@@ -547,14 +606,20 @@ def population(
     >>> bn.population(x[i : i + 64] for i in range(0, 1000, 64)) == bn.population([x[:1], x[1:]])
     True
     """
-    if isinstance(batches, np.ndarray):
-        raise TypeError(f"batches must be an iterable of batches, got one array of shape {batches.shape}; pass [x]")
     check_one_of_three(mask, lengths, weights)
     given = {"mask": mask, "lengths": lengths, "weights": weights}
     name, selecting = next(((name, value) for name, value in given.items() if value is not None), ("", ()))
-    shown = with_progress(batches, "population") if progress else batches
+    axis = _arrays.as_index(axis, "axis")
+    in_chunks = _dask.array_in(batches)
+    if in_chunks is not None:
+        _check_nothing_selects(name, "batches are a dask array")
+        batches = _moments_of_dask(in_chunks, axis, num_threads)
+    if hasattr(batches, "__array__"):
+        shape = getattr(batches, "shape", "unknown")
+        raise TypeError(f"batches must be an iterable of batches, got one array of shape {shape}; pass [x]")
+    arrived = _arrived(with_progress(batches, "population") if progress else batches)
     stream = Stream()
-    for part in _samples(shown, _arrays.as_index(axis, "axis"), name, selecting):
+    for part in _samples(arrived, axis, name, selecting):
         stream.add(part, num_threads)
     moments = stream.moments(num_threads)
     if moments is None:

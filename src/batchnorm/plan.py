@@ -22,6 +22,7 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 from . import _activation, _arrays, _kernels, _threads
 from ._activation import Activation
 from ._arrays import Array, Layout
+from ._foreign import as_array
 from ._kernels import lookup
 from ._kernels.runtime import BETA, GAMMA, MEAN, VAR
 from .functional import coefficients_of, normalize, table_of
@@ -481,13 +482,13 @@ def _as_input(x: ArrayLike) -> Array:
     """x as native floats, or integers of 8 bits."""
     if type(x) is np.ndarray and (x.dtype is _FLOAT32 or x.dtype.char in _VALUES):
         return x
+    array = as_array(x, "x")
+    if array.dtype.char in _VALUES:
+        return array
     try:
         return _arrays.as_float(x, "x")
     except TypeError as error:
-        array = np.asarray(x)
-        if array.dtype.char not in _VALUES or isinstance(x, np.ma.MaskedArray):
-            raise TypeError(f"{error}; uint8 and int8 are taken, too") from None
-        return array
+        raise TypeError(f"{error}; uint8 and int8 are taken, too") from None
 
 
 def _side_by_side(layout: Layout, target: Layout) -> bool:

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .._arrays import Array
+from .._foreign import as_array
 from . import names, systems
 from .systems import Convention
 
@@ -65,12 +66,7 @@ def _by_name(state: Mapping[Any, Any], system: Convention, prefix: str) -> tuple
 
 def numbers(value: Any, name: str) -> NDArray[Any]:
     """Real numbers, those of 16 bits as float32, or as they are."""
-    if np.ma.isMaskedArray(value):
-        raise TypeError(f"{name} must not be a masked array")
-    try:
-        array = np.asarray(value)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"{name} must be readable as a NumPy array: {error}") from None
+    array = as_array(value, name)
     if array.dtype == "V2":  # what np.load makes of bfloat16
         array = (array.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
     if array.dtype.name == "bfloat16":

@@ -27,7 +27,7 @@ from .._kernels.runtime import HEAD, M2, STATUS, VALUES
 from .._selection import Tally, selection_of
 from ..functional import Gradients, Saved
 from ..layer import BatchNorm
-from ..moments import GradientSums, Moments, Numbers, moments_of
+from ..moments import Batch, GradientSums, Moments, Numbers, moments_of
 from ..training import Ghosts, Renormed, Statistics, Way
 from .exchange import Communicator, Exchange, world
 
@@ -282,7 +282,7 @@ class SyncBatchNorm(BatchNorm):
             self._keep(kept)
         return y if out is None else _arrays.deliver(y, out)
 
-    def _population(self, batches: Iterable[ArrayLike], **how: Any) -> Moments:
+    def _population(self, batches: Iterable[Batch], **how: Any) -> Moments:
         """The moments of the batches of all ranks, for `recalibrate`, which all ranks have to call."""
 
         def own(packet: Numbers) -> None:
