@@ -122,7 +122,8 @@ def frameworks(session):
             *session.posargs,
             env={"KERAS_BACKEND": backend},
         )
-    adapters = "tests/test_torch.py", "tests/test_torch_networks.py", "tests/test_sklearn.py", "tests/test_autograd.py"
+    of_torch = "tests/test_torch.py", "tests/test_torch_networks.py", "tests/test_torch_sync.py"
+    adapters = *of_torch, "tests/test_sklearn.py", "tests/test_autograd.py"
     arrays = "tests/test_array_types.py", "tests/test_engines.py"
     session.run("python", "-m", "pytest", *adapters, *arrays, *session.posargs)
 

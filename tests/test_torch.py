@@ -16,7 +16,16 @@ torch = pytest.importorskip("torch")
 from torch import library  # noqa: E402
 from torch.autograd import forward_ad  # noqa: E402
 
-from batchnorm.torch import BatchNorm1d, BatchNorm2d, BatchNorm3d, batch_norm, convert, operators, revert  # noqa: E402
+from batchnorm.torch import (  # noqa: E402
+    BatchNorm1d,
+    BatchNorm2d,
+    BatchNorm3d,
+    SyncBatchNorm,
+    batch_norm,
+    convert,
+    revert,
+    tensors,
+)
 
 FORMATS = {3: torch.contiguous_format, 4: torch.channels_last, 5: torch.channels_last_3d}
 CASES = [
@@ -131,7 +140,7 @@ def test_gradcheck_and_gradgradcheck(fixed, activation, affine):
 @pytest.mark.parametrize(
     ("shape", "dtype"),
     [
-        *(((2, 3, 4, 5), dtype) for dtype in operators.DTYPES),
+        *(((2, 3, 4, 5), dtype) for dtype in tensors.DTYPES),
         *((shape, torch.float32) for shape in [(8, 3), (2, 1, 4, 5), (2, 3, 1, 1), (0, 3, 2, 2), (2, 3, 2, 2, 2)]),
     ],
     ids=str,
@@ -207,10 +216,10 @@ def test_nothing_is_copied():
     x = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)
     pytest.importorskip("ml_dtypes")
     for tensor in (x, x.double(), x.half(), x.bfloat16()):
-        array = operators._array(tensor)
+        array = tensors.as_array(tensor)
         assert array.__array_interface__["data"][0] == tensor.data_ptr()
-        assert operators._tensor(array).data_ptr() == tensor.data_ptr()
-        assert operators._dense(tensor) is tensor
+        assert tensors.as_tensor(array).data_ptr() == tensor.data_ptr()
+        assert tensors.dense(tensor) is tensor
 
 
 def test_a_refused_batch_changes_nothing():
@@ -283,7 +292,9 @@ def test_convert_and_revert_exchange_nothing_but_the_class():
     others = torch.nn.ModuleList([torch.nn.BatchNorm1d(2), torch.nn.BatchNorm3d(2)])
     assert [type(module) for module in convert(others)] == [BatchNorm1d, BatchNorm3d]
     for module, kind, state in before:
-        assert type(module) is (BatchNorm2d if kind is torch.nn.BatchNorm2d else kind)
+        assert type(module) is {torch.nn.BatchNorm2d: BatchNorm2d, torch.nn.SyncBatchNorm: SyncBatchNorm}.get(
+            kind, kind
+        )
         assert vars(module).keys() == state.keys()
         assert all(vars(module)[name] is value for name, value in state.items())
     network[1](torch.randn(2, 4, 3, 3))

@@ -24,6 +24,8 @@ except ImportError as error:
 if not hasattr(library, "custom_op"):
     raise ImportError(f"batchnorm.torch needs PyTorch 2.4 or newer, found {torch.__version__}")
 
-from .modules import BatchNorm1d, BatchNorm2d, BatchNorm3d, batch_norm, convert, revert
+from .conversion import convert, revert
+from .modules import BatchNorm1d, BatchNorm2d, BatchNorm3d, batch_norm
+from .sync import SyncBatchNorm
 
-__all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "batch_norm", "convert", "revert"]
+__all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "SyncBatchNorm", "batch_norm", "convert", "revert"]

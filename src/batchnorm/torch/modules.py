@@ -1,9 +1,9 @@
-"""`BatchNorm1d`, `BatchNorm2d` and `BatchNorm3d`, as PyTorch has them; `convert` and `revert` exchange them.
+"""`BatchNorm1d`, `BatchNorm2d` and `BatchNorm3d`, as PyTorch has them.
 
 Unlike PyTorch's, `num_batches_tracked` does not move with a batch that is refused.
 """
 
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,8 +11,7 @@ from torch import Tensor
 from .. import _activation
 from .._activation import Activation
 from . import operators
-
-Model = TypeVar("Model", bound=torch.nn.Module)
+from .tensors import DTYPES
 
 
 def batch_norm(
@@ -72,7 +71,7 @@ def batch_norm(
     tensor([[-1.],
             [ 1.]])
     """
-    _check(input, running_mean, running_var)
+    check(input, running_mean, running_var)
     limits = list(_activation.as_limits(activation) or ())
     eps = float(eps)
     if not training:
@@ -87,7 +86,7 @@ def batch_norm(
     return y
 
 
-def _check(x: Tensor, running_mean: Tensor | None, running_var: Tensor | None) -> None:
+def check(x: Tensor, running_mean: Tensor | None, running_var: Tensor | None) -> None:
     """Refuse what PyTorch's dispatcher or NumPy would refuse in their own words."""
     if x.device.type not in ("cpu", "meta"):
         raise ValueError(
@@ -96,8 +95,8 @@ def _check(x: Tensor, running_mean: Tensor | None, running_var: Tensor | None) -
         )
     if x.layout is not torch.strided:
         raise TypeError(f"input must be dense, got {x.layout}: input.to_dense() converts it")
-    if x.dtype not in operators.DTYPES:
-        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in operators.DTYPES)
+    if x.dtype not in DTYPES:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
         raise TypeError(f"input must have one of the dtypes {names}, got {x.dtype}: input.float() converts it")
     if x.dim() < 2:
         raise ValueError(f"input must have at least 2 dimensions, got shape {tuple(x.shape)}")
@@ -106,7 +105,7 @@ def _check(x: Tensor, running_mean: Tensor | None, running_var: Tensor | None) -
             raise ValueError(f"{name} must have shape ({x.shape[1]},), got {tuple(running.shape)}")
 
 
-class _Norm(torch.nn.modules.batchnorm._BatchNorm):
+class Norm(torch.nn.modules.batchnorm._BatchNorm):
     """What the three modules have in common."""
 
     activation: Activation | None = None
@@ -142,7 +141,7 @@ class _Norm(torch.nn.modules.batchnorm._BatchNorm):
         return f"{super().extra_repr()}{after}"
 
 
-class BatchNorm1d(_Norm, torch.nn.BatchNorm1d):
+class BatchNorm1d(Norm, torch.nn.BatchNorm1d):
     """`torch.nn.BatchNorm1d` on this package's kernels, for x of shape (N, C) or (N, C, L).
 
     Parameters
@@ -162,75 +161,9 @@ class BatchNorm1d(_Norm, torch.nn.BatchNorm1d):
     """
 
 
-class BatchNorm2d(_Norm, torch.nn.BatchNorm2d):
+class BatchNorm2d(Norm, torch.nn.BatchNorm2d):
     """`torch.nn.BatchNorm2d` on this package's kernels, for x of shape (N, C, H, W); see `BatchNorm1d`."""
 
 
-class BatchNorm3d(_Norm, torch.nn.BatchNorm3d):
+class BatchNorm3d(Norm, torch.nn.BatchNorm3d):
     """`torch.nn.BatchNorm3d` on this package's kernels, for x of shape (N, C, D, H, W); see `BatchNorm1d`."""
-
-
-_OURS: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
-    torch.nn.BatchNorm1d: BatchNorm1d,
-    torch.nn.BatchNorm2d: BatchNorm2d,
-    torch.nn.BatchNorm3d: BatchNorm3d,
-}
-
-
-def convert(model: Model) -> Model:
-    """Give each `torch.nn.BatchNorm1d`, `2d` and `3d` of a model the class of this package, in place.
-
-    Parameters, buffers, hooks and flags stay the same objects, so an optimizer may hold them already. Subclasses,
-    `SyncBatchNorm` and lazy modules that have not seen a batch are left alone.
-
-    Parameters
-    ----------
-    model : torch.nn.Module
-
-    Returns
-    -------
-    torch.nn.Module
-        The model itself.
-
-    Examples
-    --------
-    >>> import torch
-    >>> from batchnorm.torch import convert, revert
-    >>> model = convert(torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8)))
-    >>> type(model[1]).__module__, type(revert(model)[1]).__module__
-    ('batchnorm.torch.modules', 'torch.nn.modules.batchnorm')
-    """
-    for module in model.modules():
-        if type(module) in _OURS:
-            module.__class__ = _OURS[type(module)]
-    return model
-
-
-def revert(model: Model) -> Model:
-    """Undo `convert`, in place; also for modules that were made with the classes of this package.
-
-    Parameters
-    ----------
-    model : torch.nn.Module
-
-    Returns
-    -------
-    torch.nn.Module
-        The model itself.
-
-    Raises
-    ------
-    ValueError
-        If a module has an activation, which PyTorch's would lose. Nothing is changed then.
-    """
-    theirs = {ours: their for their, ours in _OURS.items()}
-    found = {name: module for name, module in model.named_modules() if type(module) in theirs}
-    for name, module in found.items():
-        if module.activation is not None:
-            raise ValueError(
-                f"model must have no activation in its batch norm modules, got {module.activation!r} in {name!r}: "
-                "put a module of its own behind it and set .activation = None"
-            )
-    for module in found.values():
-        module.__class__ = theirs[type(module)]
-    return model

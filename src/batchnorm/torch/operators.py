@@ -27,63 +27,16 @@ import batchnorm as bn
 from .. import _activation, _arrays, functional
 from .._arrays import Array
 from .._kernels.runtime import STATISTICS_ROWS
+from .tensors import as_array, as_tensor, as_tensor_like, dense
 
 _LIBRARY = library.Library("batchnorm", "DEF")
-
-DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 _THROUGH = {False: ("mean", "variance"), True: ()}
 """The paths of the gradient, by whether the statistics are fixed."""
 
 
-def _bfloat16() -> Any:
-    try:
-        from ml_dtypes import bfloat16
-    except ImportError as error:
-        raise ImportError(
-            "batchnorm.torch needs the package ml_dtypes for bfloat16: python -m pip install ml_dtypes"
-        ) from error
-    return bfloat16
-
-
-def _array(tensor: Tensor) -> Array:
-    """The tensor's memory as an array."""
-    if tensor.dtype is torch.bfloat16:
-        bits: Array = tensor.detach().view(torch.uint16).numpy().view(_bfloat16())
-        return bits
-    array: Array = tensor.detach().numpy()
-    return array
-
-
 def _maybe_array(tensor: Tensor | None) -> Array | None:
-    return None if tensor is None else _array(tensor)
-
-
-def _tensor(array: Array | None) -> Tensor:
-    """The array's memory as a tensor."""
-    assert array is not None
-    if array.dtype.kind == "V":  # bfloat16
-        return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
-    return torch.from_numpy(array)
-
-
-def _like(x: Tensor, array: Array | None) -> Tensor:
-    """The same of an array that lies as x does, with the very strides of x also along axes of length 1."""
-    tensor = _tensor(array)
-    return tensor if tensor.stride() == x.stride() else tensor.as_strided(x.shape, x.stride())
-
-
-def _dense(x: Tensor) -> Tensor:
-    """x itself if its values lie together in memory, in any order of the axes."""
-    if x.is_contiguous():
-        return x
-    expected = 1
-    for stride, length in sorted((stride, length) for stride, length in zip(x.stride(), x.shape, strict=True)):
-        if length != 1:
-            if stride != expected:
-                return x.contiguous()
-            expected *= length
-    return x
+    return None if tensor is None else as_array(tensor)
 
 
 def _parameter_dtype(x: Tensor, weight: Tensor | None) -> torch.dtype:
@@ -95,9 +48,9 @@ def _parameter_dtype(x: Tensor, weight: Tensor | None) -> torch.dtype:
 
 def _saved(x: Tensor, statistics: Tensor, weight: Tensor | None, eps: float, limits: Sequence[float]) -> bn.Saved:
     """What `forward` left, put together again."""
-    array, layout = _arrays.lay_out(_array(x), 1)
+    array, layout = _arrays.lay_out(as_array(x), 1)
     full = np.dtype(np.float64 if x.dtype is torch.float64 else np.float32)
-    dtype = full if weight is None else _array(weight).dtype
+    dtype = full if weight is None else as_array(weight).dtype
     low_high_slope = (limits[0], limits[1], limits[2]) if limits else None
     return bn.Saved(array, eps, layout, statistics.numpy(), (array.dtype, dtype, dtype), limits=low_high_slope)
 
@@ -155,9 +108,9 @@ def _forward(
     limits: Sequence[float],
 ) -> tuple[Tensor, Tensor]:
     """y with the statistics of the batch, and these; the running ones move, if there are any."""
-    x = _dense(x)
+    x = dense(x)
     y, saved = bn.forward(
-        _array(x),
+        as_array(x),
         _maybe_array(weight),
         _maybe_array(bias),
         eps=eps,
@@ -167,19 +120,19 @@ def _forward(
     if running_mean is not None and running_var is not None:
         if momentum is None:
             momentum = 1.0 if batches is None else 1.0 / float(batches)
-        _update(running_mean, running_var, saved, momentum)
-    return _like(x, y), torch.from_numpy(saved._statistics)
+        update_running(running_mean, running_var, saved, momentum)
+    return as_tensor_like(x, y), torch.from_numpy(saved._statistics)
 
 
-def _update(running_mean: Tensor, running_var: Tensor, saved: bn.Saved, momentum: float) -> None:
+def update_running(running_mean: Tensor, running_var: Tensor, saved: bn.Saved, momentum: float) -> None:
     """Move the running statistics, and tell autograd that they have changed."""
     if running_mean.dtype.itemsize > 2:
-        bn.update_running(_array(running_mean), _array(running_var), saved, momentum=momentum)
+        bn.update_running(as_array(running_mean), as_array(running_var), saved, momentum=momentum)
         torch.autograd.graph.increment_version(running_mean)
         torch.autograd.graph.increment_version(running_var)
     else:  # 16 bits could not move by small steps
         mean, var = running_mean.float(), running_var.float()
-        bn.update_running(_array(mean), _array(var), saved, momentum=momentum)
+        bn.update_running(as_array(mean), as_array(var), saved, momentum=momentum)
         running_mean.copy_(mean)
         running_var.copy_(var)
 
@@ -194,22 +147,24 @@ def _inference(
     limits: Sequence[float],
 ) -> tuple[Tensor, Tensor]:
     """y with given statistics, and these as the other operators take them."""
-    x = _dense(x)
-    given = _array(mean), _array(var), _maybe_array(weight), _maybe_array(bias)
+    x = dense(x)
+    given = as_array(mean), as_array(var), _maybe_array(weight), _maybe_array(bias)
     statistics, _ = functional.table_of(*given, eps, x.shape[1])
-    y = bn.inference(_array(x), *given, eps=eps, activation=_activation_of(limits), num_threads=torch.get_num_threads())
-    return _like(x, y), torch.from_numpy(statistics)
+    y = bn.inference(
+        as_array(x), *given, eps=eps, activation=_activation_of(limits), num_threads=torch.get_num_threads()
+    )
+    return as_tensor_like(x, y), torch.from_numpy(statistics)
 
 
 def _backward(
     dy: Tensor, x: Tensor, statistics: Tensor, weight: Tensor | None, eps: float, limits: Sequence[float], fixed: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx, dgamma and dbeta."""
-    x = _dense(x)
+    x = dense(x)
     saved = _saved(x, statistics, weight, eps, limits)
-    dx, *parameters = bn.backward(_array(dy), saved, through=_THROUGH[fixed], num_threads=torch.get_num_threads())
-    dgamma, dbeta = map(_tensor, parameters)
-    return _like(x, dx), dgamma, dbeta
+    dx, *parameters = bn.backward(as_array(dy), saved, through=_THROUGH[fixed], num_threads=torch.get_num_threads())
+    dgamma, dbeta = map(as_tensor, parameters)
+    return as_tensor_like(x, dx), dgamma, dbeta
 
 
 def _double_backward(
@@ -225,31 +180,31 @@ def _double_backward(
     fixed: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of `backward` with respect to dy, x and gamma."""
-    x = _dense(x)
+    x = dense(x)
     saved = _saved(x, statistics, weight, eps, limits)
     second = bn.double_backward(
-        _array(ddx),
-        _array(dy),
+        as_array(ddx),
+        as_array(dy),
         saved,
-        ddgamma=_array(ddgamma),
-        ddbeta=_array(ddbeta),
+        ddgamma=as_array(ddgamma),
+        ddbeta=as_array(ddbeta),
         through=_THROUGH[fixed],
         num_threads=torch.get_num_threads(),
     )
-    return _like(x, second.dy), _like(x, second.x), _tensor(second.gamma)
+    return as_tensor_like(x, second.dy), as_tensor_like(x, second.x), as_tensor(second.gamma)
 
 
 def _fake_y(x, *others):  # type: ignore[no-untyped-def]
-    return torch.empty_like(_dense(x)), x.new_empty((STATISTICS_ROWS, x.shape[1]), dtype=torch.float64)
+    return torch.empty_like(dense(x)), x.new_empty((STATISTICS_ROWS, x.shape[1]), dtype=torch.float64)
 
 
 def _fake_backward(dy, x, statistics, weight, eps, limits, fixed):  # type: ignore[no-untyped-def]
     dgamma, dbeta = (x.new_empty(x.shape[1], dtype=_parameter_dtype(x, weight)) for _ in range(2))
-    return torch.empty_like(_dense(x)), dgamma, dbeta
+    return torch.empty_like(dense(x)), dgamma, dbeta
 
 
 def _fake_double_backward(ddx, ddgamma, ddbeta, dy, x, statistics, weight, eps, limits, fixed):  # type: ignore[no-untyped-def]
-    g_dy, g_x = (torch.empty_like(_dense(x)) for _ in range(2))
+    g_dy, g_x = (torch.empty_like(dense(x)) for _ in range(2))
     return g_dy, g_x, x.new_empty(x.shape[1], dtype=_parameter_dtype(x, weight))
 
 

@@ -1,0 +1,159 @@
+"""`SyncBatchNorm` for processes of `torch.distributed`, on the CPU; PyTorch's own is for GPUs only.
+
+Decisions:
+
+- The work is done by `batchnorm.mpi.SyncBatchNorm`: the same packets, in the same order of merging, and the same way to
+  let no rank wait for one that raises. Only the transport is `torch.distributed`'s, gloo or another backend that has
+  `send` and `recv` of tensors on the CPU.
+- Gradients of weight and bias are those of the rank's own values, as PyTorch's are, so DistributedDataParallel averages
+  them like all others.
+- There is no second derivative over several ranks, and `torch.compile` leaves the module as it is. On one rank, and in
+  evaluation, nothing is sent and it is a `BatchNorm`.
+"""
+
+import contextlib
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, distributed
+from torch.autograd.function import once_differentiable
+
+from .. import functional
+from ..functional import Saved
+from ..moments import Numbers
+from ..mpi import SyncBatchNorm as Layer
+from . import operators
+from .modules import Norm, check
+from .tensors import as_array, as_tensor, as_tensor_like, dense
+
+_TAG = 2015
+"""Of the messages, which share the process group with those of the program."""
+
+
+class _Ranks:
+    """A process group, as `batchnorm.mpi.Communicator` has it."""
+
+    def __init__(self, group: Any) -> None:
+        self.group = group
+
+    def Get_rank(self) -> int:  # noqa: N802
+        return int(distributed.get_rank(self.group))
+
+    def Get_size(self) -> int:  # noqa: N802
+        return int(distributed.get_world_size(self.group))
+
+    def allgather(self, sendobj: Any, /) -> list[Any]:
+        gathered = [None] * self.Get_size()
+        distributed.all_gather_object(gathered, sendobj, self.group)
+        return gathered
+
+    def Send(self, buf: Numbers, dest: int, /) -> None:  # noqa: N802
+        distributed.send(torch.from_numpy(buf), self._in_world(dest), self.group, _TAG)
+
+    def Recv(self, buf: Numbers, source: int, /) -> None:  # noqa: N802
+        distributed.recv(torch.from_numpy(buf), self._in_world(source), self.group, _TAG)
+
+    def Sendrecv(self, sendbuf: Numbers, dest: int, sendtag: int, recvbuf: Numbers, source: int, /) -> None:  # noqa: N802
+        sending = distributed.isend(torch.from_numpy(sendbuf), self._in_world(dest), self.group, _TAG)
+        self.Recv(recvbuf, source)
+        sending.wait()
+
+    def _in_world(self, rank: int) -> int:
+        return rank if self.group is None else distributed.get_global_rank(self.group, rank)
+
+
+class _Normalize(torch.autograd.Function):
+    """y of this rank's part, with the statistics of all; the layer knows what `backward` needs."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, layer: Layer) -> Tensor:
+        y = layer(as_array(x), num_threads=torch.get_num_threads())
+        ctx.layer, ctx.kept, ctx.dtypes = layer, layer._kept, [None if t is None else t.dtype for t in (weight, bias)]
+        ctx.save_for_backward(x)
+        return as_tensor_like(x, y)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        (x,) = ctx.saved_tensors
+        dx, *parameters = ctx.layer._backward(as_array(dy), ctx.kept, functional.NEED, None, torch.get_num_threads())
+        given = (
+            None if dtype is None else as_tensor(gradient).to(dtype)
+            for gradient, dtype in zip(parameters, ctx.dtypes, strict=True)
+        )
+        return as_tensor_like(x, dx), *given, None
+
+
+class SyncBatchNorm(Norm, torch.nn.SyncBatchNorm):
+    """`torch.nn.SyncBatchNorm` on the CPU: y = gamma·(x − μ)/√(σ² + eps) + beta, μ and σ² of the x of all ranks.
+
+    Ranks may have parts of different sizes, or none. All of them have to call the module in every step of training, and
+    the backward pass. A rank that raises an error of its own makes the others raise RuntimeError.
+
+    Parameters
+    ----------
+    num_features, eps, momentum, affine, track_running_stats, process_group, device, dtype
+        As PyTorch's, and with its other keywords.
+    activation : "relu", ("leaky_relu", slope) or ("clip", low, high), optional
+        Applied in the pass that writes y; see `batch_norm`.
+
+    Examples
+    --------
+    Where `torch.distributed` is not initialized, it is `BatchNorm1d` for x of any number of dimensions.
+
+    >>> import torch
+    >>> from batchnorm.torch import SyncBatchNorm
+    >>> SyncBatchNorm(1, eps=1e-9)(torch.tensor([[1.0], [3.0]])).detach()
+    tensor([[-1.],
+            [ 1.]])
+    """
+
+    _layer: Layer | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_layer"}
+
+    @torch.compiler.disable
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+        if not self.training or not distributed.is_available() or not distributed.is_initialized():
+            return super().forward(input)
+        layer = self._made()
+        if layer.comm.Get_size() == 1:
+            return super().forward(input)
+        try:
+            self._check_input_dim(input)
+            check(input, self.running_mean, self.running_var)
+            x = dense(input)
+            layer.eps, layer.activation = self.eps, self.activation
+            for name, parameter in (("gamma", self.weight), ("beta", self.bias)):
+                if parameter is not None:
+                    setattr(layer, name, as_array(parameter))
+        except Exception:
+            with contextlib.suppress(TypeError):
+                layer(None)  # type: ignore[call-overload]  # takes part and is refused, so no other rank waits
+            raise
+        y: Tensor = _Normalize.apply(x, self.weight, self.bias, layer)
+        if self.track_running_stats:
+            kept = layer._kept
+            assert isinstance(kept, Saved)
+            self.num_batches_tracked.add_(1)
+            momentum = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+            operators.update_running(self.running_mean, self.running_var, kept, momentum)
+        return y
+
+    def _made(self) -> Layer:
+        """The layer that does the work, made on all ranks in their first step of training."""
+        if self._layer is None:
+            double = self.weight is not None and self.weight.dtype is torch.float64
+            self._layer = Layer(
+                self.num_features,
+                _Ranks(self.process_group),
+                affine=self.weight is not None,
+                bias=self.bias is not None,
+                track_running_stats=False,
+                eps=self.eps,
+                activation=self.activation,
+                dtype=np.float64 if double else np.float32,
+            )
+        return self._layer
