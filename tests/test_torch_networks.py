@@ -1,6 +1,11 @@
 """Whole networks of torchvision, converted, against the same in PyTorch's own modules."""
 
 import copy
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -69,3 +74,19 @@ def test_float32_is_as_near_to_the_truth(name, memory):
     exact = gradients(copy.deepcopy(theirs).double(), x, labels)
     ours = gradients(convert(copy.deepcopy(theirs)), x, labels)
     assert distance(ours, exact) < 2 * distance(gradients(theirs, x, labels), exact)
+
+
+def test_the_example_compares_both(tmp_path):
+    """Equal losses at first, and a picture."""
+    pytest.importorskip("sklearn")
+    pytest.importorskip("matplotlib")
+    script = Path(__file__).parents[1] / "examples" / "torch_resnet.py"
+    command = [sys.executable, "-W", "error", str(script), "--steps", "3", "--batch", "8", "--plot", "two.png"]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    rows = re.findall(r"(torch\.nn|batchnorm\.torch) +([-+.\de]+) +[\d.]+ +[\d.]+% +[\d.]+ +-?\d+%", done.stdout)
+    assert [name for name, _ in rows] == ["torch.nn", "batchnorm.torch"] * 2
+    assert all(float(off) < 1e-2 for _, off in rows)
+    assert (tmp_path / "two.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
