@@ -15,8 +15,10 @@ Decisions:
 - Ghost batches are refused: they cut a batch into parts, and this layer makes one of all parts.
 """
 
-from collections.abc import Callable, Collection, Iterable
-from typing import Any, overload
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, Unpack, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
@@ -26,10 +28,13 @@ from .._activation import Activation
 from .._arrays import Array, Float
 from .._extras import requirements
 from .._selection import Tally, selection_of
-from ..functional import Gradients, Saved
+from ..functional import Gradients, Need, Saved
 from ..layer import BatchNorm
 from ..moments import GradientSums, Moments, Numbers, moments_of
 from ..training import Ghosts, Renormed, Statistics, Way
+
+if TYPE_CHECKING:
+    from .. import _keywords
 
 # What the first number of a packet says: the dtype of x, or that the rank raises an error.
 _STATUS = {char: float(number) for number, char in enumerate(_kernels.NAMES)}
@@ -124,7 +129,7 @@ class SyncBatchNorm(BatchNorm):
         ghost: int | None = None,
         dtype: DTypeLike = np.float32,
     ) -> None:
-        self.comm = world() if comm is None else comm
+        self.comm: Any = world() if comm is None else comm
         self.reduce = reduce
         error: BaseException | None = None
         try:
@@ -174,30 +179,10 @@ class SyncBatchNorm(BatchNorm):
 
     @overload
     def __call__(
-        self,
-        x: NDArray[Float],
-        *,
-        mask: ArrayLike | None = None,
-        lengths: ArrayLike | None = None,
-        weights: ArrayLike | None = None,
-        fill: float = 0.0,
-        add: ArrayLike | None = None,
-        out: NDArray[Float] | None = None,
-        num_threads: int | None = None,
+        self, x: NDArray[Float], *, out: NDArray[Float] | None = None, **how: Unpack[_keywords.Layer]
     ) -> NDArray[Float]: ...
     @overload
-    def __call__(
-        self,
-        x: ArrayLike,
-        *,
-        mask: ArrayLike | None = None,
-        lengths: ArrayLike | None = None,
-        weights: ArrayLike | None = None,
-        fill: float = 0.0,
-        add: ArrayLike | None = None,
-        out: Array | None = None,
-        num_threads: int | None = None,
-    ) -> Array: ...
+    def __call__(self, x: ArrayLike, *, out: Array | None = None, **how: Unpack[_keywords.Layer]) -> Array: ...
     def __call__(
         self,
         x: ArrayLike,
@@ -313,7 +298,7 @@ class SyncBatchNorm(BatchNorm):
         return total
 
     def _backward(
-        self, dy: ArrayLike, saved: Saved, need: Collection[str], out: Array | None, num_threads: int | None
+        self, dy: ArrayLike, saved: Saved, need: Need, out: Array | None, num_threads: int | None
     ) -> Gradients:
         def own() -> tuple[float, Numbers, tuple[GradientSums, Array, Array | None, Saved]]:
             functional.check_backward(dy, saved, need, out)

@@ -26,7 +26,7 @@ from .._kernels.runtime import STATISTICS_ROWS
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
-_THROUGH = {False: ("mean", "variance"), True: ()}
+_THROUGH: dict[bool, functional.Through] = {False: ("mean", "variance"), True: ()}
 """The paths of the gradient, by whether the statistics are fixed."""
 
 
