@@ -3,6 +3,7 @@
 Each session has a virtual environment of its own. A Python that is not installed is skipped, unless it is asked for.
 """
 
+import json
 import re
 import shutil
 import subprocess
@@ -20,15 +21,29 @@ FREE_THREADED = ["3.14t", "3.15t"]
 DIST = Path("dist")
 FOLDERS = ("tests", "docs", "examples", "pyproject.toml")
 """What the suite needs besides the installed package."""
+PYPROJECT = nox.project.load_toml("pyproject.toml")
+NIGHTLY = "https://pypi.anaconda.org/scientific-python-nightly-wheels/simple"
+COVERED = 90
+"""Percent of the lines and branches in Python."""
+
+
+def group(name):
+    """The requirements of a dependency group; pip itself knows groups from 25.1 on."""
+    return nox.project.dependency_groups(PYPROJECT, name)
 
 
 @nox.session
 def lint(session):
-    """Style, types, and the workflows."""
-    session.install(".[lint]")
+    """Style, types, metadata and the workflows."""
+    session.install(".[explain]", *group("lint"))
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
-    session.run("mypy")
+    examples = readme_examples()
+    for checker in ("mypy", "pyright"):
+        session.run(checker)
+        session.run(checker, *examples)
+    check_completeness(session)
+    session.run("sp-repo-review", "--show", "err", ".")
     cython = [path for path in Path("src").rglob("*.p*") if path.suffix in (".pyx", ".pxd", ".pxi")]
     session.run("cython-lint", *map(str, cython))
     if not Path(".github").exists():
@@ -39,10 +54,38 @@ def lint(session):
         "vendor.dependabot": ".github/dependabot.yml",
         "vendor.github-issue-forms": ".github/ISSUE_TEMPLATE/[!c]*.yml",
         "vendor.github-issue-config": ".github/ISSUE_TEMPLATE/config.yml",
+        "vendor.citation-file-format": "CITATION.cff",
     }
     for schema, pattern in schemas.items():
         session.run("check-jsonschema", "--builtin-schema", schema, *map(str, Path().glob(pattern)))
     session.run("zizmor", "--offline", "--pedantic", "--strict-collection", "--no-progress", ".github")
+
+
+def readme_examples():
+    """Each example of README as a program: the imports stand in the first one. Pyright overlooks folders like .nox."""
+    folder = Path("build/readme")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    paths = []
+    for example in re.findall(r"```python\n(.*?)```", Path("README.md").read_text(), re.DOTALL):
+        paths.append(folder / f"example_{len(paths) + 1}.py")
+        paths[-1].write_text(f"import numpy as np\nimport batchnorm as bn\n{example}")
+    return list(map(str, paths))
+
+
+def check_completeness(session):
+    """Type checkers know the type of everything that is public, except of what scikit-learn and PyTorch have to say."""
+    command = "pyright", "--verifytypes", "batchnorm", "--ignoreexternal", "--outputjson"
+    symbols = json.loads(session.run(*command, silent=True, success_codes=[0, 1]))["typeCompleteness"]["symbols"]
+    unknown = [
+        symbol["name"]
+        for symbol in symbols
+        if symbol["isExported"]
+        and (symbol["isTypeAmbiguous"] or not symbol["isTypeKnown"])
+        and not symbol["name"].startswith(("batchnorm.sklearn.", "batchnorm.torch."))
+    ]
+    if unknown or "batchnorm.forward" not in (symbol["name"] for symbol in symbols):
+        session.error(f"types that are not known: {', '.join(unknown) or 'all'}")
 
 
 @nox.session(python=[*PYTHONS, *FREE_THREADED])
@@ -58,6 +101,26 @@ def oldest(session):
     """The suite with the oldest NumPy."""
     session.install(".[test]", "numpy==1.26.0")
     session.run("python", "-m", "pytest", *session.posargs)
+
+
+@nox.session
+def nightly(session):
+    """The suite with tomorrow's NumPy."""
+    session.install(".[test-core]")
+    session.install("--pre", "--upgrade", "--only-binary", ":all:", "--index-url", NIGHTLY, "numpy")
+    session.run("python", "-m", "pytest", *session.posargs)
+
+
+@nox.session
+def coverage(session):
+    """How much of the Python part the suite runs, on the best level alone: the others change no Python line."""
+    session.install(".[test]", *group("coverage"))
+    program = "from batchnorm import _kernels; print(*_kernels.available()[1:])"
+    others = session.run("python", "-c", program, silent=True).split()
+    best = ["-k", " and ".join(f"not {level}" for level in others)] if others else []
+    session.run("coverage", "run", "-m", "pytest", "-m", "not slow and not large", *best, *session.posargs)
+    session.run("coverage", "combine")
+    session.run("coverage", "report", f"--fail-under={COVERED}")
 
 
 @nox.session
@@ -133,7 +196,7 @@ def page(session):
     """What `explain --html` writes, in a browser of the system: Debian's package chromium, or Google Chrome."""
     if not any(map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))):
         session.error("there is no Chromium here: apt-get install chromium")
-    session.install(".[test-core,profile,page]")
+    session.install(".[test-core,profile]", *group("page"))
     session.run("python", "-m", "pytest", "tests/test_page.py", *session.posargs)
 
 
@@ -144,7 +207,7 @@ def wheel(session):
     On Linux. `-- --only 3.12` leaves it at that Python, `-- --only none` at the audit.
     """
     session.install("--require-hashes", "-r", "requirements/build.txt")
-    session.install(".[wheel]")
+    session.install(".", *group("wheel"))
     epoch = session.run("git", "log", "-1", "--format=%ct", external=True, silent=True).strip()
     env = {"SOURCE_DATE_EPOCH": epoch}
     elsewhere = Path(session.create_tmp()).absolute() / "again"
@@ -216,7 +279,7 @@ def without_libgomp(session):
 
 @nox.session(venv_backend="none")
 def release(session):
-    """Check that a tag is the version of the package and has its section in CHANGELOG: `-- v0.2.0`."""
+    """Check that a tag is the version and has its section in CHANGELOG, and that there is an address: `-- v0.2.0`."""
     (tag,) = session.posargs
     version = re.search(r'__version__ = "(.+)"', Path("src/batchnorm/_version.py").read_text())[1]
     if tag != f"v{version}":
@@ -225,3 +288,5 @@ def release(session):
         rf"^## {re.escape(version)} \(\d{{4}}-\d\d-\d\d\)$", Path("CHANGELOG.md").read_text(), re.MULTILINE
     ):
         session.error(f"CHANGELOG has no section '## {version} (date)'")
+    if not PYPROJECT["project"]["urls"].get("Source"):
+        session.error("pyproject.toml has no Source in [project.urls]: where is the repository?")

@@ -20,10 +20,10 @@ from functools import partial, reduce
 from itertools import islice
 from pathlib import Path
 from timeit import repeat
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-from digits import BATCH, Array, Generator, Labels, Linear, Network, fit, load, options, split
+from digits import BATCH, Array, Generator, Labels, Layer, Linear, Network, fit, load, options, split
 from numpy.lib.stride_tricks import sliding_window_view
 
 import batchnorm as bn
@@ -134,9 +134,9 @@ class ConvNet(Network):
         """What is called one after the other in the test, with each batch norm made ready for it."""
         return [ready(layer.layer) if isinstance(layer, Norm) else layer.predict for layer in self.layers]
 
-    def without_batch_norm(self) -> dict[str, Array]:
+    def without_batch_norm(self) -> dict[str, Any]:
         """The arrays of the same network without batch norm."""
-        arrays = {"dense.weight": self.dense.weight, "dense.bias": self.dense.bias}
+        arrays: dict[str, Any] = {"dense.weight": self.dense.weight, "dense.bias": self.dense.bias}
         for name, convolution, norm in zip(("first", "second"), self.convolutions, self.norms, strict=True):
             of = norm.layer
             arrays[f"{name}.weight"], arrays[f"{name}.bias"] = bn.fold(
@@ -154,17 +154,18 @@ class Way(NamedTuple):
 
 def ways_of(network: ConvNet, path: Path) -> dict[str, Way]:
     """The three, the last one from a file."""
-    weights = [array for layer in (*network.convolutions, network.dense) for array in layer.parameters]
-    layers, plans = network.steps(bn.BatchNorm.eval), network.steps(bn.Plan.of)
-    state = [array for norm in network.norms for array in norm.layer.state_dict().values()]
-    fixed = [
+    layers: list[Layer] = [*network.convolutions, network.dense]
+    weights: list[Array] = [array for layer in layers for array in layer.parameters]
+    evaluated, plans = network.steps(bn.BatchNorm.eval), network.steps(bn.Plan.of)
+    state: list[Array] = [array for norm in network.norms for array in norm.layer.state_dict().values()]
+    fixed: list[Array] = [
         array for plan in plans if isinstance(plan, bn.Plan) for array in (plan.mean, plan.var, plan.gamma, plan.beta)
     ]
     np.savez(path, **network.without_batch_norm())
     with np.load(path) as file:
         arrays = dict(file)
     return {
-        "layers": Way(partial(run, layers), weights + state),
+        "layers": Way(partial(run, evaluated), weights + state),
         "plans": Way(partial(run, plans), weights + fixed),
         "folded": Way(partial(folded, arrays), list(arrays.values())),
     }

@@ -17,11 +17,12 @@ class ready-made.) Decisions:
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice, pairwise
 from pathlib import Path
 from types import ModuleType
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -39,6 +40,18 @@ LEARNING_RATES = (0.02, 0.1, 0.5)
 REPORTED = 0.1
 COLORS = {True: "#0b6e99", False: "#d9730d"}
 NAMES = {True: "with batch norm", False: "without"}
+
+
+class Layer(Protocol):
+    """What a network is made of: `backward` leaves the gradients of the parameters, in their order."""
+
+    @property
+    def parameters(self) -> Sequence[Array]: ...
+    @property
+    def gradients(self) -> Sequence[Array]: ...
+    def forward(self, x: Array) -> Array: ...
+    def backward(self, dy: Array) -> Array: ...
+    def predict(self, x: Array) -> Array: ...
 
 
 class Linear:
@@ -109,7 +122,7 @@ class Network:
         self, sizes: tuple[int, ...], generator: Generator, batch_norm: bool, dtype: DTypeLike = np.float32
     ) -> None:
         *hidden, classes = sizes
-        self.layers: list[Linear | BatchNorm | Relu] = []
+        self.layers: list[Layer] = []
         for inputs, outputs in pairwise(hidden):
             self.layers.append(Linear(inputs, outputs, generator, not batch_norm, dtype))
             if batch_norm:

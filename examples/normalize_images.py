@@ -52,7 +52,7 @@ def by_plan(images: Images, plan: bn.Plan) -> Array:
 
 def by_numpy(images: Images) -> Array:
     x = images.astype(np.float32) / 255
-    x = (x - np.float32(MEAN)) / np.float32(STD)
+    x = (x - np.array(MEAN, np.float32)) / np.array(STD, np.float32)
     return np.ascontiguousarray(x.transpose(0, 3, 1, 2))
 
 
@@ -171,7 +171,7 @@ def main() -> None:
     compare(images)
     if chosen.time:
         measure(images)
-    others = sum(bn.Moments.of(crops(photographs, generator) / 255, axis=-1) for _ in range(OTHERS))
+    others = bn.Moments.merge_all(bn.Moments.of(crops(photographs, generator) / 255, axis=-1) for _ in range(OTHERS))
     cases = cases_of(images, bn.Plan.normalizer(others.mean, others.std(), scale=1.0))
     show(cases, "other crops")
     show(cases_of(images, bn.Plan.normalizer(MEAN, STD, scale=1.0)), "ImageNet")

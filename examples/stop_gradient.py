@@ -14,13 +14,15 @@ through the mean, and without both, as if the batch's statistics were constants.
 
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from digits import SIZES, Array, BatchNorm, Labels, Network, accuracy, fit, load, options, split
 from numpy.typing import NDArray
 
 import batchnorm as bn
+
+Through = tuple[Literal["mean", "variance"], ...]
 
 LEARNING_RATE = 0.02
 SEEDS = 5
@@ -30,7 +32,7 @@ class Variant(NamedTuple):
     """Through which statistics the gradient goes."""
 
     name: str
-    through: tuple[str, ...]
+    through: Through
     color: str
 
 
@@ -45,7 +47,7 @@ VARIANTS = (
 class PartialBatchNorm(BatchNorm):
     """Batch norm whose gradient goes through some of its statistics."""
 
-    def __init__(self, channels: int, through: tuple[str, ...]) -> None:
+    def __init__(self, channels: int, through: Through) -> None:
         super().__init__(channels)
         self.through = through
 
@@ -68,7 +70,7 @@ class Epoch(NamedTuple):
     offset: float
 
 
-def train(x: Array, labels: Labels, through: tuple[str, ...], epochs: int, seed: int) -> list[Epoch]:
+def train(x: Array, labels: Labels, through: Through, epochs: int, seed: int) -> list[Epoch]:
     generator = np.random.default_rng(seed)
     x, labels, test_x, test_labels = split(x, labels, generator)
     network = Network(SIZES, generator, batch_norm=True)

@@ -138,6 +138,14 @@ def test_the_table_of_rooms_names_every_room():
     assert [room for room in sorted(rooms) if f"{room}`" not in table] == []
 
 
+CITATION = CONTRIBUTING.with_name("CITATION.cff")
+
+
+@pytest.mark.skipif(not CITATION.exists(), reason="the sources are not here")
+def test_the_version_to_cite_is_this_one():
+    assert re.search(r"^version: (.+)$", CITATION.read_text(), re.MULTILINE)[1] == bn.__version__
+
+
 @pytest.mark.parametrize("version", ["1.25.2", "1.26.0rc1"])
 def test_an_old_numpy_is_refused(version):
     run = python(f"import numpy; numpy.__version__ = {version!r}; import batchnorm")

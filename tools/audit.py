@@ -1,4 +1,4 @@
-"""What a wheel has to be: `python tools/audit.py WHEEL`, with what `pip install '.[wheel]'` installs.
+"""What a wheel has to be: `python tools/audit.py WHEEL`, with the dependency group `wheel`.
 
 - Its tag is one that pip takes, its modules keep to the stable ABI that the tag names (abi3audit).
 - Nothing is grafted but libgomp, whose licence and origin are in the wheel; nothing newer than OpenMP 4.5 is asked of

@@ -8,10 +8,11 @@ misaligned) are copied.
 
 import math
 import operator
+import typing
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
@@ -22,7 +23,21 @@ if np.lib.NumpyVersion(np.__version__) < "1.26.0":
     raise ImportError(f"batchnorm needs NumPy 1.26 or newer, found {np.__version__}")
 
 Array = NDArray[np.floating[Any]]
-Float = TypeVar("Float", bound=np.floating[Any])
+MaybeNone: TypeAlias = Any
+"""None only where the caller chose so, which type checkers cannot know: they ask for no check of it, as in typeshed."""
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeVar  # which type checkers bring with them
+else:
+
+    def TypeVar(name, *, default, **how):  # noqa: ARG001, N802
+        """Without the default, which Python has from 3.13 on, and only type checkers need."""
+        return typing.TypeVar(name, **how)
+
+
+Float = TypeVar("Float", bound=np.floating[Any], default=np.floating[Any])
+Float_co = TypeVar("Float_co", bound=np.floating[Any], default=np.floating[Any], covariant=True)
+Gradient_co = TypeVar("Gradient_co", bound=Array | None, default=Array | None, covariant=True)
 
 _UINT16 = np.dtype(np.uint16)
 _FLOAT32 = np.dtype(np.float32)
@@ -180,7 +195,7 @@ def _other_axis(array: Array, layout: Layout | None) -> str:
     return f"; x of shape {layout.shape} has {array.size} along another axis than {layout.axis}: axis={axis}?"
 
 
-def as_index(value: int, name: str) -> int:
+def as_index(value: Any, name: str) -> int:
     try:
         return operator.index(value)
     except TypeError:
@@ -191,7 +206,7 @@ def as_index(value: int, name: str) -> int:
         raise TypeError(f"{name} must be an integer, got {type(value).__name__}") from None
 
 
-def as_number(value: float, name: str) -> float:
+def as_number(value: Any, name: str) -> float:
     if isinstance(value, np.ndarray) and value.ndim == 0:
         value = value[()]
     if not isinstance(value, (float, int, np.floating, np.integer)):

@@ -11,6 +11,7 @@ Decisions:
 """
 
 import struct
+import threading
 from typing import Any
 
 import numpy as np
@@ -50,7 +51,7 @@ class State:
     beta: Array | None
 
     def __init__(self, channels: int, dtype: np.dtype[Any], names: tuple[str, ...]) -> None:
-        self.names = names
+        self.names: tuple[str, ...] = names
         self._first = start = _COUNTER.size // dtype.itemsize
         self._block = np.zeros(start + len(names) * channels, dtype)
         self._rows = self._block[start:].reshape(len(names), channels)
@@ -59,7 +60,7 @@ class State:
         rows = dict(zip(names, self._rows, strict=True))
         self._arrays = tuple(rows.get(name) for name in ARRAYS)
         self.running_mean, self.running_var, self.gamma, self.beta = self._arrays
-        self.lock = _threads.new_lock()
+        self.lock: threading.RLock = _threads.new_lock()
 
     def __reduce__(self) -> tuple[Any, ...]:
         with self.lock:

@@ -9,6 +9,8 @@ Decisions:
 - Those of `backward` are `double_backward`, in both modes: second derivatives are symmetric. There are no third ones.
 """
 
+from __future__ import annotations
+
 from typing import Any
 
 import numpy as np
@@ -23,9 +25,9 @@ try:
     from autograd.builtins import tuple as traced_tuple
     from autograd.extend import defjvp_argnums, defvjp_argnums, primitive
     from autograd.tracer import getval
-except ImportError as error:
-    install = f"python -m pip install {requirements('autograd', 'autograd')}"
-    raise ImportError(f"batchnorm.autograd needs HIPS autograd: {install}") from error
+except ImportError as _error:
+    _install = f"python -m pip install {requirements('autograd', 'autograd')}"
+    raise ImportError(f"batchnorm.autograd needs HIPS autograd: {_install}") from _error
 
 
 def batch_norm(x: Any, gamma: Any, beta: Any, axis: int = 1, eps: float = 1e-5) -> Any:

@@ -11,15 +11,17 @@ Decisions:
 - 16-bit floats are worked on in float32, because what goes from one pass to the next would lose its digits.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Collection, Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, Unpack, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from . import _arrays, _kernels, _threads, functional
-from ._arrays import Array
+from ._arrays import Array, Float, Float_co, Gradient_co, MaybeNone
 from ._kernels.runtime import (
     GAMMA,
     GRADIENT_ROWS,
@@ -33,31 +35,35 @@ from ._kernels.runtime import (
     UPSTREAM_DMEAN,
     UPSTREAM_DVAR,
 )
-from .functional import Saved
+from .functional import Saved, Through
 
 if TYPE_CHECKING:
+    from . import _keywords
     from ._kernels.kernels import Chosen, Kernels
 
 Numbers = NDArray[np.float64]
 
-_BOTH = ("mean", "variance")
-_SECOND_NEED = ("dy", "x", "gamma")
+_SecondNeedName = Literal["dy", "x", "gamma"]
+SecondNeed = _SecondNeedName | tuple[_SecondNeedName, ...] | Collection[_SecondNeedName]
+
+_BOTH: tuple[Literal["mean", "variance"], ...] = ("mean", "variance")
+_SECOND_NEED: tuple[_SecondNeedName, ...] = ("dy", "x", "gamma")
 
 
-class Tangents(NamedTuple):
+class Tangents(NamedTuple, Generic[Float_co]):
     """Derivatives along a direction: of y, of x's shape and dtype, and of mean and var, float64 of shape (C,)."""
 
-    dy: Array
+    dy: NDArray[Float_co]
     dmean: Numbers
     dvar: Numbers
 
 
-class SecondGradients(NamedTuple):
+class SecondGradients(NamedTuple, Generic[Gradient_co]):
     """Gradients with respect to dy, x and gamma; None where not asked for, or where there was no gamma."""
 
-    dy: Array | None
-    x: Array | None
-    gamma: Array | None
+    dy: Gradient_co
+    x: Gradient_co
+    gamma: Array | MaybeNone
 
 
 class _Channels(NamedTuple):
@@ -70,11 +76,8 @@ class _Channels(NamedTuple):
     variance: float
 
     @classmethod
-    def of(cls, saved: Saved, through: Collection[str]) -> "_Channels":
-        if isinstance(through, str):
-            through = (through,)
-        if not isinstance(through, Collection) or any(name not in _BOTH for name in through):
-            raise ValueError(f"through must be a name or a collection of names out of {_BOTH}, got {through!r}")
+    def of(cls, saved: Saved, through: Through) -> _Channels:
+        through = functional.as_names(through, "through", _BOTH)
         n, gamma, rstd = saved._tally.weight or 1.0, saved._statistics[GAMMA], saved._statistics[RSTD]
         return cls(n, gamma, rstd, float("mean" in through), float("variance" in through))
 
@@ -109,7 +112,7 @@ class _Second(NamedTuple):
     offset: Numbers
 
     @classmethod
-    def of(cls, sums: Numbers, channels: _Channels, ddgamma: Numbers | None) -> "_Second":
+    def of(cls, sums: Numbers, channels: _Channels, ddgamma: Numbers | None) -> _Second:
         n, gamma, rstd, mean, variance = channels
         a = 0.0 if ddgamma is None else ddgamma
         mean_ddx, mean_ddx_xhat = sums[0] / n, rstd * sums[1] / n
@@ -298,18 +301,18 @@ def tangent_sums(dx: ArrayLike, saved: Saved, *, num_threads: int | None = None)
 
 def jvp(
     dx: ArrayLike,
-    saved: Saved,
+    saved: Saved[Float],
     *,
     dgamma: ArrayLike | None = None,
     dbeta: ArrayLike | None = None,
     dmean: ArrayLike | None = None,
     dvar: ArrayLike | None = None,
     dadd: ArrayLike | None = None,
-    through: Collection[str] = _BOTH,
+    through: Through = _BOTH,
     sums: Numbers | None = None,
-    out: Array | None = None,
+    out: NDArray[Float] | None = None,
     num_threads: int | None = None,
-) -> Tangents:
+) -> Tangents[Float]:
     """The derivative of `forward` along a direction: ẏ = γ·rstd·(ẋ − μ̇ − ½·rstd·x̂·σ̇²) + γ̇·x̂ + β̇.
 
     The moments move by μ̇ = Σẋ/n and σ̇² = 2·Σ(x − μ)ẋ/n, so ẏ = γ·rstd·P(ẋ) + γ̇·x̂ + β̇ with
@@ -389,8 +392,8 @@ def jvp(
         dy = passes.combined(given, channels.gamma * channels.rstd, *_combination(channels, *moved, *along))
     if dadd is not None:
         passes.add(dy, np.ones(C), passes.like_x(dadd, "dadd"))
-    dy = functional.upstream(passes.finished(dy), saved)
-    return Tangents(dy if out is None or dy is out else _arrays.deliver(dy, out), *moved)
+    finished: NDArray[Any] = functional.upstream(passes.finished(dy), saved)
+    return Tangents(finished if out is None or finished is out else _arrays.deliver(finished, out), *moved)
 
 
 def second_sums(ddx: ArrayLike, dy: ArrayLike, saved: Saved, *, num_threads: int | None = None) -> Numbers:
@@ -433,6 +436,25 @@ def _second_sums(passes: _Passes, ddx: Array, dy: Array) -> Numbers:
     return np.concatenate([passes.weighted_sums(ddx), passes.sums(dy), passes.sums(ddx, dy)[1:]])
 
 
+@overload
+def double_backward(
+    ddx: ArrayLike,
+    dy: ArrayLike,
+    saved: Saved[Float],
+    *,
+    through: Through = ...,
+    **how: Unpack[_keywords.DoubleBackward],
+) -> SecondGradients[NDArray[Float]]: ...
+@overload
+def double_backward(
+    ddx: ArrayLike,
+    dy: ArrayLike,
+    saved: Saved[Float],
+    *,
+    through: Through = ...,
+    need: SecondNeed,
+    **how: Unpack[_keywords.DoubleBackward],
+) -> SecondGradients[NDArray[Float] | None]: ...
 def double_backward(
     ddx: ArrayLike,
     dy: ArrayLike,
@@ -441,8 +463,8 @@ def double_backward(
     ddgamma: ArrayLike | None = None,
     ddbeta: ArrayLike | None = None,
     ddadd: ArrayLike | None = None,
-    through: Collection[str] = _BOTH,
-    need: Collection[str] = _SECOND_NEED,
+    through: Through = _BOTH,
+    need: SecondNeed = _SECOND_NEED,
     sums: Numbers | None = None,
     num_threads: int | None = None,
 ) -> SecondGradients:
@@ -510,10 +532,7 @@ def double_backward(
     C, channels, passes = saved._layout.view[1], _Channels.of(saved, through), _Passes(saved, num_threads)
     u, dy = passes.like_x(ddx, "ddx"), passes.like_x(functional.upstream(dy, saved), "dy")
     a, b = per_channel(C, ddgamma=ddgamma, ddbeta=ddbeta)
-    if isinstance(need, str):
-        need = (need,)
-    if not isinstance(need, Collection) or any(name not in _SECOND_NEED for name in need):
-        raise ValueError(f"need must be a name or a collection of names out of {_SECOND_NEED}, got {need!r}")
+    need = functional.as_names(need, "need", _SECOND_NEED)
     sums = _second_sums(passes, u, dy) if sums is None else _check_sums(sums, 5, C)
     second = _Second.of(sums, channels, a)
     g_dy = g_x = g_gamma = None

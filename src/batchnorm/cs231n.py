@@ -17,6 +17,8 @@ The course has two backward passes, one along the graph and one simplified on pa
 is one kernel; `batchnorm.pathways` has the terms of the graph.
 """
 
+from __future__ import annotations
+
 from collections.abc import MutableMapping
 from typing import Any
 
@@ -77,7 +79,7 @@ def batchnorm_forward(
     return _forward(_with_dimensions(x, 2, "(N, D)"), gamma, beta, bn_param)
 
 
-def batchnorm_backward(dout: ArrayLike, cache: Cache) -> Gradients:
+def batchnorm_backward(dout: ArrayLike, cache: Cache) -> Gradients[Array]:
     """dx = gamma·rstd·(dout − dbeta/N − xhat·dgamma/N), dgamma = Σdout·xhat, dbeta = Σdout.
 
     Parameters
@@ -111,7 +113,7 @@ def batchnorm_backward(dout: ArrayLike, cache: Cache) -> Gradients:
     return functional.backward(_arrays.as_float(dout, "dout", integers=True), cache)
 
 
-def batchnorm_backward_alt(dout: ArrayLike, cache: Cache) -> Gradients:
+def batchnorm_backward_alt(dout: ArrayLike, cache: Cache) -> Gradients[Array]:
     """The same as `batchnorm_backward`; the assignment's name for the simplified derivation."""
     return batchnorm_backward(dout, cache)
 
@@ -150,7 +152,7 @@ def spatial_batchnorm_forward(
     return _forward(_with_dimensions(x, 4, "(N, C, H, W)"), gamma, beta, bn_param)
 
 
-def spatial_batchnorm_backward(dout: ArrayLike, cache: Cache) -> Gradients:
+def spatial_batchnorm_backward(dout: ArrayLike, cache: Cache) -> Gradients[Array]:
     """`batchnorm_backward` for dout of shape (N, C, H, W)."""
     return batchnorm_backward(dout, cache)
 

@@ -10,9 +10,11 @@ Decisions:
 - NaN and infinities in the arguments pass through. A finite number that the dtype cannot hold is an error.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Generic, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Unpack, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -21,6 +23,9 @@ from . import _arrays
 from ._arrays import Array, Float
 from ._kernels.runtime import RSTD
 from .functional import table_of
+
+if TYPE_CHECKING:
+    from . import _keywords
 
 BFLOAT16_BITS = 8
 
@@ -79,7 +84,7 @@ class _Channels(NamedTuple):
         return np.bincount(channel.ravel(), values.ravel(), self.total).astype(np.float64)
 
 
-def _axes_of(layout: str, shape: tuple[int, ...]) -> dict[str, int]:
+def _axes_of(layout: Any, shape: tuple[int, ...]) -> dict[str, int]:
     """The axis that each letter names."""
     head, dots, tail = layout.partition("...") if isinstance(layout, str) else ("", "", "")
     letters = head + tail
@@ -213,11 +218,7 @@ def fold(
     var: ArrayLike,
     gamma: ArrayLike | None = None,
     beta: ArrayLike | None = None,
-    *,
-    layout: str | None = None,
-    groups: int = 1,
-    transposed: bool = False,
-    eps: float = 1e-5,
+    **how: Unpack[_keywords.Fold],
 ) -> Folded[Float]: ...
 @overload
 def fold(
@@ -227,11 +228,7 @@ def fold(
     var: ArrayLike,
     gamma: ArrayLike | None = None,
     beta: ArrayLike | None = None,
-    *,
-    layout: str | None = None,
-    groups: int = 1,
-    transposed: bool = False,
-    eps: float = 1e-5,
+    **how: Unpack[_keywords.Fold],
 ) -> Folded[Any]: ...
 def fold(
     weight: ArrayLike,
@@ -325,11 +322,7 @@ def fold_next(
     var: ArrayLike,
     gamma: ArrayLike | None = None,
     beta: ArrayLike | None = None,
-    *,
-    layout: str = "OI...",
-    groups: int = 1,
-    padded: bool = False,
-    eps: float = 1e-5,
+    **how: Unpack[_keywords.FoldNext],
 ) -> Folded[Float]: ...
 @overload
 def fold_next(
@@ -339,11 +332,7 @@ def fold_next(
     var: ArrayLike,
     gamma: ArrayLike | None = None,
     beta: ArrayLike | None = None,
-    *,
-    layout: str = "OI...",
-    groups: int = 1,
-    padded: bool = False,
-    eps: float = 1e-5,
+    **how: Unpack[_keywords.FoldNext],
 ) -> Folded[Any]: ...
 def fold_next(
     weight: ArrayLike,

@@ -10,15 +10,17 @@ Frameworks differ in each of these conventions:
   float16 and bfloat16 are calculated in float32, and rounded once more where they are stored.
 """
 
+from __future__ import annotations
+
 from collections.abc import Collection
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Self, overload
+from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, NoReturn, Self, Unpack, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from . import _activation, _arrays, _kernels, _threads
 from ._activation import Activation
-from ._arrays import Array, Float, Layout
+from ._arrays import Array, Float, Float_co, Gradient_co, Layout, MaybeNone
 from ._kernels import per_channel
 from ._kernels.runtime import (
     COEFFICIENT_ROWS,
@@ -43,14 +45,23 @@ from ._selection import Selection, Tally, selection_of
 from .moments import GradientSums, Moments, moments_of
 
 if TYPE_CHECKING:
+    from . import _keywords
     from ._kernels.kernels import Bits, Chosen, Kernels, Limits
 
     After = tuple[Limits | None, Array | None, Bits | None]
 
-NEED = ("dx", "dgamma", "dbeta")
+# One name or several. A tuple is a collection, but mypy understands ("dx",) only where tuples are named.
+_ThroughName = Literal["mean", "variance"]
+_NeedName = Literal["dx", "dgamma", "dbeta", "dadd"]
+_InferenceNeedName = Literal[_NeedName, "dmean", "dvar"]
+Through = _ThroughName | tuple[_ThroughName, ...] | Collection[_ThroughName]
+Need = _NeedName | tuple[_NeedName, ...] | Collection[_NeedName]
+InferenceNeed = _InferenceNeedName | tuple[_InferenceNeedName, ...] | Collection[_InferenceNeedName]
+
+NEED: tuple[_NeedName, ...] = ("dx", "dgamma", "dbeta")
 _INFERENCE_NEED = (*NEED, "dadd", "dmean", "dvar")
-_THROUGH = ("mean", "variance")
-_NOTHING: "After" = None, None, None
+_THROUGH: tuple[_ThroughName, ...] = ("mean", "variance")
+_NOTHING: After = None, None, None
 """After the normalization: no activation, no residual."""
 
 
@@ -58,19 +69,19 @@ def _shape_and_dtype(array: Array | None) -> str:
     return "None" if array is None else f"<{array.dtype} {array.shape}>"
 
 
-class _Gradients(NamedTuple):
-    dx: Array | None
-    dgamma: Array | None
-    dbeta: Array | None
+class _Gradients(NamedTuple, Generic[Gradient_co]):
+    dx: Gradient_co
+    dgamma: Array | MaybeNone
+    dbeta: Array | MaybeNone
 
 
-class Gradients(_Gradients):
+class Gradients(_Gradients[Gradient_co]):
     """Gradients with respect to x, gamma and beta; None where not asked for or where there is no such parameter.
 
     The attribute `dadd` is the one with respect to `add`.
     """
 
-    dadd: Array | None = None
+    dadd: Array | MaybeNone = None
 
     def _replace(self, /, **changes: Any) -> Self:
         gradients = super()._replace(**changes)
@@ -87,17 +98,17 @@ class Gradients(_Gradients):
         return self._shown()
 
 
-class InferenceGradients(Gradients):
+class InferenceGradients(Gradients[Gradient_co]):
     """`Gradients` with two more attributes, with respect to the fixed mean and var; None where not asked for."""
 
-    dmean: Array | None = None
-    dvar: Array | None = None
+    dmean: Array | MaybeNone = None
+    dvar: Array | MaybeNone = None
 
     def __repr__(self) -> str:
         return self._shown("dmean", "dvar")
 
 
-class Saved:
+class Saved(Generic[Float_co]):
     """What `forward` leaves for `backward`: a reference to x (not a copy) and a few float64 numbers per channel.
 
     After an addition and an activation there is also one bit per value. x must not change until `backward` has run. Its
@@ -139,16 +150,16 @@ class Saved:
 
     def __init__(
         self,
-        x: Array,
+        x: NDArray[Float_co],
         eps: float,
         layout: Layout,
         statistics: NDArray[np.float64],
         dtypes: tuple[np.dtype[Any], np.dtype[Any] | None, np.dtype[Any] | None],
         counted: Tally | None = None,
         selection: Selection | None = None,
-        limits: "Limits | None" = None,
+        limits: Limits | None = None,
         added: bool = False,
-        closed: "Bits | None" = None,
+        closed: Bits | None = None,
     ) -> None:
         self._x = x
         self._strides = x.strides
@@ -167,10 +178,10 @@ class Saved:
         return _restored, (self.x, self._eps, self._layout, self._statistics, self._dtypes, self._counted, *after)
 
     @property
-    def x(self) -> Array:
+    def x(self) -> NDArray[Float_co]:
         return self._unchanged_x()
 
-    def _unchanged_x(self) -> Array:
+    def _unchanged_x(self) -> NDArray[Float_co]:
         x, layout, dtype = self._x, self._layout, self._dtypes[0]
         if x.dtype != dtype or x.shape != layout.shape or x.strides != self._strides:
             raise ValueError(
@@ -242,7 +253,7 @@ def _restored(x: Array, eps: float, layout: Layout, *rest: Any) -> Saved:
     return Saved(layout.bring(x), eps, layout, *rest)
 
 
-def _chosen(selection: Selection | None, fill: float = 0.0) -> "Chosen | None":
+def _chosen(selection: Selection | None, fill: float = 0.0) -> Chosen | None:
     return None if selection is None else selection.chosen(fill)
 
 
@@ -251,7 +262,7 @@ def _normalized(layout: Layout, selection: Selection | None) -> int:
     return layout.values if selection is None else selection.normalized(layout)
 
 
-def _names(names: Collection[str], argument: str, known: tuple[str, ...]) -> Collection[str]:
+def as_names(names: Any, argument: str, known: tuple[str, ...]) -> Collection[Any]:
     """The names; a single name may come as a string."""
     if isinstance(names, str):
         names = (names,)
@@ -274,35 +285,17 @@ def forward(
     gamma: ArrayLike | None = None,
     beta: ArrayLike | None = None,
     *,
-    axis: int = 1,
-    eps: float = 1e-5,
-    moments: Moments | None = None,
-    mask: ArrayLike | None = None,
-    lengths: ArrayLike | None = None,
-    weights: ArrayLike | None = None,
-    fill: float = 0.0,
-    activation: Activation | None = None,
-    add: ArrayLike | None = None,
     out: NDArray[Float] | None = None,
-    num_threads: int | None = None,
-) -> tuple[NDArray[Float], Saved]: ...
+    **how: Unpack[_keywords.Forward],
+) -> tuple[NDArray[Float], Saved[Float]]: ...
 @overload
 def forward(
     x: ArrayLike,
     gamma: ArrayLike | None = None,
     beta: ArrayLike | None = None,
     *,
-    axis: int = 1,
-    eps: float = 1e-5,
-    moments: Moments | None = None,
-    mask: ArrayLike | None = None,
-    lengths: ArrayLike | None = None,
-    weights: ArrayLike | None = None,
-    fill: float = 0.0,
-    activation: Activation | None = None,
-    add: ArrayLike | None = None,
     out: Array | None = None,
-    num_threads: int | None = None,
+    **how: Unpack[_keywords.Forward],
 ) -> tuple[Array, Saved]: ...
 def forward(
     x: ArrayLike,
@@ -459,7 +452,7 @@ def forward(
     return y, Saved(x, eps, layout, statistics, dtypes, counted, selection, after[0], residual is not None, after[2])
 
 
-def coefficients_of(statistics: NDArray[np.float64], kernels: "Kernels") -> tuple[NDArray[np.float64], bool]:
+def coefficients_of(statistics: NDArray[np.float64], kernels: Kernels) -> tuple[NDArray[np.float64], bool]:
     """What the kernels calculate y with, and whether all of it fits their type."""
     table = np.empty((COEFFICIENT_ROWS, statistics.shape[1]))
     return table, kernels.coefficients(statistics, table)
@@ -471,8 +464,8 @@ def normalize(
     layout: Layout,
     statistics: NDArray[np.float64],
     threads: int,
-    after: "After",
-    chosen: "Chosen | None" = None,
+    after: After,
+    chosen: Chosen | None = None,
 ) -> None:
     """y with statistics that are known."""
     kernels = _kernels.of_type[x.dtype.char]
@@ -482,7 +475,7 @@ def normalize(
 
 def _after(
     activation: Activation | None, add: ArrayLike | None, x: Array, layout: Layout, noted: bool = True
-) -> "tuple[Array | None, After]":
+) -> tuple[Array | None, After]:
     """The residual, and what the kernels take: limits, residual and where to note that the activation is closed."""
     limits = _activation.as_limits(activation)
     if add is None:
@@ -501,15 +494,35 @@ def _check_moments(moments: Moments, layout: Layout, selection: Selection | None
         raise ValueError("moments must be of at least one value, got count = 0")
 
 
+@overload
+def backward(
+    dy: ArrayLike,
+    saved: Saved[Float],
+    *,
+    through: Through = ...,
+    need: Literal["dx"] = ...,
+    out: NDArray[Float] | None = None,
+    **how: Unpack[_keywords.Backward],
+) -> Gradients[NDArray[Float]]: ...
+@overload
+def backward(
+    dy: ArrayLike,
+    saved: Saved[Float],
+    *,
+    through: Through = ...,
+    need: Need,
+    out: NDArray[Float] | None = None,
+    **how: Unpack[_keywords.Backward],
+) -> Gradients[NDArray[Float] | None]: ...
 def backward(
     dy: ArrayLike,
     saved: Saved,
     *,
-    through: Collection[str] = _THROUGH,
+    through: Through = _THROUGH,
     dmean: ArrayLike | None = None,
     dvar: ArrayLike | None = None,
     sums: GradientSums | None = None,
-    need: Collection[str] = NEED,
+    need: Need = NEED,
     out: Array | None = None,
     num_threads: int | None = None,
 ) -> Gradients:
@@ -601,7 +614,7 @@ def backward(
     paths = THROUGH_MEAN | THROUGH_VARIANCE
     if through is not _THROUGH:
         if type(through) is not tuple or len(through) != through.count("mean") + through.count("variance"):
-            through = _names(through, "through", _THROUGH)
+            through = as_names(through, "through", _THROUGH)
         paths = THROUGH_MEAN * ("mean" in through) | THROUGH_VARIANCE * ("variance" in through)
     if dmean is not None or dvar is not None:
         paths |= UPSTREAM
@@ -611,7 +624,7 @@ def backward(
         _check_sums(sums, saved)
         table[SUM_DY : SUM_DY_XMU + 1] = sums._table
     if need is not NEED:
-        need = _names(need, "need", (*NEED, "dadd"))
+        need = as_names(need, "need", (*NEED, "dadd"))
     return _backward(dy, saved, paths, need, table, out, num_threads, sums is not None)
 
 
@@ -634,7 +647,7 @@ def _check_out(out: Array, need: Collection[str], x: Array, dy: Array) -> None:
 
 def check_backward(dy: ArrayLike, saved: Saved, need: Collection[str], out: Array | None) -> None:
     """Refuse what `backward` would refuse."""
-    need, dy = _names(need, "need", (*NEED, "dadd")), like_x(dy, saved)
+    need, dy = as_names(need, "need", (*NEED, "dadd")), like_x(dy, saved)
     if out is not None:
         _check_out(out, need, saved.x, dy)
 
@@ -694,7 +707,7 @@ def _backward(
     return gradients
 
 
-def _pass_back(dy: Array, closed: "Bits", limits: "Limits", layout: Layout, threads: int) -> Array:
+def _pass_back(dy: Array, closed: Bits, limits: Limits, layout: Layout, threads: int) -> Array:
     """dy·act′, where it has been noted where the activation is closed."""
     passed = layout.empty(dy.dtype)
     if dy.size:
@@ -704,8 +717,8 @@ def _pass_back(dy: Array, closed: "Bits", limits: "Limits", layout: Layout, thre
 
 
 def _closed_at(
-    x: Array, layout: Layout, statistics: NDArray[np.float64], limits: "Limits", add: Array | None, threads: int
-) -> "Bits":
+    x: Array, layout: Layout, statistics: NDArray[np.float64], limits: Limits, add: Array | None, threads: int
+) -> Bits:
     """Where the activation is closed, from a forward pass with statistics that are known."""
     closed = _activation.empty_bits(x.size)
     if x.size:
@@ -926,15 +939,8 @@ def inference(
     gamma: ArrayLike | None = None,
     beta: ArrayLike | None = None,
     *,
-    axis: int = 1,
-    eps: float = 1e-5,
-    mask: ArrayLike | None = None,
-    lengths: ArrayLike | None = None,
-    fill: float = 0.0,
-    activation: Activation | None = None,
-    add: ArrayLike | None = None,
     out: NDArray[Float] | None = None,
-    num_threads: int | None = None,
+    **how: Unpack[_keywords.Inference],
 ) -> NDArray[Float]: ...
 @overload
 def inference(
@@ -944,15 +950,8 @@ def inference(
     gamma: ArrayLike | None = None,
     beta: ArrayLike | None = None,
     *,
-    axis: int = 1,
-    eps: float = 1e-5,
-    mask: ArrayLike | None = None,
-    lengths: ArrayLike | None = None,
-    fill: float = 0.0,
-    activation: Activation | None = None,
-    add: ArrayLike | None = None,
     out: Array | None = None,
-    num_threads: int | None = None,
+    **how: Unpack[_keywords.Inference],
 ) -> Array: ...
 def inference(
     x: ArrayLike,
@@ -1032,6 +1031,54 @@ def inference(
     return y if out is None else _arrays.deliver(y, out)
 
 
+@overload
+def inference_backward(
+    dy: ArrayLike,
+    x: NDArray[Float],
+    mean: ArrayLike,
+    var: ArrayLike,
+    gamma: ArrayLike | None = None,
+    *,
+    need: Literal["dx"] = ...,
+    out: NDArray[Float] | None = None,
+    **how: Unpack[_keywords.InferenceBackward],
+) -> InferenceGradients[NDArray[Float]]: ...
+@overload
+def inference_backward(
+    dy: ArrayLike,
+    x: ArrayLike,
+    mean: ArrayLike,
+    var: ArrayLike,
+    gamma: ArrayLike | None = None,
+    *,
+    need: Literal["dx"] = ...,
+    out: Array | None = None,
+    **how: Unpack[_keywords.InferenceBackward],
+) -> InferenceGradients[Array]: ...
+@overload
+def inference_backward(
+    dy: ArrayLike,
+    x: NDArray[Float],
+    mean: ArrayLike,
+    var: ArrayLike,
+    gamma: ArrayLike | None = None,
+    *,
+    need: InferenceNeed,
+    out: NDArray[Float] | None = None,
+    **how: Unpack[_keywords.InferenceBackward],
+) -> InferenceGradients[NDArray[Float] | None]: ...
+@overload
+def inference_backward(
+    dy: ArrayLike,
+    x: ArrayLike,
+    mean: ArrayLike,
+    var: ArrayLike,
+    gamma: ArrayLike | None = None,
+    *,
+    need: InferenceNeed,
+    out: Array | None = None,
+    **how: Unpack[_keywords.InferenceBackward],
+) -> InferenceGradients[Array | None]: ...
 def inference_backward(
     dy: ArrayLike,
     x: ArrayLike,
@@ -1046,7 +1093,7 @@ def inference_backward(
     lengths: ArrayLike | None = None,
     activation: Activation | None = None,
     add: ArrayLike | None = None,
-    need: Collection[str] = NEED,
+    need: InferenceNeed = NEED,
     out: Array | None = None,
     num_threads: int | None = None,
 ) -> InferenceGradients:
@@ -1107,7 +1154,7 @@ def inference_backward(
     saved = Saved(x, eps, layout, statistics, dtypes, tally, selection, limits, add is not None, closed)
     table = np.empty((GRADIENT_ROWS, layout.view[1]))
     if need is not NEED:
-        need = _names(need, "need", _INFERENCE_NEED)
+        need = as_names(need, "need", _INFERENCE_NEED)
     found = _backward(dy, saved, 0, need, table, out, num_threads)
     gradients = InferenceGradients(*found)
     if found.dadd is not None:

@@ -13,26 +13,29 @@ Decisions:
 - `save` writes only what `load` takes, so a diverged layer does not replace the file of a sound one.
 """
 
+from __future__ import annotations
+
 import math
 import os
-from collections.abc import Callable, Collection, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar, overload
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, Generic, Literal, Self, TypeVar, Unpack, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from . import _activation, _arrays, functional, training
 from ._activation import Activation
-from ._arrays import Array, Float
+from ._arrays import Array, Float, MaybeNone
 from ._foreign import as_array
 from ._kernels import per_channel
 from ._selection import Tally, check_one_of_three
 from ._state import ARRAYS, MOST_BATCHES, State
-from .functional import Gradients, Saved
+from .functional import Gradients, Need, Saved, Through
 from .moments import Batch, Moments, Numbers, population
 from .training import Ghosts, Renormed, Statistics, Way
 
 if TYPE_CHECKING:
+    from . import _keywords
     from .calculus import SecondGradients, Tangents
 
 # What a file says of a layer besides its state. A missing momentum means None; what follows `float_bits` is there only
@@ -114,14 +117,14 @@ class _Array:
     @overload
     def __get__(self, layer: None, owner: type) -> Self: ...
     @overload
-    def __get__(self, layer: "BatchNorm", owner: type) -> Array | None: ...
-    def __get__(self, layer: "BatchNorm | None", owner: type) -> Self | Array | None:
+    def __get__(self, layer: BatchNorm, owner: type) -> Array | MaybeNone: ...
+    def __get__(self, layer: BatchNorm | None, owner: type) -> Self | Array | None:
         if layer is None:
             return self
         array: Array | None = getattr(layer._state, self._name)
         return array
 
-    def __set__(self, layer: "BatchNorm", value: ArrayLike | None) -> None:
+    def __set__(self, layer: BatchNorm, value: ArrayLike | None) -> None:
         own = getattr(layer._state, self._name)
         if own is None and value is not None:
             raise ValueError(f"this layer was made without {self._name}, got {type(value).__name__}")
@@ -141,14 +144,14 @@ class _Setting(Generic[_Value]):
     @overload
     def __get__(self, layer: None, owner: type) -> Self: ...
     @overload
-    def __get__(self, layer: "BatchNorm", owner: type) -> _Value: ...
-    def __get__(self, layer: "BatchNorm | None", owner: type) -> Self | _Value:
+    def __get__(self, layer: BatchNorm, owner: type) -> _Value: ...
+    def __get__(self, layer: BatchNorm | None, owner: type) -> Self | _Value:
         if layer is None:
             return self
         value: _Value = getattr(layer._way, self._name)
         return value
 
-    def __set__(self, layer: "BatchNorm", value: _Value) -> None:
+    def __set__(self, layer: BatchNorm, value: _Value) -> None:
         change: dict[str, Any] = {self._name: value}
         layer._way = layer._checked_way(layer._way._replace(**change))
 
@@ -246,17 +249,26 @@ class BatchNorm:
     (3.0, 5.0)
     """
 
-    dgamma: Array | None
-    dbeta: Array | None
-    dadd: Array | None
-    gamma = _Array()
-    beta = _Array()
-    running_mean = _Array()
-    running_var = _Array()
-    statistics = _Setting[Statistics]()
-    update = _Setting[bool]()
-    renorm = _Setting[tuple[float, float] | None]()
-    ghost = _Setting[int | None]()
+    dgamma: Array | MaybeNone
+    dbeta: Array | MaybeNone
+    dadd: Array | MaybeNone
+    gamma: _Array = _Array()
+    beta: _Array = _Array()
+    running_mean: _Array = _Array()
+    running_var: _Array = _Array()
+    statistics: _Setting[Statistics] = _Setting()
+    update: _Setting[bool] = _Setting()
+    renorm: _Setting[tuple[float, float] | None] = _Setting()
+    ghost: _Setting[int | None] = _Setting()
+    num_features: int
+    axis: int
+    eps: float
+    affine: bool
+    track_running_stats: bool
+    unbiased: bool
+    dtype: np.dtype[Any]
+    training: bool
+    keep_input: bool
 
     def __init__(
         self,
@@ -391,30 +403,10 @@ class BatchNorm:
 
     @overload
     def __call__(
-        self,
-        x: NDArray[Float],
-        *,
-        mask: ArrayLike | None = None,
-        lengths: ArrayLike | None = None,
-        weights: ArrayLike | None = None,
-        fill: float = 0.0,
-        add: ArrayLike | None = None,
-        out: NDArray[Float] | None = None,
-        num_threads: int | None = None,
+        self, x: NDArray[Float], *, out: NDArray[Float] | None = None, **how: Unpack[_keywords.Layer]
     ) -> NDArray[Float]: ...
     @overload
-    def __call__(
-        self,
-        x: ArrayLike,
-        *,
-        mask: ArrayLike | None = None,
-        lengths: ArrayLike | None = None,
-        weights: ArrayLike | None = None,
-        fill: float = 0.0,
-        add: ArrayLike | None = None,
-        out: Array | None = None,
-        num_threads: int | None = None,
-    ) -> Array: ...
+    def __call__(self, x: ArrayLike, *, out: Array | None = None, **how: Unpack[_keywords.Layer]) -> Array: ...
     def __call__(
         self,
         x: ArrayLike,
@@ -547,11 +539,47 @@ class BatchNorm:
             self._follow(saved._statistics, saved._tally)
         self._kept = kept if self.training or self.keep_input else _NOT_KEPT
 
+    @overload
+    def backward(
+        self,
+        dy: NDArray[Float],
+        *,
+        need: Literal["dx"] = ...,
+        out: NDArray[Float] | None = None,
+        num_threads: int | None = None,
+    ) -> NDArray[Float]: ...
+    @overload
     def backward(
         self,
         dy: ArrayLike,
         *,
-        need: Collection[str] = functional.NEED,
+        need: Literal["dx"] = ...,
+        out: Array | None = None,
+        num_threads: int | None = None,
+    ) -> Array: ...
+    @overload
+    def backward(
+        self,
+        dy: NDArray[Float],
+        *,
+        need: Need,
+        out: NDArray[Float] | None = None,
+        num_threads: int | None = None,
+    ) -> NDArray[Float] | None: ...
+    @overload
+    def backward(
+        self,
+        dy: ArrayLike,
+        *,
+        need: Need,
+        out: Array | None = None,
+        num_threads: int | None = None,
+    ) -> Array | None: ...
+    def backward(
+        self,
+        dy: ArrayLike,
+        *,
+        need: Need = functional.NEED,
         out: Array | None = None,
         num_threads: int | None = None,
     ) -> Array | None:
@@ -595,10 +623,16 @@ class BatchNorm:
         return gradients.dx
 
     def _backward(
-        self, dy: ArrayLike, saved: Saved, need: Collection[str], out: Array | None, num_threads: int | None
+        self, dy: ArrayLike, saved: Saved, need: Need, out: Array | None, num_threads: int | None
     ) -> Gradients:
         return functional.backward(dy, saved, need=need, out=out, num_threads=num_threads)
 
+    @overload
+    def jvp(
+        self, dx: NDArray[Float], *, out: NDArray[Float] | None = None, **how: Unpack[_keywords.LayerJvp]
+    ) -> Tangents[Float]: ...
+    @overload
+    def jvp(self, dx: ArrayLike, *, out: Array | None = None, **how: Unpack[_keywords.LayerJvp]) -> Tangents: ...
     def jvp(
         self,
         dx: ArrayLike,
@@ -608,7 +642,7 @@ class BatchNorm:
         dadd: ArrayLike | None = None,
         out: Array | None = None,
         num_threads: int | None = None,
-    ) -> "Tangents":
+    ) -> Tangents:
         """Derivative of the last call along a direction; see `batchnorm.jvp`, also for the arguments.
 
         Raises
@@ -639,6 +673,14 @@ class BatchNorm:
             num_threads=num_threads,
         )
 
+    @overload
+    def double_backward(
+        self, ddx: NDArray[Float], dy: ArrayLike, **how: Unpack[_keywords.LayerDoubleBackward]
+    ) -> SecondGradients[NDArray[Float]]: ...
+    @overload
+    def double_backward(
+        self, ddx: ArrayLike, dy: ArrayLike, **how: Unpack[_keywords.LayerDoubleBackward]
+    ) -> SecondGradients[Array]: ...
     def double_backward(
         self,
         ddx: ArrayLike,
@@ -648,7 +690,7 @@ class BatchNorm:
         ddbeta: ArrayLike | None = None,
         ddadd: ArrayLike | None = None,
         num_threads: int | None = None,
-    ) -> "SecondGradients":
+    ) -> SecondGradients:
         """Gradients of what `backward` returned for dy; see `batchnorm.double_backward`, also for the arguments.
 
         Raises
@@ -685,7 +727,7 @@ class BatchNorm:
         del own, rows
         return None
 
-    def _last(self) -> tuple[Saved, tuple[str, ...]]:
+    def _last(self) -> tuple[Saved, Through]:
         """What the last call left, and the statistics that depend on x."""
         kept = self._kept
         if isinstance(kept, str):

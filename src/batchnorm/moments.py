@@ -11,6 +11,8 @@ Decisions:
 - Parts and futures are taken in the order in which they are given, not in that of their arrival.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Iterable, Iterator
 from itertools import chain, zip_longest
@@ -195,7 +197,7 @@ class Moments(_Mergeable):
         lengths: ArrayLike | None = None,
         weights: ArrayLike | None = None,
         num_threads: int | None = None,
-    ) -> "Moments":
+    ) -> Moments:
         """The moments of the channels of x, by the compiled kernel: those that `forward` normalizes with.
 
         Parameters
@@ -284,8 +286,6 @@ class Moments(_Mergeable):
             return NotImplemented
         return self._tally == other._tally and np.array_equal(self._table, other._table)
 
-    __hash__ = None  # type: ignore[assignment]
-
     def to_bytes(self) -> bytes:
         """count, mean, mean_low and m2, one after the other, as 3C + 1 little-endian float64 numbers.
 
@@ -295,7 +295,7 @@ class Moments(_Mergeable):
         return np.concatenate([[self.count, *weights], self._table.ravel()]).astype("<f8").tobytes()
 
     @classmethod
-    def from_bytes(cls, data: Any) -> "Moments":
+    def from_bytes(cls, data: Any) -> Moments:
         """The object whose `to_bytes` gave `data`, which may be anything with a buffer.
 
         Raises
@@ -400,11 +400,11 @@ class Part(NamedTuple):
         shape = None if self.selecting is None else self.selecting.shape[1:]
         return self.array.shape[1:], self.array.dtype, self.channel, shape, self.name
 
-    def cut(self, start: int, stop: int) -> "Part":
+    def cut(self, start: int, stop: int) -> Part:
         selecting = None if self.selecting is None else self.selecting[start:stop]
         return Part(self.array[start:stop], self.channel, selecting, self.name)
 
-    def room(self) -> "Part":
+    def room(self) -> Part:
         """A block for such samples."""
         rows = block_rows(self.array.shape[1:])
         own = self.selecting
@@ -415,7 +415,7 @@ class Part(NamedTuple):
         chosen: dict[str, Any] = {self.name: self.selecting} if self.name else {}
         return Moments.of(self.array, self.channel, num_threads=num_threads, **chosen)
 
-    def take(self, filled: int, part: "Part") -> None:
+    def take(self, filled: int, part: Part) -> None:
         stop = filled + len(part.array)
         self.array[filled:stop] = part.array
         if self.selecting is not None:

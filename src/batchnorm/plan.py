@@ -12,6 +12,8 @@ Decisions:
   a plan, and a forked child may use it.
 """
 
+from __future__ import annotations
+
 import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -120,10 +122,10 @@ class Plan:
     _statistics: NDArray[np.float64]
     _axis: int
     _eps: float
-    _limits: "Limits | None"
+    _limits: Limits | None
     _dtype: np.dtype[Any] | None
     _kernels: dict[str, tuple[Callable[..., None], NDArray[np.float64], bool]]
-    _small: "dict[tuple[int, ...], Three]"
+    _small: dict[tuple[int, ...], Three]
     _tables: dict[tuple[str, np.dtype[Any], bool], Array]
 
     def __init__(
@@ -154,7 +156,7 @@ class Plan:
         for char in "fd":
             self._prepared(char)
 
-    def _prepared(self, char: str) -> "tuple[Callable[..., None], NDArray[np.float64], bool]":
+    def _prepared(self, char: str) -> tuple[Callable[..., None], NDArray[np.float64], bool]:
         """The kernel of a type, what it calculates with, and whether all of that fits the type."""
         if char not in self._kernels:
             kernels = _kernels.of_type[char]
@@ -165,7 +167,7 @@ class Plan:
         return _restored, (type(self), self._statistics, self._axis, self._eps, self._limits, self._dtype)
 
     @classmethod
-    def of(cls, layer: "BatchNorm", *, dtype: DTypeLike | None = None) -> Self:
+    def of(cls, layer: BatchNorm, *, dtype: DTypeLike | None = None) -> Self:
         """The plan of a layer in evaluation, with its axis, eps and activation and copies of its arrays.
 
         Parameters
@@ -375,14 +377,14 @@ class Plan:
 
     def drift(
         self,
-        x: "ArrayLike | Moments",
+        x: ArrayLike | Moments,
         *,
         mask: ArrayLike | None = None,
         lengths: ArrayLike | None = None,
         weights: ArrayLike | None = None,
         plot: str | os.PathLike[str] | None = None,
         num_threads: int | None = None,
-    ) -> "Drift":
+    ) -> Drift:
         """How far data have moved from the plan's statistics: shift, variance ratio and divergence per channel.
 
         Parameters
@@ -498,14 +500,14 @@ def _side_by_side(layout: Layout, target: Layout) -> bool:
     return first == second and (layout.view[2] == target.view[2] or 1 in (layout.view[2], target.view[2]))
 
 
-def _common_view(layout: Layout, target: Layout) -> "Three":
+def _common_view(layout: Layout, target: Layout) -> Three:
     """The view (N, C, S) of two layouts, one of which may have the channels last."""
     S = max(layout.view[2], target.view[2])
     S = layout.values if S == 1 else S
     return layout.values // S, layout.view[1], S
 
 
-def _strides(layout: Layout, view: "Three") -> "Three":
+def _strides(layout: Layout, view: Three) -> Three:
     """Distances in memory of what is side by side in the view."""
     _, C, S = view
     return (S * C, 1, C) if layout.view[2] == 1 else (C * S, S, 1)

@@ -11,6 +11,8 @@ Decisions:
 - The statistics are properties, so that many small calls of `partial_fit` cost no more than a few large ones.
 """
 
+from __future__ import annotations
+
 from typing import Any, Self
 
 import numpy as np
@@ -23,9 +25,9 @@ from .plan import Plan
 try:
     from sklearn.base import BaseEstimator, OneToOneFeatureMixin, TransformerMixin
     from sklearn.utils.validation import check_array, check_is_fitted, validate_data
-except ImportError as error:
-    install = f"python -m pip install {requirements('scikit-learn', 'sklearn')}"
-    raise ImportError(f"batchnorm.sklearn needs scikit-learn 1.6 or newer: {install}") from error
+except ImportError as _error:
+    _install = f"python -m pip install {requirements('scikit-learn', 'sklearn')}"
+    raise ImportError(f"batchnorm.sklearn needs scikit-learn 1.6 or newer: {_install}") from _error
 
 _FLOATS = (np.float64, np.float32, np.float16)
 

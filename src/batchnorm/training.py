@@ -11,6 +11,8 @@ Decisions:
 - gamma and beta are float64 on their way to and from `forward`: what is made of them is rounded once.
 """
 
+from __future__ import annotations
+
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
@@ -26,7 +28,7 @@ from ._kernels import per_channel
 from ._kernels.runtime import M2, MEAN, MEAN_LOW, STATISTICS_ROWS, VAR
 from ._selection import Tally, by_sample, selection_of
 from ._state import State
-from .functional import Gradients, Saved
+from .functional import Gradients, Need, Saved
 from .moments import Moments, Numbers
 
 Statistics = Literal["batch", "running"]
@@ -41,7 +43,7 @@ class Way(NamedTuple):
     renorm: tuple[float, float] | None = None
     ghost: int | None = None
 
-    def checked(self, tracked: bool) -> "Way":
+    def checked(self, tracked: bool) -> Way:
         """The same of checked values, for a layer with running statistics or without them."""
         statistics, update, renorm, ghost = self
         if statistics not in ("batch", "running"):
@@ -72,7 +74,7 @@ class Way(NamedTuple):
     @property
     def bounds(self) -> tuple[float, float] | None:
         """Those of a renorm that can change anything."""
-        return None if self.renorm == (1, 0) else self.renorm
+        return None if self.renorm == (1.0, 0.0) else self.renorm
 
 
 PLAIN = Way()
@@ -129,14 +131,14 @@ class Renormed:
     d: Numbers
     dtype: np.dtype[Any]
 
-    def needs(self, need: Collection[str]) -> Collection[str]:
+    def needs(self, need: Need) -> Need:
         """What `backward` has to be asked for."""
-        names = (need,) if isinstance(need, str) else need
+        names: Any = (need,) if isinstance(need, str) else need  # which `backward` is to refuse, if anything
         if need is functional.NEED or not isinstance(names, Collection) or "dgamma" not in names:
             return need
         return (*names, "dbeta")
 
-    def corrected(self, found: Gradients, need: Collection[str]) -> Gradients:
+    def corrected(self, found: Gradients, need: Need) -> Gradients:
         """dγ = ρ·dγ′ + d·dβ′ and dβ = dβ′, from the gradients of γ′ = γρ and β′ = β + γd; dx is dx′."""
         dgamma, dbeta = found.dgamma, found.dbeta
         if dgamma is not None and dbeta is not None:
@@ -208,7 +210,7 @@ class Ghosts:
     parts: list[tuple[tuple[slice, ...], Saved]]
     dtype: np.dtype[Any]
 
-    def backward(self, dy: ArrayLike, need: Collection[str], out: Array | None, num_threads: int | None) -> Gradients:
+    def backward(self, dy: ArrayLike, need: Need, out: Array | None, num_threads: int | None) -> Gradients:
         """dx part by part; dgamma and dbeta are the sums of all parts."""
         functional.check_backward(dy, self.saved, need, out)
         given, x, layout = functional.like_x(dy, self.saved), self.saved.x, self.saved._layout

@@ -11,6 +11,8 @@ Decisions:
 - Everything is checked before a layer is made, and errors use the system's names.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any

@@ -67,6 +67,11 @@ class Changed(NamedTuple):
 class Candidates:
     """The formulas for one dx. `noise` is what rounding may do, `eps` that of the arithmetic."""
 
+    dx: Array
+    right: Right
+    noise: Array
+    eps: float
+
     def __init__(self, dx: Array, right: Right, noise: Array, eps: float) -> None:
         self.dx, self.right, self.noise, self.eps = dx, right, noise, eps
 

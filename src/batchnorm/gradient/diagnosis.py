@@ -1,5 +1,7 @@
 """What is wrong with a gradient of batch normalization that somebody derived by hand: the question and its answer."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass, field
 from os import PathLike
 from typing import Any

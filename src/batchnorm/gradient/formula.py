@@ -30,6 +30,10 @@ Taken = Callable[[Array], Array]
 class Parts:
     """What the pieces are made of, and sums of dy and dy·(x − μ), each worked out once."""
 
+    dy: Array
+    cache: Cache
+    n: int
+
     def __init__(self, dy: Array, cache: Cache) -> None:
         self.dy, self.cache, self.n = dy, cache, int(cache.n)
         self._sums: dict[tuple[Any, ...], Array] = {}

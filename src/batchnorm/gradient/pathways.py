@@ -11,7 +11,9 @@ Decisions:
 - A channel needs two values. One value is its own mean: y is beta whatever x is, and there is nothing to take apart.
 """
 
-from typing import NamedTuple
+from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
@@ -61,7 +63,7 @@ def _by_channel(array: Array, saved: Saved, dtype: DTypeLike) -> Array:
     return np.moveaxis(rows, 0, saved.axis)
 
 
-def _in_full(dy: ArrayLike, saved: Saved) -> tuple[Array, reference.Cache]:
+def _in_full(dy: ArrayLike, saved: Any) -> tuple[Array, reference.Cache]:
     """dy, and what the textbook reads, with more digits than the results."""
     dtype = np.longdouble if isinstance(saved, Saved) and saved.x.dtype == np.float64 else np.float64
     cache = textbook(saved, dtype)

@@ -33,6 +33,23 @@ class Rounding(NamedTuple):
 class Right:
     """The right gradient, its formula, and what is known of the batch."""
 
+    dy: Array
+    dx: Array
+    terms: reference.Terms
+    formula: Formula
+    cache: Cache
+    x: Array
+    mean: Array
+    var: Array
+    eps: float
+    n: int
+    axis: int
+    batch: int
+    channels: int
+    correction: float
+    largest: Array
+    """Of the terms, in each channel."""
+
     def __init__(self, dy: Array, cache: Cache, x: Array, var: Array, eps: float) -> None:
         self.dy, self.cache, self.x, self.var, self.eps = dy, cache, x, var, eps
         self.n = int(cache.n)

@@ -18,12 +18,13 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..reference import Array
 from .candidates import Candidates, Named, Step
 from .fitted import RUNNING
 from .formula import Formula
-from .right import Right
+from .right import Right, Rounding
 
 CORRECT = "correct"
 UNKNOWN = "unknown"
@@ -49,6 +50,17 @@ class Explanation(NamedTuple):
 
 class Search:
     """dx, compared with formulas."""
+
+    dx: Array
+    right: Right
+    eps: float
+    rounding: Rounding
+    norm: Array
+    off: Array
+    places: NDArray[np.intp]
+    largest: Array
+    there: Array
+    noise: float
 
     def __init__(self, dx: Array, right: Right, eps: float) -> None:
         self.dx, self.right, self.eps = dx, right, eps

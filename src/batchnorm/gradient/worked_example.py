@@ -116,7 +116,6 @@ def _four_values(show: Callable[[Any], None], rng: np.random.Generator) -> None:
     _, dvar, dmean = pathways.moment_gradients(dy[:, None], saved)
     paths = pathways.pathways(dy[:, None], saved)
     dx = functional.backward(dy[:, None], saved).dx
-    assert dx is not None
     show(BACKWARD.format(dvar=dvar[0], dmean=dmean[0], step=STEP))
     columns = [("dy", "", dy)]
     for name, style, values, moves in (
@@ -136,8 +135,6 @@ def _two_values(show: Callable[[Any], None], rng: np.random.Generator) -> None:
     y, saved = functional.forward(x[:, None], [GAMMA], [BETA], eps=0.0)
     dx = functional.backward(dy[:, None], saved).dx
     without = functional.backward(dy[:, None], saved, through=("variance",)).dx
-    assert dx is not None
-    assert without is not None
     after = functional.forward(x[:, None] - without, [GAMMA], [BETA], eps=0.0)[0]
     show(TWO)
     show(

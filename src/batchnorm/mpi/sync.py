@@ -13,8 +13,10 @@ Decisions:
 - Ghost batches are refused: they cut a batch into parts, and this layer makes one of all parts.
 """
 
-from collections.abc import Callable, Collection, Iterable
-from typing import Any, TypeVar, overload
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, TypeVar, Unpack, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
@@ -25,11 +27,14 @@ from .._arrays import Array, Float
 from .._kernels import per_channel
 from .._kernels.runtime import HEAD, M2, STATUS, VALUES
 from .._selection import Tally, selection_of
-from ..functional import Gradients, Saved
+from ..functional import Gradients, Need, Saved
 from ..layer import BatchNorm
 from ..moments import Batch, GradientSums, Moments, Numbers, moments_of
 from ..training import Ghosts, Renormed, Statistics, Way
 from .exchange import Communicator, Exchange, world
+
+if TYPE_CHECKING:
+    from .. import _keywords
 
 # What the first number of a packet says, where no rank refused its arguments: the dtypes of x that there are, as bits.
 _BIT = {char: 1 << number for number, char in enumerate(_kernels.NAMES)}
@@ -174,30 +179,10 @@ class SyncBatchNorm(BatchNorm):
 
     @overload
     def __call__(
-        self,
-        x: NDArray[Float],
-        *,
-        mask: ArrayLike | None = None,
-        lengths: ArrayLike | None = None,
-        weights: ArrayLike | None = None,
-        fill: float = 0.0,
-        add: ArrayLike | None = None,
-        out: NDArray[Float] | None = None,
-        num_threads: int | None = None,
+        self, x: NDArray[Float], *, out: NDArray[Float] | None = None, **how: Unpack[_keywords.Layer]
     ) -> NDArray[Float]: ...
     @overload
-    def __call__(
-        self,
-        x: ArrayLike,
-        *,
-        mask: ArrayLike | None = None,
-        lengths: ArrayLike | None = None,
-        weights: ArrayLike | None = None,
-        fill: float = 0.0,
-        add: ArrayLike | None = None,
-        out: Array | None = None,
-        num_threads: int | None = None,
-    ) -> Array: ...
+    def __call__(self, x: ArrayLike, *, out: Array | None = None, **how: Unpack[_keywords.Layer]) -> Array: ...
     def __call__(
         self,
         x: ArrayLike,
@@ -308,7 +293,7 @@ class SyncBatchNorm(BatchNorm):
         return self._sums_of_all(fill, rows)[0]
 
     def _backward(
-        self, dy: ArrayLike, saved: Saved, need: Collection[str], out: Array | None, num_threads: int | None
+        self, dy: ArrayLike, saved: Saved, need: Need, out: Array | None, num_threads: int | None
     ) -> Gradients:
         if self._alone:
             return super()._backward(dy, saved, need, out, num_threads)

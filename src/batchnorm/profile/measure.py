@@ -36,7 +36,7 @@ from .networks import Shape
 
 Calls = dict[str, Callable[[], Any]]
 
-PASSES = {"forward": ("x",), "backward": ("x", "dy"), "inference": ("x",)}
+PASSES: dict[str, tuple[str, ...]] = {"forward": ("x",), "backward": ("x", "dy"), "inference": ("x",)}
 """The arrays that a pass cannot avoid reading; it writes one more."""
 
 EPS = 1e-5
@@ -202,7 +202,7 @@ def limit_alone(problem: Problem, _threads: int) -> Calls:
     return limit(problem, 1)
 
 
-LIMITS = {"limit": limit, "limit alone": limit_alone}
+LIMITS: dict[str, Callable[[Problem, int], Calls]] = {"limit": limit, "limit alone": limit_alone}
 
 
 class Timing(NamedTuple):

@@ -16,10 +16,10 @@ Decisions:
 try:
     import torch
     from torch import library
-except ImportError as error:
+except ImportError as _error:
     raise ImportError(
         "batchnorm.torch needs PyTorch, see https://pytorch.org or python -m pip install torch"
-    ) from error
+    ) from _error
 
 if not hasattr(library, "custom_op"):
     raise ImportError(f"batchnorm.torch needs PyTorch 2.4 or newer, found {torch.__version__}")

@@ -31,7 +31,7 @@ from .tensors import as_array, as_tensor, as_tensor_like, dense
 
 _LIBRARY = library.Library("batchnorm", "DEF")
 
-_THROUGH = {False: ("mean", "variance"), True: ()}
+_THROUGH: dict[bool, functional.Through] = {False: ("mean", "variance"), True: ()}
 """The paths of the gradient, by whether the statistics are fixed."""
 
 
