@@ -106,7 +106,7 @@ def bench(session):
 @nox.session
 def frameworks(session):
     """Layers of other systems, made, predicted and trained by those themselves; Keras on two backends; adapters."""
-    session.install(".[test,sklearn,autograd]", "torch", "expecttest", "keras", "jax", "flax", "dm-haiku", "pandas")
+    session.install(".[test,sklearn,autograd,jax]", "torch", "expecttest", "keras", "flax", "dm-haiku", "pandas")
     for backend in ("torch", "jax"):
         session.run(
             "python",
@@ -119,7 +119,7 @@ def frameworks(session):
             *session.posargs,
             env={"KERAS_BACKEND": backend},
         )
-    adapters = "tests/test_torch.py", "tests/test_sklearn.py", "tests/test_autograd.py"
+    adapters = "tests/test_torch.py", "tests/test_sklearn.py", "tests/test_autograd.py", "tests/test_jax.py"
     session.run("python", "-m", "pytest", *adapters, *session.posargs)
 
 
