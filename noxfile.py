@@ -170,9 +170,9 @@ def bench(session):
 @nox.session
 def frameworks(session):
     """Layers of other systems, made, predicted and trained by those themselves; Keras on two backends; adapters."""
-    frameworks = "torch", "torchvision", "expecttest", "keras", "jax", "flax", "dm-haiku"
+    frameworks = "torch", "torchvision", "expecttest", "keras", "flax", "dm-haiku"
     tables = "pandas", "polars", "pyarrow", "xarray"
-    session.install(".[test,sklearn,autograd,dask]", *frameworks, *tables)
+    session.install(".[test,sklearn,autograd,dask,jax]", *frameworks, *tables)
     for backend in ("torch", "jax"):
         session.run(
             "python",
@@ -186,7 +186,7 @@ def frameworks(session):
             env={"KERAS_BACKEND": backend},
         )
     of_torch = "tests/test_torch.py", "tests/test_torch_networks.py", "tests/test_torch_sync.py"
-    adapters = *of_torch, "tests/test_sklearn.py", "tests/test_autograd.py"
+    adapters = *of_torch, "tests/test_sklearn.py", "tests/test_autograd.py", "tests/test_jax.py"
     arrays = "tests/test_array_types.py", "tests/test_engines.py"
     session.run("python", "-m", "pytest", *adapters, *arrays, *session.posargs)
 

@@ -37,7 +37,11 @@ DOCUMENTED = [
     "_threads",
     "_config",
 ]
-ADAPTERS = {"sklearn": ("scikit-learn 1.6 or newer", "scikit-learn"), "autograd": ("HIPS autograd", "autograd")}
+ADAPTERS = {
+    "sklearn": ("scikit-learn 1.6 or newer", "scikit-learn"),
+    "autograd": ("HIPS autograd", "autograd"),
+    "jax": ("JAX 0.6.1 or newer", "jax"),
+}
 """What they need, in words, and the package to install."""
 
 SOURCES = (".py", ".pyi", ".pyx", ".pxd", ".pxi", ".h", ".sh")

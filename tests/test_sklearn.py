@@ -8,6 +8,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 from oracle import ULPS, ulps
+from pages import run_section
 
 import batchnorm as bn
 
@@ -311,3 +312,8 @@ def test_examples():
     failed, tried = doctest.testmod(batchnorm.sklearn)
     assert tried > 0
     assert failed == 0
+
+
+def test_examples_on_the_page():
+    failed, tried = run_section("adapters.md", "scikit-learn: `Standardizer`")
+    assert (failed, tried > 0) == (0, True)

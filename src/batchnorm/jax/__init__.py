@@ -1,0 +1,24 @@
+"""Batch normalization for JAX on the CPU: `forward` and `inference`, under all of its transformations.
+
+Decisions:
+
+- Arguments and results are XLA's own memory, which `buffer_callback` shows as arrays: JAX's foreign function interface,
+  with a handler that jaxlib brings. `pure_callback` would copy them, and may wait for ever for the first copy
+  (jax-ml/jax#24255). A compiled handler would save some 20 of 30 µs per call, and need jaxlib's headers in every build.
+- A callback must not raise, so everything is checked while JAX traces. Only a negative variance is not known then: its
+  channel becomes NaN. Nor may a callback use JAX: it has NumPy's arrays alone.
+- JAX does not say how many threads it has, so this package's setting counts, when the program runs.
+"""
+
+from .._extras import requirements
+
+try:
+    import jax.experimental.buffer_callback  # noqa: F401
+except ImportError as error:
+    install = f"python -m pip install {requirements('jax', 'jax')}"
+    raise ImportError(f"batchnorm.jax needs JAX 0.6.1 or newer: {install}") from error
+
+from . import rules as _rules  # noqa: F401 (without which nothing has a derivative)
+from .functions import Statistics, forward, inference
+
+__all__ = ["Statistics", "forward", "inference"]
