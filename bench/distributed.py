@@ -1,10 +1,11 @@
 """`python -m bench.distributed`: what synchronising costs, measured on a few ranks and modelled for many.
 
 - Measured: a step (forward and backward) of `BatchNorm` and of `SyncBatchNorm` on each rank's part, one thread per
-  rank, also of another build of the package (`--before`); one exchange, by doubling and by an Allgather whose packets
-  every rank merges; what the software does between two messages. Ranks are started with mpiexec. Those of one machine
-  talk through its memory, and more ranks than processors wait for each other, so this is no network.
-- Fitted: α, the time of a message without content, and β, the time of a byte, to messages between two ranks.
+  rank, also of another build of the package (`--before`); one exchange, both ways; what the software does between two
+  messages. Ranks are started with mpiexec. Those of one machine talk through its memory, and more ranks than processors
+  wait for each other, so this is no network.
+- Fitted: α, the time of a message without content, less the call of mpi4py, and β, the time of a byte, to messages
+  between two ranks.
 - Modelled by `simulation`: all layers of ResNet-50 among 2 to 65,536 ranks.
 """
 
@@ -26,7 +27,7 @@ from .simulation import CLUSTER, Software
 
 RANKS = (1, 2, 3, 4)
 MODELLED = tuple(2**k for k in range(1, 17))
-SHOWN = (2, 8, 32, 48, 128, 512, 4096, 65536)
+SHOWN = (2, 3, 4, 5, 6, 7, 8, 32, 128, 512, 4096, 65536)
 MERGED = tuple(ranks for ranks in sorted({*MODELLED, *SHOWN}) if ranks <= 4096)
 
 Found = dict[str, Any]
@@ -83,8 +84,8 @@ def of_exchanges(found: list[Found], soft: Software, alpha: float, beta: float) 
             rows += [[f"{run['ranks']} ranks, {way}", *_micros(run[way].values())] for way in ("doubling", "Allgather")]
         if run["ranks"] == 2:
             kinds = [(channels, "moments") for channels in CHANNELS]
-            model = (alpha + simulation.packet_of(kind).nbytes * beta + soft.between[kind] for kind in kinds)
-            rows.append(["2 ranks, doubling, modelled", *_micros(model)])
+            time = (alpha + soft.call + simulation.packet_of(kind).nbytes * beta + soft.between[kind] for kind in kinds)
+            rows.append(["2 ranks, doubling, modelled", *_micros(time)])
     for what, times in (("a merge", soft.merging), ("all between two messages", soft.between)):
         for name in simulation.MERGES:
             rows.append([f"{what}, {name}", *_micros((times[channels, name] for channels in CHANNELS), 2)])
@@ -124,12 +125,12 @@ def main() -> None:
         found.append(measure(ranks))
         if chosen.before:
             before.append(measure(ranks, chosen.before))
-    alpha, beta = fit(found[RANKS.index(2)]["messages"])
     soft = simulation.software()
-    cluster = CLUSTER[0] + soft.call, CLUSTER[1]
+    alpha, beta = fit(found[RANKS.index(2)]["messages"])
+    alpha -= soft.call
     modelled = {
         f"{way}, {where}": {ranks: time(ranks, *constants, soft) for ranks in sorted({*MODELLED, *SHOWN})}
-        for where, constants in (("as measured here", (alpha, beta)), ("1.5 µs and 100 Gb/s", cluster))
+        for where, constants in (("as measured here", (alpha, beta)), ("1.5 µs and 100 Gb/s", CLUSTER))
         for way, time in (("Allgather", simulation.by_allgather), ("doubling", simulation.by_doubling))
     }
     rows = [[label, *(f"{1e3 * times[ranks]:.3g}" for ranks in SHOWN)] for label, times in modelled.items()]
@@ -140,7 +141,7 @@ def main() -> None:
     lines += of_exchanges(found, soft, alpha, beta)
     lines += [
         f"α = {1e6 * alpha:.1f} µs, 1/β = {1e-9 / beta:.1f} GB/s, of messages between two ranks. "
-        f"A call of mpi4py takes {1e6 * soft.call:.1f} µs.",
+        f"A call of mpi4py takes {1e6 * soft.call:.1f} µs more.",
         "",
     ]
     lines += ["Modelled, ms per step for the 53 layers of ResNet-50:", ""]

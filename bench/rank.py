@@ -50,29 +50,23 @@ def steps(comm: Any) -> dict[str, list[float]]:
 
 
 def exchanges(comm: Any) -> dict[str, dict[int, float]]:
-    """Of moments by the number of channels: by doubling, and by an Allgather whose packets every rank merges."""
-    from batchnorm import _tree
+    """Of moments by the number of channels, both ways."""
     from batchnorm._kernels.per_channel import merge_moments
-    from batchnorm.mpi.exchange import Exchange
+    from batchnorm.mpi import exchange
 
-    exchange = Exchange(comm)
     found: dict[str, dict[int, float]] = {"doubling": {}, "Allgather": {}}
+    merging = exchange.Exchange(comm)
     for channels in CHANNELS:
         own = np.ones(4 + 3 * channels)
         own[0] = 0
-        packet, packets = np.empty_like(own), np.empty((comm.size, own.size))
+        packet = np.empty_like(own)
 
-        def double(own: Any = own, packet: Any = packet) -> None:
+        def call(own: Any = own, packet: Any = packet) -> None:
             packet[...] = own
-            exchange.merge(packet, merge_moments)
+            merging.merge(packet, merge_moments)
 
-        def gather(own: Any = own, packets: Any = packets) -> None:
-            comm.Allgather(own, packets)
-            for lower, upper in _tree.merges(comm.size):
-                merge_moments(packets[lower], packets[upper])
-
-        found["doubling"][channels] = least(double, comm.Barrier)
-        found["Allgather"][channels] = least(gather, comm.Barrier)
+        for way, exchange.GATHERED in (("doubling", 0), ("Allgather", comm.size)):
+            found[way][channels] = least(call, comm.Barrier)
     return found
 
 

@@ -3,8 +3,8 @@
 Decisions:
 
 - Each rank is the generator that the exchange itself follows, so what is simulated cannot drift from what is done.
-- A message of m bytes takes α + m·β, both ways at once. What the software does between two messages is measured here,
-  with an exchange that has no transport.
+- A message of m bytes takes α + m·β, both ways at once, and a call of mpi4py. What the software does between two
+  messages is measured here, with an exchange that has no transport.
 - A rank waits for its partner and for nothing else: no network is shared, nothing is hidden behind other work, and all
   ranks arrive together.
 - Packets are merged for real where they are given, so that every rank ends with one of its own, to be compared.
@@ -32,7 +32,7 @@ LAYERS = {
 """How many layers of ResNet-50 have so many channels."""
 
 CLUSTER = (1.5e-6, 8 / 100e9)
-"""α, without the call of mpi4py, and β of a cluster for comparison, as vendors of InfiniBand give them."""
+"""α and β of a cluster for comparison, as vendors of InfiniBand give them."""
 
 MANY = 4096
 
@@ -123,19 +123,19 @@ def simulate(ranks: int, message: Numbers, between: Numbers, merge: Merge, packe
 
 def by_doubling(ranks: int, alpha: float, beta: float, soft: Software) -> float:
     """Seconds that synchronising all layers of ResNet-50 adds to a step."""
-    message = np.array([alpha + packet_of(kind).nbytes * beta for kind in KINDS])
+    message = np.array([soft.call + alpha + packet_of(kind).nbytes * beta for kind in KINDS])
     between = np.array([soft.between[kind] for kind in KINDS])
     taken = simulate(ranks, message, between, lambda *_: None, [np.empty(0)] * ranks)
     return float(taken @ [LAYERS[channels] for channels, _ in KINDS])
 
 
 def by_allgather(ranks: int, alpha: float, beta: float, soft: Software) -> float:
-    """The same, if a rank received the packets of all others and merged them."""
-    return sum(
-        LAYERS[kind[0]]
-        * (math.log2(ranks) * alpha + (ranks - 1) * (packet_of(kind).nbytes * beta + soft.merging[kind]))
-        for kind in KINDS
-    )
+    """The same, if the packets of all ranks go to everybody in ⌈log₂P⌉ messages, and are merged there."""
+    seconds = 0.0
+    for kind in KINDS:
+        others = (ranks - 1) * (packet_of(kind).nbytes * beta + soft.merging[kind])
+        seconds += LAYERS[kind[0]] * (soft.call + math.ceil(math.log2(ranks)) * alpha + others)
+    return seconds
 
 
 def bits_are_equal(ranks: int, channels: int = 64) -> bool:
