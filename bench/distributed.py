@@ -1,180 +1,109 @@
 """`python -m bench.distributed`: what synchronising costs, measured on a few ranks and modelled for many.
 
 - Measured: a step (forward and backward) of `BatchNorm` and of `SyncBatchNorm` on each rank's part, one thread per
-  rank, and an Allgather by the bytes that each rank sends. Ranks are started with mpiexec. Those of one machine talk
-  through its memory, and more ranks than processors wait for each other, so this is the latency of the software, not a
-  network.
-- Fitted: α, the time of a message without content, and β, the time of a byte, to the Allgathers of two ranks.
-- Modelled: an Allgather among P ranks by recursive doubling takes log₂P messages and receives (P − 1)·m bytes,
-  log₂P·α + (P − 1)·m·β; one that could add up on the way, an Allreduce, log₂P·(α + m·β). Nothing is hidden behind
-  other work, no network is shared, and ranks arrive together.
+  rank, also of another build of the package (`--before`); one exchange, both ways; what the software does between two
+  messages. Ranks are started with mpiexec. Those of one machine talk through its memory, and more ranks than processors
+  wait for each other, so this is no network.
+- Fitted: α, the time of a message without content, less the call of mpi4py, and β, the time of a byte, to messages
+  between two ranks.
+- Modelled by `simulation`: all layers of ResNet-50 among 2 to 65,536 ranks.
 """
 
 import argparse
 import json
-import math
+import os
 import shutil
-import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from batchnorm.profile.networks import NETWORKS
+from . import simulation
+from .rank import CHANNELS
+from .simulation import CLUSTER, Software
 
-SHAPES = ((8, 64, 56, 56), (8, 256, 14, 14), (8, 2048, 7, 7), (32, 64))
-BYTES = (8, 512, 4096, 16384, 65536, 262144)
-RANKS = (1, 2, 4)
-MODEL_RANKS = tuple(2**k for k in range(1, 13))
-CALLS, ROUNDS = 20, 15
+RANKS = (1, 2, 3, 4)
+MODELLED = tuple(2**k for k in range(1, 17))
+SHOWN = (2, 3, 4, 5, 6, 7, 8, 32, 128, 512, 4096, 65536)
+MERGED = tuple(ranks for ranks in sorted({*MODELLED, *SHOWN}) if ranks <= 4096)
 
-# A cluster for comparison: 1.5 µs and 100 Gb/s, as vendors of InfiniBand give them.
-CLUSTER = (1.5e-6, 8 / 100e9)
-
-
-def _best(call: Callable[[], Any], barrier: Callable[[], Any]) -> float:
-    """Seconds that a call takes, the median over rounds that begin together."""
-    times = []
-    call()
-    for _ in range(ROUNDS):
-        barrier()
-        start = time.perf_counter()
-        for _ in range(CALLS):
-            call()
-        times.append((time.perf_counter() - start) / CALLS)
-    return statistics.median(times)
+Found = dict[str, Any]
+"""What the ranks of one number found."""
 
 
-def worker() -> None:
-    """What one rank measures; rank 0 prints it."""
-    from mpi4py import MPI
-
-    import batchnorm as bn
-    from batchnorm.mpi import SyncBatchNorm
-
-    comm = MPI.COMM_WORLD
-    steps = {}
-    for shape in SHAPES:
-        x = np.random.default_rng(comm.rank).standard_normal(shape, dtype=np.float32)
-
-        def step(layer: bn.BatchNorm, x: Any = x) -> None:
-            layer(x, num_threads=1)
-            layer.backward(x, num_threads=1)
-
-        layers = bn.BatchNorm(shape[1]), SyncBatchNorm(shape[1], comm)
-        steps["x".join(map(str, shape))] = [_best(lambda layer=layer: step(layer), comm.Barrier) for layer in layers]
-    gathers = {}
-    for size in BYTES:
-        own, all_of_them = np.zeros(size // 8), np.empty((comm.size, size // 8))
-        gathers[size] = _best(lambda own=own, room=all_of_them: comm.Allgather(own, room), comm.Barrier)
-    if comm.rank == 0:
-        print(
-            json.dumps(
-                {
-                    "ranks": comm.size,
-                    "steps": steps,
-                    "gathers": gathers,
-                    "mpi": " ".join(MPI.Get_library_version().split()[:3]),
-                }
-            )
-        )
-
-
-def measure(ranks: int) -> dict[str, Any]:
-    """Start the ranks and read what they found."""
-    command = [
-        shutil.which("mpiexec") or "mpiexec",
-        "-n",
-        str(ranks),
-        sys.executable,
-        "-m",
-        "bench.distributed",
-        "--worker",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+def measure(ranks: int, build: str | None = None) -> Found:
+    """Start the ranks and read what they found; of another build only its steps."""
+    program = [sys.executable, "-m", "bench.rank", "all" if build is None else "steps"]
+    command = [shutil.which("mpiexec") or "mpiexec", "-n", str(ranks), *program]
+    environment = os.environ if build is None else os.environ | {"PYTHONPATH": build}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(f"python -m bench.distributed: {ranks} ranks did not finish\n{done.stderr}")
-    return json.loads(done.stdout)
+    found: Found = json.loads(done.stdout)
+    return found
 
 
-def fit(gathers: dict[str, float]) -> tuple[float, float]:
-    """α and β of two ranks: time = α + β·bytes, weighted by 1/time."""
-    size, taken = np.array(list(gathers), float), np.array(list(gathers.values()))
+def fit(messages: dict[str, float]) -> tuple[float, float]:
+    """α and β: time = α + β·bytes, weighted by 1/time."""
+    size, taken = np.array(list(messages), float), np.array(list(messages.values()))
     beta, alpha = np.polyfit(size, taken, 1, w=1 / taken)
     return float(alpha), float(beta)
 
 
-def packets(channels: int) -> tuple[int, int]:
-    """Bytes that a rank sends in the forward and the backward pass."""
-    return 8 * (3 * channels + 2), 8 * (2 * channels + 1)
+def _table(head: Iterable[object], rows: Iterable[Iterable[object]]) -> list[str]:
+    head = list(head)
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
+    return [*(f"| {' | '.join(map(str, line))} |" for line in lines), ""]
 
 
-def allgather(ranks: int, size: int, alpha: float, beta: float) -> float:
-    return math.log2(ranks) * alpha + (ranks - 1) * size * beta
+def _micros(times: Iterable[float], digits: int = 1) -> list[str]:
+    return [f"{1e6 * seconds:.{digits}f}" for seconds in times]
 
 
-def allreduce(ranks: int, size: int, alpha: float, beta: float) -> float:
-    return math.log2(ranks) * (alpha + size * beta)
-
-
-def network(ranks: int, alpha: float, beta: float, collective: Callable[..., float], name: str = "resnet50") -> float:
-    """Seconds that synchronising all layers of a network adds to a step."""
-    return sum(
-        layers * sum(collective(ranks, size, alpha, beta) for size in packets(channels))
-        for (channels, _), layers in NETWORKS[name].items()
-    )
-
-
-def report(found: list[dict[str, Any]], alpha: float, beta: float) -> str:
-    """The tables, in Markdown."""
-    lines = [f"{found[0]['mpi']}, one thread per rank, float32; µs per step, forward and backward:", ""]
-    lines += ["| a rank's x | ranks | BatchNorm | SyncBatchNorm | added |", "|---|---:|---:|---:|---:|"]
+def of_steps(found: list[Found], before: list[Found]) -> list[str]:
+    head = ["a rank's x", "ranks", "BatchNorm", "SyncBatchNorm", "added", *(["added before"] if before else [])]
+    rows = []
     for shape in found[0]["steps"]:
-        for run in found:
-            local, sync = (1e6 * seconds for seconds in run["steps"][shape])
-            lines.append(
-                f"| {shape.replace('x', '×')} | {run['ranks']} | {local:.0f} | {sync:.0f} | {sync - local:.0f} |"
-            )
-    lines += ["", "µs of an Allgather, by the bytes that each rank sends:", ""]
-    lines += [f"| ranks | {' | '.join(str(size) for size in BYTES)} |", "|---" * (len(BYTES) + 1) + "|"]
+        for at, run in enumerate(found):
+            local, sync = run["steps"][shape]
+            times = [local, sync, sync - local]
+            if before:
+                local, sync = before[at]["steps"][shape]
+                times.append(sync - local)
+            rows.append([shape.replace("x", "×"), run["ranks"], *_micros(times)])
+    return _table(head, rows)
+
+
+def of_exchanges(found: list[Found], soft: Software, alpha: float, beta: float) -> list[str]:
+    rows = []
     for run in found:
-        lines.append(f"| {run['ranks']} | {' | '.join(f'{1e6 * taken:.1f}' for taken in run['gathers'].values())} |")
-    lines += ["", f"α = {1e6 * alpha:.1f} µs, 1/β = {1e-9 / beta:.1f} GB/s (two ranks).", ""]
-    lines += ["Modelled, ms per step for the 53 layers of ResNet-50:", ""]
-    shown = [2, 8, 32, 128, 512, 4096]
-    lines += [f"| | {' | '.join(f'{ranks} ranks' for ranks in shown)} |", "|---" * (len(shown) + 1) + "|"]
-    for label, constants, collective in curves(alpha, beta):
-        times = " | ".join(f"{1e3 * network(ranks, *constants, collective):.2g}" for ranks in shown)
-        lines.append(f"| {label} | {times} |")
-    return "\n".join(lines) + "\n"
+        if run["ranks"] > 1:
+            rows += [[f"{run['ranks']} ranks, {way}", *_micros(run[way].values())] for way in ("doubling", "Allgather")]
+        if run["ranks"] == 2:
+            kinds = [(channels, "moments") for channels in CHANNELS]
+            time = (alpha + soft.call + simulation.packet_of(kind).nbytes * beta + soft.between[kind] for kind in kinds)
+            rows.append(["2 ranks, doubling, modelled", *_micros(time)])
+    for what, times in (("a merge", soft.merging), ("all between two messages", soft.between)):
+        for name in simulation.MERGES:
+            rows.append([f"{what}, {name}", *_micros((times[channels, name] for channels in CHANNELS), 2)])
+    return _table(["channels", *CHANNELS], rows)
 
 
-def curves(alpha: float, beta: float) -> list[tuple[str, tuple[float, float], Callable[..., float]]]:
-    """What is modelled: label, α and β, collective."""
-    return [
-        ("Allgather, as measured here", (alpha, beta), allgather),
-        ("Allreduce, as measured here", (alpha, beta), allreduce),
-        ("Allgather, 1.5 µs and 100 Gb/s", CLUSTER, allgather),
-        ("Allreduce, 1.5 µs and 100 Gb/s", CLUSTER, allreduce),
-    ]
-
-
-def draw(alpha: float, beta: float, path: Path) -> None:
+def draw(modelled: dict[str, dict[int, float]], path: Path) -> None:
     """Time of a synchronised step over the number of ranks."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.8), layout="constrained")
     axes = figure.subplots()
-    styles = [("#0072b2", "-"), ("#0072b2", "--"), ("#d55e00", "-"), ("#d55e00", "--")]
-    for (label, constants, collective), (color, dashes) in zip(curves(alpha, beta), styles, strict=True):
-        times = [1e3 * network(ranks, *constants, collective) for ranks in MODEL_RANKS]
-        axes.loglog(MODEL_RANKS, times, dashes, color=color, label=label, linewidth=2, base=10)
+    styles = [("#0072b2", "--"), ("#0072b2", "-"), ("#d55e00", "--"), ("#d55e00", "-")]
+    for (label, times), (color, dashes) in zip(modelled.items(), styles, strict=True):
+        heights = [1e3 * times[ranks] for ranks in MODELLED]
+        axes.loglog(MODELLED, heights, dashes, color=color, label=label, linewidth=2)
     axes.set_xscale("log", base=2)
-    axes.set_xticks(MODEL_RANKS, [str(ranks) for ranks in MODEL_RANKS])
+    axes.set_xticks(MODELLED, [f"{ranks:,}" for ranks in MODELLED], rotation=45)
     axes.set(xlabel="ranks", ylabel="ms per step", title="Synchronising the 53 batch norms of ResNet-50, modelled")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.3)
@@ -184,23 +113,46 @@ def draw(alpha: float, beta: float, path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.distributed", description=__doc__.partition("\n")[0])
-    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--before", metavar="DIRECTORY", help="another build of the package, to be measured beside it")
     parser.add_argument("--output", type=Path, metavar="FILE.md", help="write the tables there, a picture beside it")
     chosen = parser.parse_args()
-    if chosen.worker:
-        worker()
-        return
     if shutil.which("mpiexec") is None:
         sys.exit("python -m bench.distributed: there is no mpiexec; python -m pip install mpich has one")
     if chosen.output and (chosen.output.suffix != ".md" or not chosen.output.parent.is_dir()):
         parser.error(f"argument --output: must be a .md file in an existing folder, got {chosen.output}")
-    found = [measure(ranks) for ranks in RANKS]
-    alpha, beta = fit(next(run["gathers"] for run in found if run["ranks"] == 2))
-    text = report(found, alpha, beta)
-    print(text)
+    found, before = [], []
+    for ranks in RANKS:
+        found.append(measure(ranks))
+        if chosen.before:
+            before.append(measure(ranks, chosen.before))
+    soft = simulation.software()
+    alpha, beta = fit(found[RANKS.index(2)]["messages"])
+    alpha -= soft.call
+    modelled = {
+        f"{way}, {where}": {ranks: time(ranks, *constants, soft) for ranks in sorted({*MODELLED, *SHOWN})}
+        for where, constants in (("as measured here", (alpha, beta)), ("1.5 µs and 100 Gb/s", CLUSTER))
+        for way, time in (("Allgather", simulation.by_allgather), ("doubling", simulation.by_doubling))
+    }
+    rows = [[label, *(f"{1e3 * times[ranks]:.3g}" for ranks in SHOWN)] for label, times in modelled.items()]
+    wrong = [ranks for ranks in MERGED if not simulation.bits_are_equal(ranks)]
+    lines = [f"{found[0]['mpi']}, one thread per rank, float32; µs per step, forward and backward:", ""]
+    lines += of_steps(found, before)
+    lines += ["µs of an exchange of moments, and what of it is software:", ""]
+    lines += of_exchanges(found, soft, alpha, beta)
+    lines += [
+        f"α = {1e6 * alpha:.1f} µs, 1/β = {1e-9 / beta:.1f} GB/s, of messages between two ranks. "
+        f"A call of mpi4py takes {1e6 * soft.call:.1f} µs more.",
+        "",
+    ]
+    lines += ["Modelled, ms per step for the 53 layers of ResNet-50:", ""]
+    lines += _table(["ranks", *SHOWN], rows)
+    lines += [f"All packets merged for real, up to {MERGED[-1]} ranks: {wrong or 'the same bits on every rank'}.", ""]
+    print("\n".join(lines))
     if chosen.output:
-        chosen.output.write_text(text)
-        draw(alpha, beta, chosen.output.with_suffix(".png"))
+        chosen.output.write_text("\n".join(lines))
+        draw(modelled, chosen.output.with_suffix(".png"))
+    if wrong:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

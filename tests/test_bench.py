@@ -129,3 +129,20 @@ def test_bad_arguments_are_refused(arguments, message):
     done = bench(*arguments)
     assert done.returncode == 2
     assert message in done.stderr
+
+
+def test_simulated_ranks_take_the_time_of_their_longest_chain():
+    """With a message of 10 and 3 between two: log₂P of both, and where P is no power of two, 2 and 1 more."""
+    pytest.importorskip("mpi4py")
+    program = """
+import numpy as np
+from bench import simulation
+for ranks in (2, 3, 6, 8, 300, 4096):
+    taken = simulation.simulate(ranks, np.full(1, 10.0), np.full(1, 3.0), lambda *_: None, [np.empty(0)] * ranks)
+    print(ranks, taken[0], simulation.bits_are_equal(ranks))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
+    )
+    times = {2: 13, 3: 36, 6: 49, 8: 39, 300: 127, 4096: 156}
+    assert done.stdout.splitlines() == [f"{ranks} {float(time)} True" for ranks, time in times.items()], done.stderr

@@ -9,7 +9,7 @@ from ranks import together
 
 import batchnorm as bn
 from batchnorm import _tree
-from batchnorm.mpi import SyncBatchNorm
+from batchnorm.mpi import SyncBatchNorm, exchange
 from batchnorm.mpi.exchange import Exchange
 
 RANKS = [1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 33]
@@ -18,6 +18,13 @@ RANKS = [1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 33]
 @pytest.fixture(autouse=True, scope="module")
 def level():
     """Once is enough: what is exchanged is merged by code that is compiled once."""
+
+
+@pytest.fixture(params=["doubling", "Allgather"])
+def way(request, monkeypatch):
+    """How the packets go, whatever the number of ranks is."""
+    monkeypatch.setattr(exchange, "GATHERED", 1 if request.param == "doubling" else 99)
+    return request.param
 
 
 def cut(ranks):
@@ -36,8 +43,7 @@ def expressions(parts):
         lower[0] = (lower[0], upper[0])
 
     def program(comm):
-        packet = np.empty(1, object)
-        packet[0] = comm.rank
+        packet = np.array([comm.rank], object)
         Exchange(comm).merge(packet, merge)
         return packet[0]
 
@@ -53,7 +59,7 @@ def depth(expression):
 
 
 @pytest.mark.parametrize("parts", [*range(1, 35), 48, 63, 64, 65, 96])
-def test_every_rank_evaluates_the_same_expression(parts):
+def test_every_rank_evaluates_the_same_expression(parts, way):
     """In the order of ranks, no deeper than it must be, and that of a process that has all parts."""
     merged = list(range(parts))
     for lower, upper in _tree.merges(parts):
@@ -130,8 +136,8 @@ def test_all_ranks_have_the_same_bits_and_the_right_numbers(ranks, select, dtype
 
 
 @pytest.mark.parametrize("ranks", RANKS)
-def test_a_process_that_merges_all_parts_has_these_bits(ranks, rng):
-    """So an Allgather of the packets, or a file of them, would give the bits of the exchange."""
+def test_a_process_that_merges_all_parts_has_these_bits(ranks, way, rng):
+    """Whichever way the packets go, also if it is a file."""
     parts = cut(ranks)
     x, dy = rng.standard_normal((2, parts[-1].stop, 5)) + 1e4
     moments = bn.Moments.merge_all(bn.Moments.of(x[own]) for own in parts)
@@ -148,9 +154,54 @@ def test_a_process_that_merges_all_parts_has_these_bits(ranks, rng):
     assert set(together(ranks, program)) == {expected}
 
 
-@pytest.mark.parametrize(("ranks", "messages"), [(1, 0), (2, 2), (4, 8), (8, 24), (6, 2 + 8 + 2), (9, 1 + 24 + 1)])
+@pytest.mark.parametrize("ranks", [1, 3])
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
+@pytest.mark.parametrize("reduce", ["local", "sum"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"momentum": None},
+        {"affine": False},
+        {"track_running_stats": False},
+        {"bias": False, "unbiased": False},
+        {"update": False},
+        {"statistics": "running"},
+        {"statistics": "running", "update": False},
+        {"renorm": (1.1, 0.5)},
+        {"renorm": (1.1, 0.5), "affine": False},
+    ],
+    ids=str,
+)
+def test_one_rank_with_samples_is_the_layer_bit_for_bit(settings, reduce, dtype, ranks, way, rng):
+    """Alone, and among ranks without any."""
+    if "statistics" in settings and reduce == "sum":
+        pytest.skip("refused")
+    settings = settings | {"dtype": "float32" if dtype == "float16" else dtype}
+    x, dy = ((rng.standard_normal((3, 8, 5, 7)) + mean).astype(dtype) for mean in (2, 0))
+
+    def results(layer, samples):
+        for step in range(3):
+            yield layer(x[step, :samples]), layer.backward(dy[step, :samples])
+            yield from (getattr(layer, name) for name in ("dgamma", "dbeta", "running_mean", "running_var"))
+            yield layer.num_batches_tracked
+        yield layer.eval(keep_input=True)(x[0, :samples]), layer.backward(dy[0, :samples], need=["dx"])
+
+    def program(comm):
+        samples = 8 if comm.rank == ranks // 2 else 0
+        return [
+            np.array(result).tobytes() for result in results(SyncBatchNorm(5, comm, reduce=reduce, **settings), samples)
+        ]
+
+    plain = [np.array(result).tobytes() for result in results(bn.BatchNorm(5, **settings), 8)]
+    assert together(ranks, program)[ranks // 2] == plain
+
+
+@pytest.mark.parametrize(
+    ("ranks", "messages"), [(1, 0), (2, 2), (3, 3), (6, 6), (7, 3 + 8 + 3), (8, 24), (9, 1 + 24 + 1), (16, 64)]
+)
 def test_messages_and_bytes_of_a_step(ranks, messages, rng):
-    """log₂P messages of a rank in each pass; the leading pairs have one more there and one back."""
+    """Of few ranks one Allgather in each pass; of others log₂P messages, and one there and back for a leading pair."""
 
     def program(comm):
         layer = SyncBatchNorm(5, comm)
@@ -169,8 +220,11 @@ def test_messages_and_bytes_of_a_step(ranks, messages, rng):
         sent = [result[place] for result in results]
         assert sum(map(len, sent)) == messages
         assert {size} >= {bytes_sent for own in sent for _, bytes_sent in own}
-        if ranks == 6:  # 0 with 1 and 2 with 3 first, then 0, 2, 4 and 5 are left
-            assert [[dest for dest, _ in own] for own in sent] == [[2, 4, 1], [0], [0, 5, 3], [2], [5, 0], [4, 2]]
+        if 1 < ranks < 7:
+            assert sent == [[("all", size)]] * ranks
+        if ranks == 7:  # 0 with 1, 2 with 3 and 4 with 5 first, then 0, 2, 4 and 6 are left
+            to = [[dest for dest, _ in own] for own in sent]
+            assert to == [[2, 4, 1], [0], [0, 6, 3], [2], [6, 0, 5], [4], [4, 2]]
 
 
 def test_a_frozen_layer_sends_nothing(rng):
@@ -180,6 +234,28 @@ def test_a_frozen_layer_sends_nothing(rng):
         return comm.sent
 
     assert together(2, program) == [[], []]
+
+
+def test_out_and_need(rng):
+    x = rng.standard_normal((8, 5)).astype(np.float32)
+
+    def program(comm):
+        layer, out = SyncBatchNorm(5, comm), np.empty_like(x)
+        strided = np.empty((8, 10), np.float32)[:, ::2]
+        assert layer(x, out=out) is out
+        assert np.array_equal(layer(x, out=strided), out)
+        dx = layer.backward(x, need=("dx", "dbeta"), out=out)
+        assert dx is out
+        assert layer.dgamma is None
+        assert layer.dbeta is not None
+        with pytest.raises(ValueError, match="out must have shape"):
+            layer(x, out=np.empty(3, np.float32))
+        with pytest.raises(ValueError, match="out is where dx goes"):
+            layer.backward(x, need=["dbeta"], out=out)
+        with pytest.raises(ValueError, match="need must be a name or a collection"):
+            layer.backward(x, need="d")
+
+    assert together(2, program) == [None, None]
 
 
 # Errors.

@@ -9,7 +9,7 @@ PATIENCE = 60
 
 
 class Rank:
-    """One of several; `sent` has the number of the receiver and the bytes of every message of numbers."""
+    """One of several; `sent` has the receiver, or "all", and the bytes of every message of numbers."""
 
     def __init__(self, rank, boxes):
         self.rank, self.boxes, self.sent = rank, boxes, []
@@ -30,6 +30,10 @@ class Rank:
         for dest in range(self.Get_size()):
             self.put(sendobj, dest)
         return [self.get(source) for source in range(self.Get_size())]
+
+    def Allgather(self, sendbuf, recvbuf):
+        self.sent.append(("all", sendbuf.nbytes))
+        recvbuf[...] = self.allgather(sendbuf.copy())
 
     def Send(self, buf, dest):
         self.sent.append((dest, buf.nbytes))

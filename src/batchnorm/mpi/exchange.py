@@ -3,13 +3,14 @@
 Decisions:
 
 - Ranks exchange packets with one partner after another, by recursive doubling. A rank sends log₂P packets, or two more
-  where the number of ranks P is no power of two. An Allgather would receive P − 1 of them, and is not faster among few
-  ranks either: see docs/distributed.md.
-- Both partners merge the same two packets in the order of ranks, so they get the same bits; so do all ranks in the end.
-  The order is that of `Moments.merge_all`. A reduction of MPI would be free to choose its own.
+  where the number of ranks P is no power of two.
+- Among few ranks all packets go to everybody, by one Allgather, and everybody merges them. Its volume grows with P.
+- Both ways follow the tree of `Moments.merge_all`, so they give the same bits, on every rank and on every run. A
+  reduction of MPI would be free to choose its order.
 - A rank that cannot make its packet takes part nevertheless: its packet says so, and so does what it is merged into.
   It raises its own error, the others raise one that names it, and no rank is left waiting.
-- Messages go through a duplicate of the communicator, because receives of the program may take a message from anybody.
+- Messages to one rank go through a duplicate of the communicator, because receives of the program may take a message
+  from anybody.
 - Ranks are reached through few methods, which are those of mpi4py, so that something else can take its place.
 """
 
@@ -25,6 +26,9 @@ from .._extras import requirements
 from .._kernels.runtime import STATUS
 from ..moments import Numbers
 
+GATHERED = 6
+"""Up to so many ranks, all packets go to everybody: docs/distributed.md has the times of both ways."""
+
 Merge = Callable[[Numbers, Numbers], None]
 """Merges an upper packet into a lower one, like `per_channel.merge_moments`."""
 
@@ -37,6 +41,7 @@ class Communicator(Protocol):
     def Get_rank(self) -> int: ...  # noqa: N802
     def Get_size(self) -> int: ...  # noqa: N802
     def allgather(self, sendobj: Any, /) -> list[Any]: ...
+    def Allgather(self, sendbuf: Numbers, recvbuf: Numbers, /) -> None: ...  # noqa: N802
     def Send(self, buf: Numbers, dest: int, /) -> None: ...  # noqa: N802
     def Recv(self, buf: Numbers, source: int, /) -> None: ...  # noqa: N802
     def Sendrecv(  # noqa: N802
@@ -113,6 +118,13 @@ class Exchange:
 
     def merge(self, packet: Numbers, merge: Merge) -> None:
         """Make a packet that of all ranks."""
+        if self.ranks <= GATHERED:
+            packets = np.empty((self.ranks, packet.size), packet.dtype)
+            self.comm.Allgather(packet, packets)
+            for lower, upper in _tree.merges(self.ranks):
+                merge(packets[lower], packets[upper])
+            packet[...] = packets[0]
+            return
         comm = self._carrier
         if comm is None:
             comm = self._carrier = _duplicate(self.comm)

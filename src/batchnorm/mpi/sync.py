@@ -43,12 +43,12 @@ _BIT = {char: 1 << number for number, char in enumerate(_kernels.NAMES)}
 _Made = TypeVar("_Made")
 
 
-def _fill(packet: Numbers, moments: Moments) -> None:
+def write_moments(packet: Numbers, moments: Moments) -> None:
     packet[VALUES:HEAD] = moments._tally
     packet[HEAD:] = moments._table.ravel()
 
 
-def _filled(packet: Numbers) -> Moments:
+def read_moments(packet: Numbers) -> Moments:
     count, weight, squares = packet[VALUES:HEAD].tolist()
     return Moments._made(Tally(int(count), weight, squares), packet[HEAD:].reshape(M2 + 1, -1))
 
@@ -217,11 +217,10 @@ class SyncBatchNorm(BatchNorm):
         if self._alone or (self._fixed and not self._follows):
             return super().__call__(x, fill=fill, add=add, out=out, num_threads=num_threads, **selects)
 
-        def own(packet: Numbers) -> tuple[Array, Array | None, Array, tuple[Array | None, Array | None]]:
+        def own(packet: Numbers) -> tuple[Array, Array | None, Array]:
             array = _arrays.as_float(x, "x")
             _arrays.check_channels(array.shape, self.axis, self.num_features)
             _arrays.as_eps(self.eps)
-            parameters = self.gamma, self.beta
             residual = None if add is None else _arrays.as_like(add, "add", array.shape, array.dtype)
             if out is not None:
                 _arrays.check_out(out, array.shape, array.dtype)
@@ -231,18 +230,18 @@ class SyncBatchNorm(BatchNorm):
             y = layout.empty(given.dtype) if out is None else layout.room(out, given.dtype)
             residual = None if residual is None else layout.bring(residual)
             _arrays.as_number(fill, "fill")
-            _fill(packet, moments_of(given, layout, selection_of(layout, given.dtype, **selects), num_threads))
+            write_moments(packet, moments_of(given, layout, selection_of(layout, given.dtype, **selects), num_threads))
             packet[STATUS] = _BIT[given.dtype.char]
-            return given, residual, y, parameters
+            return given, residual, y
 
-        packet, (given, residual, y, (gamma, beta)) = self._moments_of_all(own)
+        packet, (given, residual, y) = self._moments_of_all(own)
         if packet[STATUS] != _BIT[given.dtype.char]:
             names = [_kernels.NAMES[char] for char, bit in _BIT.items() if int(packet[STATUS]) & bit]
             raise TypeError(
                 f"x must have the same dtype on all ranks, got {' and '.join(names)}, "
                 f"{_kernels.NAMES[given.dtype.char]} on rank {self._exchange.rank}"
             )
-        total = _filled(packet)
+        total = read_moments(packet)
         if total.count and not total._tally.has_spread:
             raise ValueError(f"training needs more than one value per channel on all ranks together, got {total.count}")
         if self._fixed:
@@ -263,7 +262,7 @@ class SyncBatchNorm(BatchNorm):
             if self._way.bounds is not None:
                 _, kept = training.renormed(given, total, self._state, self._way.bounds, **how)
             else:
-                _, kept = functional.forward(given, gamma, beta, moments=total, **how)
+                _, kept = functional.forward(given, self.gamma, self.beta, moments=total, **how)
             self._keep(kept)
         return y if out is None else _arrays.deliver(y, out)
 
@@ -271,10 +270,10 @@ class SyncBatchNorm(BatchNorm):
         """The moments of the batches of all ranks, for `recalibrate`, which all ranks have to call."""
 
         def own(packet: Numbers) -> None:
-            _fill(packet, super(SyncBatchNorm, self)._population(batches, **how))
+            write_moments(packet, super(SyncBatchNorm, self)._population(batches, **how))
 
         packet, _ = self._moments_of_all(own)
-        return _filled(packet)
+        return read_moments(packet)
 
     def _moments_of_all(self, own: Callable[[Numbers], _Made]) -> tuple[Numbers, _Made]:
         return self._exchange.of_all(own, HEAD + (M2 + 1) * self.num_features, per_channel.merge_moments)
@@ -287,10 +286,10 @@ class SyncBatchNorm(BatchNorm):
         if self._alone:
             return None
 
-        def fill(packet: Numbers) -> None:
+        def filled(packet: Numbers) -> None:
             packet[STATUS + 1 :] = own().ravel()
 
-        return self._sums_of_all(fill, rows)[0]
+        return self._sums_of_all(filled, rows)[0]
 
     def _backward(
         self, dy: ArrayLike, saved: Saved, need: Need, out: Array | None, num_threads: int | None
