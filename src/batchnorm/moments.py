@@ -70,6 +70,10 @@ class _Mergeable:
     def merge(self, other: Self) -> Self:
         """The object of both parts together, like `+`.
 
+        Parameters
+        ----------
+        other : object of the same type
+
         Raises
         ------
         TypeError
@@ -234,6 +238,10 @@ class Moments(_Mergeable):
 
         With weights it is m2/(W − ddof·Σw²/W), as of `np.cov(aweights=)`.
 
+        Parameters
+        ----------
+        ddof : int, default 0
+
         Raises
         ------
         ValueError
@@ -245,11 +253,22 @@ class Moments(_Mergeable):
         return self.m2 / (divisor if self.weight else 1)
 
     def std(self, ddof: int = 0) -> Numbers:
-        """The root of `var`."""
+        """The root of `var`.
+
+        Parameters
+        ----------
+        ddof : int, default 0
+            As of `var`.
+        """
         return np.sqrt(self.var(ddof))
 
     def merge(self, other: Self) -> Self:
-        """The moments of both parts together, by Chan's rule; an empty part leaves the other as it is."""
+        """The moments of both parts together, by Chan's rule; an empty part leaves the other as it is.
+
+        Parameters
+        ----------
+        other : Moments
+        """
         self._check(other)
         if not self.weight or not other.weight:
             return self if self.weight else other
@@ -265,7 +284,13 @@ class Moments(_Mergeable):
 
     @classmethod
     def merge_all(cls, parts: Iterable[Self]) -> Self:
-        """The moments of many parts, at least one: neighbours are merged, then pairs of neighbours, and so on."""
+        """The moments of many parts: neighbours are merged, then pairs of neighbours, and so on.
+
+        Parameters
+        ----------
+        parts : iterable of Moments
+            At least one.
+        """
         merged = list(parts)
         while len(merged) > 1:
             pairs = zip(merged[0::2], merged[1::2], strict=False)
@@ -289,7 +314,12 @@ class Moments(_Mergeable):
 
     @classmethod
     def from_bytes(cls, data: Any) -> "Moments":
-        """The object whose `to_bytes` gave `data`, which may be anything with a buffer.
+        """The object whose `to_bytes` gave the data.
+
+        Parameters
+        ----------
+        data : bytes-like
+            Anything with a buffer.
 
         Raises
         ------
