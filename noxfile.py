@@ -191,13 +191,37 @@ def frameworks(session):
     session.run("python", "-m", "pytest", *adapters, *arrays, *session.posargs)
 
 
+def site(session, extras, groups, *options):
+    """Build the pages of docs/, where any warning is an error, and return the environment for their tests.
+
+    One level of kernels is enough to import the package and to run the examples, and takes a third of the time.
+    """
+    one_level = "-C", "cmake.define.BATCHNORM_KNOWS_LEVELS=OFF", "-C", "build-dir=build/docs"
+    packages = [package for name in groups for package in group(name)]
+    session.install(f".[test-core,examples,sklearn,autograd{extras}]", *packages, *one_level)
+    for generated in ("build/site", "docs/api/generated", "docs/gallery"):
+        shutil.rmtree(generated, ignore_errors=True)
+    session.run("python", "-m", "sphinx", "-W", "--keep-going", "-q", "-c", "docs", *options, ".", "build/site")
+    return {"BATCHNORM_SITE": str(Path("build/site").absolute())}
+
+
+@nox.session
+def docs(session):
+    """The site, in build/site, and its links; `-- --online` also those from and to other sites."""
+    online = ("-t", "online") if "--online" in session.posargs else ()
+    env = site(session, "", ["docs"], *online)
+    session.run("python", "-m", "pytest", "tests/test_site.py", env=env)
+    if online:
+        session.run("python", "-m", "sphinx", "-q", "-b", "linkcheck", "-c", "docs", *online, ".", "build/links")
+
+
 @nox.session
 def page(session):
-    """What `explain --html` writes, in a browser of the system: Debian's package chromium, or Google Chrome."""
+    """What `explain --html` writes, and the site, in a browser of the system: Debian's chromium, or Google Chrome."""
     if not any(map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))):
         session.error("there is no Chromium here: apt-get install chromium")
-    session.install(".[test-core,profile]", *group("page"))
-    session.run("python", "-m", "pytest", "tests/test_page.py", *session.posargs)
+    env = site(session, ",profile", ["docs", "page"])
+    session.run("python", "-m", "pytest", "tests/test_page.py", "tests/test_site.py", *session.posargs, env=env)
 
 
 @nox.session

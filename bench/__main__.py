@@ -211,7 +211,8 @@ def main():
     shown = [
         name for name in dict.fromkeys(name for row in rows for name in row.best) if name not in {"limit", *builds}
     ]
-    text = f"{facts}\n\n```sh\n{command}\n```\n\n"
+    title = arguments.output.stem if arguments.output else "bench"
+    text = f"# {title}\n\n{facts}\n\n```sh\n{command}\n```\n\n"
     if builds:
         text += comparison.markdown(rows, list(builds), versions)
     if shown:

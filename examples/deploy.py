@@ -1,4 +1,7 @@
-"""A trained network on its way to where it is used: layers in evaluation, plans, or folded into the convolutions.
+"""A trained network, deployed in three ways
+=========================================
+
+A trained network on its way to where it is used: layers in evaluation, plans, or folded into the convolutions.
 
 A small convolutional network learns handwritten digits. Then the same predictions are made in three ways, which differ
 in what has to be shipped: `bn.BatchNorm` in evaluation, `bn.Plan.of(layer)`, and weights from `bn.fold`, which need

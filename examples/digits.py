@@ -1,4 +1,7 @@
-"""Handwritten digits: a network with two batch-normalized hidden layers, in NumPy, against the same one without.
+"""Handwritten digits, with and without batch norm
+===============================================
+
+Handwritten digits: a network with two batch-normalized hidden layers, in NumPy, against the same one without.
 
 How the four functions belong together is in the class BatchNorm below: `forward` normalizes a batch and leaves `saved`,
 `backward` and `update_running` read it, and `inference` normalizes with the running statistics. (`bn.BatchNorm` is that

@@ -1,4 +1,7 @@
-"""Handwritten digits, trained data-parallel: every rank has a part of each batch, and all have the same network.
+"""Handwritten digits, on several ranks
+====================================
+
+Handwritten digits, trained data-parallel: every rank has a part of each batch, and all have the same network.
 
     mpiexec -n 4 python -m mpi4py examples/digits_mpi.py
 

@@ -1,4 +1,7 @@
-"""Images for a network: `bn.Plan.normalizer` against the usual lines of NumPy, and what a plan says of wrong images.
+"""Images for a network, and wrong ones
+====================================
+
+Images for a network: `bn.Plan.normalizer` against the usual lines of NumPy, and what a plan says of wrong images.
 
 Image files hold bytes, channels last. Networks take floats, channels first, normalized as y = (x/255 − mean)/std.
 Decisions:

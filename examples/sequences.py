@@ -1,4 +1,7 @@
-"""Sequences of different lengths: what padding does to the statistics of a batch, with and without `lengths=`.
+"""Sequences of different lengths
+==============================
+
+Sequences of different lengths: what padding does to the statistics of a batch, with and without `lengths=`.
 
 Handwritten numbers of one to eight digits are read from left to right, as a recurrent network would read them: a place
 is one column of an image, and its eight pixels are the channels. Decisions:

@@ -1,4 +1,7 @@
-"""Handwritten digits with parts of the gradient stopped: what the paths through mean and variance are good for.
+"""Parts of the gradient, stopped
+==============================
+
+Handwritten digits with parts of the gradient stopped: what the paths through mean and variance are good for.
 
 The network of digits.py, four times: with the full gradient, without the path through the variance, without the one
 through the mean, and without both, as if the batch's statistics were constants. Decisions:
@@ -8,7 +11,7 @@ through the mean, and without both, as if the batch's statistics were constants.
 - Several seeds, because two runs of one network differ too: curves are means over them, bands reach from the least to
   the greatest.
 - A small learning rate, at which the full gradient has no difficulty, so that what goes wrong is the gradient's fault.
-- Besides loss and accuracy the offset of the first batch norm's input is shown, |μ|/σ over its channels. Batch norm
+- Besides loss and accuracy the offset of the first batch norm's input is shown, `|μ|/σ` over its channels. Batch norm
   removes the offset, so only a wrong gradient has a reason to change it.
 """
 

@@ -1,5 +1,7 @@
 """Every test runs once on every level of kernels that this processor has."""
 
+import shutil
+
 import numpy as np
 import pytest
 from hypothesis import settings
@@ -34,3 +36,16 @@ def always_threaded(monkeypatch):
 @pytest.fixture
 def rng():
     return np.random.default_rng(20150211)
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """Chromium, headless."""
+    playwright = pytest.importorskip("playwright.sync_api")
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("needs Chromium, as Debian's package chromium")
+    with playwright.sync_playwright() as running:
+        browser = running.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield browser
+        browser.close()

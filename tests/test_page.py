@@ -6,7 +6,6 @@ The page is opened in Chromium, headless, where Playwright and a Chromium of the
 import itertools
 import os
 import re
-import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -273,18 +272,6 @@ def test_the_picture_has_the_graph_of_the_page_with_its_numbers(file, tmp_path, 
 
 
 # In a browser.
-
-
-@pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api")
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if chromium is None:
-        pytest.skip("needs Chromium, as Debian's package chromium")
-    with playwright.sync_playwright() as running:
-        browser = running.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

@@ -114,7 +114,13 @@ def batchnorm_backward(dout: ArrayLike, cache: Cache) -> Gradients[Array]:
 
 
 def batchnorm_backward_alt(dout: ArrayLike, cache: Cache) -> Gradients[Array]:
-    """The same as `batchnorm_backward`; the assignment's name for the simplified derivation."""
+    """The same as `batchnorm_backward`; the assignment's name for the simplified derivation.
+
+    Parameters
+    ----------
+    dout, cache
+        As of `batchnorm_backward`.
+    """
     return batchnorm_backward(dout, cache)
 
 
@@ -153,7 +159,14 @@ def spatial_batchnorm_forward(
 
 
 def spatial_batchnorm_backward(dout: ArrayLike, cache: Cache) -> Gradients[Array]:
-    """`batchnorm_backward` for dout of shape (N, C, H, W)."""
+    """`batchnorm_backward` for dout of shape (N, C, H, W).
+
+    Parameters
+    ----------
+    dout : array_like, shape (N, C, H, W)
+    cache : Saved
+        From `spatial_batchnorm_forward` in mode "train".
+    """
     return batchnorm_backward(dout, cache)
 
 

@@ -62,7 +62,13 @@ class Drift:
     std: Numbers
 
     def worst(self, k: int = 5) -> NDArray[np.intp]:
-        """The k channels with the largest divergence, the worst first; NaN is worst."""
+        """The channels with the largest divergence, the worst first; NaN is worst.
+
+        Parameters
+        ----------
+        k : int, default 5
+            How many.
+        """
         return np.argsort(np.where(np.isnan(self.kl), -np.inf, -self.kl), kind="stable")[:k]
 
     def __str__(self) -> str:
@@ -78,7 +84,13 @@ class Drift:
         return "\n".join([*rows, *(f"hint: {hint}" for hint in self.hints)])
 
     def plot(self, path: str | os.PathLike[str]) -> None:
-        """Draw shift and ratio of every channel into a file, by matplotlib."""
+        """Draw shift and ratio of every channel into a file, by matplotlib.
+
+        Parameters
+        ----------
+        path : path-like
+            Of the picture. Its suffix says what it is, such as PNG, PDF or SVG.
+        """
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(9, 4.5), layout="constrained")

@@ -359,7 +359,13 @@ class BatchNorm:
         self._state.counter = self._checked_counter(value)
 
     def train(self, mode: bool = True) -> Self:
-        """Use the statistics of each batch and follow them; `train(False)` is `eval()`. Returns the layer."""
+        """Use the statistics of each batch and follow them. Returns the layer.
+
+        Parameters
+        ----------
+        mode : bool, default True
+            False is `eval()`.
+        """
         self.training = bool(mode)
         self.keep_input = False
         return self
@@ -643,7 +649,16 @@ class BatchNorm:
         out: Array | None = None,
         num_threads: int | None = None,
     ) -> Tangents:
-        """Derivative of the last call along a direction; see `batchnorm.jvp`, also for the arguments.
+        """Derivative of the last call along a direction; see `batchnorm.jvp`.
+
+        Parameters
+        ----------
+        dx, dgamma, dbeta, dadd, out, num_threads
+            As of `batchnorm.jvp`.
+
+        Returns
+        -------
+        Tangents
 
         Raises
         ------
@@ -691,7 +706,16 @@ class BatchNorm:
         ddadd: ArrayLike | None = None,
         num_threads: int | None = None,
     ) -> SecondGradients:
-        """Gradients of what `backward` returned for dy; see `batchnorm.double_backward`, also for the arguments.
+        """Gradients of what `backward` returned for dy; see `batchnorm.double_backward`.
+
+        Parameters
+        ----------
+        ddx, dy, ddgamma, ddbeta, ddadd, num_threads
+            As of `batchnorm.double_backward`.
+
+        Returns
+        -------
+        SecondGradients
 
         Raises
         ------
@@ -875,7 +899,8 @@ class BatchNorm:
 
         See Also
         --------
-        load, state_dict
+        load : reads the file.
+        state_dict : the arrays alone.
 
         Examples
         --------

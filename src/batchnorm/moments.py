@@ -80,6 +80,10 @@ class _Mergeable:
     def merge(self, other: Self) -> Self:
         """The object of both parts together, like `+`.
 
+        Parameters
+        ----------
+        other : object of the same type
+
         Raises
         ------
         TypeError
@@ -95,6 +99,11 @@ class _Mergeable:
 
         The leading parts are paired, 0 with 1, 2 with 3, …, until a power of two is left; then neighbours are merged,
         then pairs of neighbours, and so on.
+
+        Parameters
+        ----------
+        parts : iterable of Moments or GradientSums
+            At least one.
         """
         merged = list(parts)
         if not merged:
@@ -258,6 +267,10 @@ class Moments(_Mergeable):
 
         With weights it is m2/(W − ddof·Σw²/W), as of `np.cov(aweights=)`.
 
+        Parameters
+        ----------
+        ddof : int, default 0
+
         Raises
         ------
         ValueError
@@ -269,11 +282,22 @@ class Moments(_Mergeable):
         return self.m2 / (divisor if self.weight else 1)
 
     def std(self, ddof: int = 0) -> Numbers:
-        """The root of `var`."""
+        """The root of `var`.
+
+        Parameters
+        ----------
+        ddof : int, default 0
+            As of `var`.
+        """
         return np.sqrt(self.var(ddof))
 
     def merge(self, other: Self) -> Self:
-        """The moments of both parts together, by Chan's rule; an empty part leaves the other as it is."""
+        """The moments of both parts together, by Chan's rule; an empty part leaves the other as it is.
+
+        Parameters
+        ----------
+        other : Moments
+        """
         self._check(other)
         if not self.weight or not other.weight:
             return self if self.weight else other
@@ -296,7 +320,12 @@ class Moments(_Mergeable):
 
     @classmethod
     def from_bytes(cls, data: Any) -> Moments:
-        """The object whose `to_bytes` gave `data`, which may be anything with a buffer.
+        """The object whose `to_bytes` gave the data.
+
+        Parameters
+        ----------
+        data : bytes-like
+            Anything with a buffer.
 
         Raises
         ------

@@ -82,16 +82,16 @@ class Plan:
     ValueError
         If shapes differ, `eps` or `activation` does not fit, or a variance is negative.
 
+    See Also
+    --------
+    fold : puts the normalization into the weights of the layer before it, which leaves nothing to do.
+
     Notes
     -----
     For floats y has the bits of `inference`; for 8-bit integers it is calculated in float64 and rounded once. The bits
     of one sample do not depend on the other samples of a batch, on the arrangement of x in memory or on the number of
     threads. A plan cannot be changed. It can be pickled, and threads
     can share it.
-
-    See Also
-    --------
-    fold : puts the normalization into the weights of the layer before it, which leaves nothing to do.
 
     References
     ----------

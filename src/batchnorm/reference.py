@@ -50,6 +50,14 @@ class Terms(NamedTuple):
 def forward(x: Array, gamma: Array, beta: Array, axis: int = 1, eps: float = 1e-5) -> tuple[Array, Cache]:
     """y = gamma·(x − μ)/√(σ² + eps) + beta, and the cache for `backward`.
 
+    Parameters
+    ----------
+    x : ndarray of floats
+    gamma, beta : ndarray, shape (C,)
+    axis : int, default 1
+        The channel axis.
+    eps : float, default 1e-5
+
     Examples
     --------
     >>> import numpy as np
@@ -89,6 +97,13 @@ def backward_terms(dy: Array, cache: Cache) -> Terms:
 
 def backward(dy: Array, cache: Cache) -> tuple[Array, Array, Array]:
     """dx, dgamma and dbeta: dx = direct + mean + variance.
+
+    Parameters
+    ----------
+    dy : ndarray
+        The upstream gradient, of x's shape.
+    cache : Cache
+        From `forward`.
 
     Examples
     --------

@@ -33,7 +33,7 @@ _FLOATS = (np.float64, np.float32, np.float16)
 
 
 class Standardizer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
-    """Standardize columns: y = (x − mean_)/scale_, with the mean and standard deviation of the training data.
+    """Standardize columns: `y = (x − mean_)/scale_`, with the mean and standard deviation of the training data.
 
     It takes the place of StandardScaler. float32 stays float32 and is not copied to float64, and `partial_fit` gives
     the same bits for the same rows in the same order, however they are cut.
@@ -122,7 +122,13 @@ class Standardizer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         return self
 
     def partial_fit(self, X: Any, y: object = None, sample_weight: ArrayLike | None = None) -> Self:
-        """Add the rows of X to the statistics; parameters and errors as in `fit`."""
+        """Add the rows of X to the statistics.
+
+        Parameters
+        ----------
+        X, y, sample_weight
+            As of `fit`, and with its errors.
+        """
         first = not hasattr(self, "_stream")
         part = self._part(X, sample_weight, reset=first)
         stream = Stream() if first else self._stream
@@ -131,7 +137,7 @@ class Standardizer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         return self
 
     def transform(self, X: Any, copy: bool | None = None) -> Any:
-        """y = (x − mean_)/scale_, of X's dtype. Far from 0 more digits of the mean are used than `mean_` has.
+        """`y = (x − mean_)/scale_`, of X's dtype. Far from 0 more digits of the mean are used than `mean_` has.
 
         Parameters
         ----------
@@ -151,7 +157,13 @@ class Standardizer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         return plan(X, out=None if copy else X, num_threads=self.num_threads)
 
     def inverse_transform(self, X: Any, copy: bool | None = None) -> Any:
-        """x = y·scale_ + mean_, of X's dtype; parameters as in `transform`."""
+        """`x = y·scale_ + mean_`, of X's dtype.
+
+        Parameters
+        ----------
+        X, copy
+            As of `transform`.
+        """
         check_is_fitted(self)
         copy = self.copy if copy is None else copy
         X = check_array(X, dtype=_FLOATS, force_writeable=not copy, input_name="X", estimator=self)

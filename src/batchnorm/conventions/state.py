@@ -81,6 +81,10 @@ def from_state(
     TypeError
         If values are not real numbers.
 
+    See Also
+    --------
+    to_state : the way back.
+
     Examples
     --------
     >>> import numpy as np, batchnorm as bn
@@ -91,10 +95,6 @@ def from_state(
     >>> network = {"params": {"bn": {"scale": gamma, "bias": beta}}, "batch_stats": {"bn": {"mean": mean, "var": var}}}
     >>> bn.from_state(network, "flax", prefix="bn").eval()([[3.0]])
     array([[0.5]])
-
-    See Also
-    --------
-    to_state : the way back.
     """
     system = systems.convention(convention)
     eps = system.eps if eps is None else _arrays.as_eps(eps)
@@ -166,6 +166,11 @@ def to_state(
     ValueError
         If the layer has no running statistics, or no gamma does it: a variance of 0 has no equal where eps is 0.
 
+    See Also
+    --------
+    from_state : the way here.
+    Convention.arguments : what to make the other layer with.
+
     Notes
     -----
     Haiku's `hidden` is average·(1 − decay^counter). Statistics of a layer whose counter is 0, because they come from a
@@ -180,11 +185,6 @@ def to_state(
     ['bn/moving_mean', 'bn/moving_variance']
     >>> bn.to_state(layer, "keras", prefix="bn")["bn/gamma"].round(5)  # √((1 + 0.001)/(1 + 0.00001))
     array([1.00049, 1.00049], dtype=float32)
-
-    See Also
-    --------
-    from_state : the way here.
-    Convention.arguments : what to make the other layer with.
     """
     system = systems.convention(convention)
     eps = system.eps if eps is None else _arrays.as_eps(eps)

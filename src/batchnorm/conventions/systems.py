@@ -112,6 +112,11 @@ class Convention:
     def names(self, path: str = "") -> dict[str, str]:
         """What the arrays of the layer at a path are called, by what they are.
 
+        Parameters
+        ----------
+        path : str, default ""
+            Where the layer is in the network, joined as the system does it.
+
         Examples
         --------
         >>> import batchnorm as bn
@@ -157,7 +162,17 @@ class Convention:
         return {name: value for name, value in given.items() if name is not None}
 
     def momentum_of(self, layer: BatchNorm) -> float | None:
-        """The layer's momentum in the system's direction."""
+        """The layer's momentum in the system's direction.
+
+        Parameters
+        ----------
+        layer : BatchNorm
+
+        Raises
+        ------
+        ValueError
+            If it is None, the mean of all batches, which the system does not have.
+        """
         if layer.momentum is None and not self.cumulative:
             those = ", ".join(system.name for system in CONVENTIONS.values() if system.cumulative)
             raise ValueError(
@@ -167,7 +182,12 @@ class Convention:
         return None if layer.momentum is None else self.weight_of_new(layer.momentum)
 
     def weight_of_new(self, momentum: float) -> float:
-        """From the system's momentum to the weight of the new batch, and back: 1 − momentum or momentum itself."""
+        """From the system's momentum to the weight of the new batch, and back: 1 − momentum or momentum itself.
+
+        Parameters
+        ----------
+        momentum : float
+        """
         if self.momentum_weighs == "new batch":
             return momentum
         return float(1 - Decimal(repr(float(momentum))))  # 0.99 ↔ 0.01, not 0.010000000000000009

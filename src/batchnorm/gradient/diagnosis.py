@@ -132,7 +132,7 @@ def diagnose(
     Notes
     -----
     A dx is right if rounding in its dtype explains its error. A plain formula knows the mean of a channel only to
-    eps·|x|, so float32 data far from 0 hides small slips; the answer says which.
+    `eps·|x|`, so float32 data far from 0 hides small slips; the answer says which.
 
     Two slips are named as "one + other". If these data do not tell a slip from another, or if nothing explains dx down
     to rounding, `sure` is False, and the answer says so.

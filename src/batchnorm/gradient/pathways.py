@@ -214,7 +214,7 @@ def jacobian(
     x : array_like of float64, float32, float16 or bfloat16, at least 2-D
         Channels along `axis`.
     gamma : array_like, shape (C,), optional
-        Scale; 1 where None, which gives the derivatives of xhat. (beta has no part in them.)
+        Scale; 1 where None, which gives the derivatives of xhat. beta has no part in them.
     axis, eps
         As in `forward`.
     max_bytes : int, default 2**30

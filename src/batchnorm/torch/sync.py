@@ -48,6 +48,9 @@ class _Ranks:
         distributed.all_gather_object(gathered, sendobj, self.group)
         return gathered
 
+    def Allgather(self, sendbuf: Numbers, recvbuf: Numbers, /) -> None:  # noqa: N802
+        distributed.all_gather(list(torch.from_numpy(recvbuf)), torch.from_numpy(sendbuf), self.group)
+
     def Send(self, buf: Numbers, dest: int, /) -> None:  # noqa: N802
         distributed.send(torch.from_numpy(buf), self._in_world(dest), self.group, _TAG)
 
