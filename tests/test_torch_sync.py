@@ -60,6 +60,8 @@ def run(folder, ranks, body):
 
 
 TRAIN = """
+    from batchnorm.mpi import exchange
+    exchange.GATHERED = {gathered}
     generator = torch.Generator().manual_seed(20150211)
     cuts = [0, *np.cumsum({sizes})]
     module = SyncBatchNorm(5, momentum={momentum})
@@ -86,11 +88,13 @@ TRAIN = """
 
 
 @pytest.mark.parametrize(
-    ("sizes", "momentum"), [([4, 4], 0.1), ([5, 0, 2], None), ([1, 1, 1, 1, 3], 0.3)], ids=["even", "empty", "five"]
+    ("sizes", "momentum", "gathered"),
+    [([4, 4], 0.1, 2), ([5, 0, 2], None, 2), ([1, 1, 1, 1, 3], 0.3, 6)],
+    ids=["even", "empty, one after another", "five"],
 )
-def test_one_batch_of_several_processes(tmp_path, sizes, momentum):
+def test_one_batch_of_several_processes(tmp_path, sizes, momentum, gathered):
     """y, dx, the sums of the gradients, running statistics and counter; all ranks have the same bits of the latter."""
-    run(tmp_path, len(sizes), TRAIN.format(sizes=sizes, momentum=momentum))
+    run(tmp_path, len(sizes), TRAIN.format(sizes=sizes, momentum=momentum, gathered=gathered))
     seen = [torch.load(tmp_path / str(rank)) for rank in range(len(sizes))]
     generator = torch.Generator().manual_seed(20150211)
     module = torch.nn.BatchNorm2d(5, momentum=momentum).double()
