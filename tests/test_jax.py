@@ -215,6 +215,13 @@ def test_a_negative_variance_is_nan():
     assert np.isnan(np.asarray(y)).tolist() == [[False, True, False]] * 2
 
 
+def test_subnormal_numbers_count_as_zero():
+    """As in JAX's own arithmetic."""
+    x = np.full((2, 3), np.finfo(np.float32).smallest_subnormal)
+    program = jax.jit(lambda x: (inference(x, jnp.zeros(3), jnp.ones(3), eps=0.0), x * 1.5))
+    same(program(x), (np.zeros_like(x), np.zeros_like(x)))
+
+
 def test_vmap_is_a_loop(rng):
     """Over any axis, of some of the arguments, twice, and around or inside of a gradient."""
     x, gamma = rng.standard_normal((4, 6, 3, 5)).astype("f4"), rng.standard_normal((2, 3)).astype("f4")
@@ -352,17 +359,21 @@ def net(x, gamma):
 program = jax.jit(jax.value_and_grad(net, (0, 1)))
 gamma = jnp.ones(16)
 rng = np.random.default_rng(0)
-xs = [jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in [(8, 16), (16, 16, 28, 28)]]
+xs = [jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in [(8, 16), (32, 16, 56, 56)]]
 expected = [jax.tree.leaves(program(x, gamma)) for x in xs]
+for _ in range(3):  # without waiting for what is asked for
+    _, (dx, _) = program(xs[1], gamma)
+    _, (dx, _) = program(dx * 0 + xs[1], gamma)
+print(np.asarray(dx).tobytes() == np.asarray(expected[1][1]).tobytes())
 wrong, done = [], []
 
 def work(first):
-    for i in range(first, first + 12):
+    for i in range(first, first + 2):
         got = jax.tree.leaves(program(xs[i % 2], gamma))
         wrong.extend(i for a, b in zip(got, expected[i % 2]) if np.asarray(a).tobytes() != np.asarray(b).tobytes())
     done.append(first)
 
-threads = [threading.Thread(target=work, args=(first,)) for first in range(6)]
+threads = [threading.Thread(target=work, args=(first,)) for first in range(4)]
 for thread in threads:
     thread.start()
 for thread in threads:
@@ -373,8 +384,11 @@ print(len(done), len(wrong))
 
 @pytest.mark.parametrize("pool", ["1", "4"])
 def test_no_deadlock_under_load(pool):
-    """Six threads run a program with 28 callbacks; XLA has one thread, or four, on whatever processors there are."""
-    assert succeeds(UNDER_LOAD, NPROC=pool, BATCHNORM_NUM_THREADS="2", timeout=120) == "6 0"
+    """A program with 28 callbacks, in four threads and not waited for; XLA has one thread, or four, for all of it.
+
+    With `pure_callback` and large arrays this waits for ever.
+    """
+    assert succeeds(UNDER_LOAD, NPROC=pool, BATCHNORM_NUM_THREADS="2", timeout=200).split() == ["True", "4", "0"]
 
 
 @pytest.mark.parametrize(

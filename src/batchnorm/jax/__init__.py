@@ -1,4 +1,4 @@
-"""Batch normalization for JAX on the CPU: `forward` and `inference`, under all of its transformations.
+"""Batch normalization for JAX on the CPU: `forward` and `inference`, to compile, to map and to differentiate twice.
 
 Decisions:
 
