@@ -74,7 +74,7 @@ def readme_examples():
 
 
 def check_completeness(session):
-    """Type checkers know the type of everything that is public, except of what scikit-learn and PyTorch have to say."""
+    """Type checkers know the type of everything that is public, except of what peers have to say."""
     command = "pyright", "--verifytypes", "batchnorm", "--ignoreexternal", "--outputjson"
     symbols = json.loads(session.run(*command, silent=True, success_codes=[0, 1]))["typeCompleteness"]["symbols"]
     unknown = [
@@ -82,7 +82,7 @@ def check_completeness(session):
         for symbol in symbols
         if symbol["isExported"]
         and (symbol["isTypeAmbiguous"] or not symbol["isTypeKnown"])
-        and not symbol["name"].startswith(("batchnorm.sklearn.", "batchnorm.torch."))
+        and not symbol["name"].startswith(("batchnorm.sklearn.", "batchnorm.torch.", "batchnorm.jax."))
     ]
     if unknown or "batchnorm.forward" not in (symbol["name"] for symbol in symbols):
         session.error(f"types that are not known: {', '.join(unknown) or 'all'}")

@@ -38,8 +38,8 @@ cpdef enum:
     THROUGH_VARIANCE = 2
     UPSTREAM = 4
 
-# How a packet of moments begins, which one rank sends to another; mean, mean_low and m2 of each channel follow. A packet
-# of sums has the status alone, and then its rows.
+# How a packet of moments begins, which one rank sends to another; mean, mean_low and m2 of each channel follow.
+# A packet of sums has the status alone, and then its rows.
 cpdef enum:
     STATUS
     VALUES

@@ -14,9 +14,9 @@ from .._extras import requirements
 
 try:
     import jax.experimental.buffer_callback  # noqa: F401
-except ImportError as error:
-    install = f"python -m pip install {requirements('jax', 'jax')}"
-    raise ImportError(f"batchnorm.jax needs JAX 0.6.1 or newer: {install}") from error
+except ImportError as _error:
+    _install = f"python -m pip install {requirements('jax', 'jax')}"
+    raise ImportError(f"batchnorm.jax needs JAX 0.6.1 or newer: {_install}") from _error
 
 from . import rules as _rules  # noqa: F401 (without which nothing has a derivative)
 from .functions import Statistics, forward, inference

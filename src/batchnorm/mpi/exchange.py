@@ -110,7 +110,8 @@ class Exchange:
 
     def __init__(self, comm: Communicator) -> None:
         self.comm = comm
-        self.rank, self.ranks = comm.Get_rank(), comm.Get_size()
+        self.rank: int = comm.Get_rank()
+        self.ranks: int = comm.Get_size()
         self._carrier: Communicator | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
