@@ -20,6 +20,8 @@ FREE_THREADED = ["3.14t", "3.15t"]
 DIST = Path("dist")
 FOLDERS = ("tests", "docs", "examples", "pyproject.toml")
 """What the suite needs besides the installed package."""
+EVERYTHING = ("-m", "not large")
+"""For pytest: also what it leaves out by itself, the slow tests and all levels of kernels but the best."""
 
 
 @nox.session
@@ -50,14 +52,14 @@ def tests(session):
     """The suite, on a build from this checkout."""
     extra = "test-core" if session.python in FREE_THREADED else "test"
     session.install(f".[{extra}]")
-    session.run("python", "-m", "pytest", *session.posargs)
+    session.run("python", "-m", "pytest", *EVERYTHING, *session.posargs)
 
 
 @nox.session(python=PYTHONS[0])
 def oldest(session):
     """The suite with the oldest NumPy."""
     session.install(".[test]", "numpy==1.26.0")
-    session.run("python", "-m", "pytest", *session.posargs)
+    session.run("python", "-m", "pytest", *EVERYTHING, *session.posargs)
 
 
 @nox.session
@@ -74,7 +76,7 @@ def serial(session):
     says = session.run("python", "-c", "import batchnorm as bn; bn.show_config()", silent=True)
     if "decided by: serial build" not in says:
         session.error(f"the build is not serial, or does not say so:\n{says}")
-    session.run("python", "-m", "pytest", "-q", "tests/test_layer.py", "tests/test_bits.py")
+    session.run("python", "-m", "pytest", "-q", *EVERYTHING, "tests/test_layer.py", "tests/test_bits.py")
 
 
 @nox.session
@@ -116,11 +118,12 @@ def frameworks(session):
             "tests/test_folding.py",
             "tests/test_calculus_peers.py",
             "tests/test_variants.py",
+            *EVERYTHING,
             *session.posargs,
             env={"KERAS_BACKEND": backend},
         )
     adapters = "tests/test_torch.py", "tests/test_sklearn.py", "tests/test_autograd.py"
-    session.run("python", "-m", "pytest", *adapters, *session.posargs)
+    session.run("python", "-m", "pytest", *adapters, *EVERYTHING, *session.posargs)
 
 
 @nox.session
@@ -129,7 +132,7 @@ def page(session):
     if not any(map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))):
         session.error("there is no Chromium here: apt-get install chromium")
     session.install(".[test-core,profile,page]")
-    session.run("python", "-m", "pytest", "tests/test_page.py", *session.posargs)
+    session.run("python", "-m", "pytest", "tests/test_page.py", *EVERYTHING, *session.posargs)
 
 
 @nox.session
@@ -189,6 +192,7 @@ def installed(session):
         "python",
         "-m",
         "pytest",
+        *EVERYTHING,
         *session.posargs,
         env={"PATH": session.bin, "PYTHONPATH": None, "LD_LIBRARY_PATH": None},
         external=True,
