@@ -52,14 +52,14 @@ def tests(session):
     """The suite, on a build from this checkout."""
     extra = "test-core" if session.python in FREE_THREADED else "test"
     session.install(f".[{extra}]")
-    session.run("python", "-m", "pytest", *EVERYTHING, *session.posargs)
+    session.run("python", "-m", "pytest", "-n", "auto", *EVERYTHING, *session.posargs)
 
 
 @nox.session(python=PYTHONS[0])
 def oldest(session):
     """The suite with the oldest NumPy."""
     session.install(".[test]", "numpy==1.26.0")
-    session.run("python", "-m", "pytest", *EVERYTHING, *session.posargs)
+    session.run("python", "-m", "pytest", "-n", "auto", *EVERYTHING, *session.posargs)
 
 
 @nox.session
@@ -192,6 +192,8 @@ def installed(session):
         "python",
         "-m",
         "pytest",
+        "-n",
+        "auto",
         *EVERYTHING,
         *session.posargs,
         env={"PATH": session.bin, "PYTHONPATH": None, "LD_LIBRARY_PATH": None},
