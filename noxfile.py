@@ -32,6 +32,10 @@ def group(name):
     return nox.project.dependency_groups(PYPROJECT, name)
 
 
+EVERYTHING = ("-m", "not large")
+"""For pytest: also what it leaves out by itself, the slow tests and all levels of kernels but the best."""
+
+
 @nox.session
 def lint(session):
     """Style, types, metadata and the workflows."""
@@ -93,14 +97,14 @@ def tests(session):
     """The suite, on a build from this checkout."""
     extra = "test-core" if session.python in FREE_THREADED else "test"
     session.install(f".[{extra}]")
-    session.run("python", "-m", "pytest", *session.posargs)
+    session.run("python", "-m", "pytest", "-n", "auto", *EVERYTHING, *session.posargs)
 
 
 @nox.session(python=PYTHONS[0])
 def oldest(session):
     """The suite with the oldest NumPy."""
     session.install(".[test]", "numpy==1.26.0")
-    session.run("python", "-m", "pytest", *session.posargs)
+    session.run("python", "-m", "pytest", "-n", "auto", *EVERYTHING, *session.posargs)
 
 
 @nox.session
@@ -108,17 +112,14 @@ def nightly(session):
     """The suite with tomorrow's NumPy."""
     session.install(".[test-core]")
     session.install("--pre", "--upgrade", "--only-binary", ":all:", "--index-url", NIGHTLY, "numpy")
-    session.run("python", "-m", "pytest", *session.posargs)
+    session.run("python", "-m", "pytest", "-n", "auto", *EVERYTHING, *session.posargs)
 
 
 @nox.session
 def coverage(session):
-    """How much of the Python part the suite runs, on the best level alone: the others change no Python line."""
+    """How much of the Python part the quick suite runs; other levels change no Python line."""
     session.install(".[test]", *group("coverage"))
-    program = "from batchnorm import _kernels; print(*_kernels.available()[1:])"
-    others = session.run("python", "-c", program, silent=True).split()
-    best = ["-k", " and ".join(f"not {level}" for level in others)] if others else []
-    session.run("coverage", "run", "-m", "pytest", "-m", "not slow and not large", *best, *session.posargs)
+    session.run("coverage", "run", "-m", "pytest", *session.posargs)
     session.run("coverage", "combine")
     session.run("coverage", "report", f"--fail-under={COVERED}")
 
@@ -137,7 +138,7 @@ def serial(session):
     says = session.run("python", "-c", "import batchnorm as bn; bn.show_config()", silent=True)
     if "decided by: serial build" not in says:
         session.error(f"the build is not serial, or does not say so:\n{says}")
-    session.run("python", "-m", "pytest", "-q", "tests/test_layer.py", "tests/test_bits.py")
+    session.run("python", "-m", "pytest", "-q", *EVERYTHING, "tests/test_layer.py", "tests/test_bits.py")
 
 
 @nox.session
@@ -182,13 +183,14 @@ def frameworks(session):
             "tests/test_folding.py",
             "tests/test_calculus_peers.py",
             "tests/test_variants.py",
+            *EVERYTHING,
             *session.posargs,
             env={"KERAS_BACKEND": backend},
         )
     of_torch = "tests/test_torch.py", "tests/test_torch_networks.py", "tests/test_torch_sync.py"
     adapters = *of_torch, "tests/test_sklearn.py", "tests/test_autograd.py", "tests/test_jax.py"
     arrays = "tests/test_array_types.py", "tests/test_engines.py"
-    session.run("python", "-m", "pytest", *adapters, *arrays, *session.posargs)
+    session.run("python", "-m", "pytest", *adapters, *arrays, *EVERYTHING, *session.posargs)
 
 
 def site(session, extras, groups, *options):
@@ -221,7 +223,9 @@ def page(session):
     if not any(map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))):
         session.error("there is no Chromium here: apt-get install chromium")
     env = site(session, ",profile", ["docs", "page"])
-    session.run("python", "-m", "pytest", "tests/test_page.py", "tests/test_site.py", *session.posargs, env=env)
+    session.run(
+        "python", "-m", "pytest", "tests/test_page.py", "tests/test_site.py", *EVERYTHING, *session.posargs, env=env
+    )
 
 
 @nox.session
@@ -281,6 +285,9 @@ def installed(session):
         "python",
         "-m",
         "pytest",
+        "-n",
+        "auto",
+        *EVERYTHING,
         *session.posargs,
         env={"PATH": session.bin, "PYTHONPATH": None, "LD_LIBRARY_PATH": None},
         external=True,

@@ -167,7 +167,9 @@ def plot(path: Path, results: dict[str, dict[str, Runner]]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="A residual network in PyTorch, with its batch norm and with batchnorm.torch.")
+    parser = argparse.ArgumentParser(
+        description="A residual network in PyTorch, with its batch norm and with batchnorm.torch."
+    )
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)

@@ -1,4 +1,10 @@
-"""Every test runs once on every level of kernels that this processor has."""
+"""Every test runs on every level of kernels that this processor has, but those marked `once`, which no level changes.
+
+The best level comes first. The others are `slow`, for they hold the same sources to the same truth, compiled otherwise:
+`python -m pytest` leaves them out, and CI does not. Tests marked `every_level` say that levels agree; they stay.
+"""
+
+import gc
 
 import shutil
 
@@ -13,18 +19,32 @@ settings.register_profile("house", deadline=None, print_blob=True)
 settings.load_profile("house")
 
 
-def pytest_report_header():
-    config = bn.show_config(mode="dicts")
-    return [f"batchnorm {config['versions']}", f"kernels {config['kernels']}", f"threads {config['threads']}"]
+def pytest_report_header(config):
+    known = bn.show_config(mode="dicts")
+    chosen = f"tests -m {config.option.markexpr!r}; CI runs -m 'not large'"
+    return [f"batchnorm {known['versions']}", f"kernels {known['kernels']}", f"threads {known['threads']}", chosen]
 
 
-@pytest.fixture(params=_kernels.available(), autouse=True, scope="session")
+@pytest.hookimpl(trylast=True)
+def pytest_generate_tests(metafunc):
+    """The levels are the innermost parameter, so that those of one case follow each other."""
+    best, *others = _kernels.available()
+    marked = metafunc.definition.get_closest_marker
+    if not marked("every_level"):
+        others = [] if marked("once") else [pytest.param(level, marks=pytest.mark.slow) for level in others]
+    metafunc.parametrize("level", [best, *others], indirect=True)
+
+
+def pytest_collection_finish():
+    """The tests stay until the end, so the garbage collector need not look at them in every turn."""
+    gc.freeze()
+
+
+@pytest.fixture(autouse=True)
 def level(request):
     """Make the package use this level; the façade asks for the kernels on every call."""
-    before = _kernels.level
     _kernels.use(request.param)
-    yield request.param
-    _kernels.use(before)
+    return request.param
 
 
 @pytest.fixture

@@ -55,7 +55,11 @@ def rounded(array, dtype):
 
 
 def same_bits(got, expected):
-    return got.dtype == expected.dtype and np.array_equal(got.view(np.uint16), expected.view(np.uint16))
+    """If not, NumPy says where they differ."""
+    if got.dtype != expected.dtype or not np.array_equal(got.view(np.uint16), expected.view(np.uint16)):
+        assert got.dtype == expected.dtype
+        np.testing.assert_array_equal(got.view(np.uint16), expected.view(np.uint16), strict=True)
+    return True
 
 
 def data(rng, view, dtype, offset=0.5):
@@ -280,6 +284,7 @@ def test_statistics_of_data_in_parts(dtype, rng):
     assert np.allclose(got.astype(float), expected.astype(float), rtol=2.0**-6)
 
 
+@pytest.mark.once
 @types
 def test_a_layer(dtype, rng):
     """Its parameters and statistics stay float32, and follow the batches as they do in float32."""
@@ -296,6 +301,7 @@ def test_a_layer(dtype, rng):
     assert np.array_equal(other.running_mean, state["running_mean"].astype(np.float32))
 
 
+@pytest.mark.once
 @types
 def test_running_statistics_must_have_more_bits(dtype, rng):
     _, saved = bn.forward(rng.standard_normal((8, 3)).astype(dtype))
@@ -307,6 +313,7 @@ def test_running_statistics_must_have_more_bits(dtype, rng):
     assert not mean.any()
 
 
+@pytest.mark.once
 @types
 def test_what_goes_with_it(dtype, rng):
     x, dy, gamma, *_ = data(rng, (16, 4, 3), dtype)
@@ -323,12 +330,14 @@ def test_what_goes_with_it(dtype, rng):
         bn.backward(dy.astype(np.float32), saved)
 
 
+@pytest.mark.once
 def test_what_the_page_says():
     failed, tried = doctest.testfile(str(Path(__file__).parents[1] / "docs" / "16-bit.md"), module_relative=False)
     assert tried > 10
     assert not failed
 
 
+@pytest.mark.once
 @needs_bfloat16
 def test_bfloat16_from_a_file_is_named(tmp_path):
     np.save(tmp_path / "x.npy", np.ones((4, 3), bfloat16))
@@ -336,6 +345,7 @@ def test_bfloat16_from_a_file_is_named(tmp_path):
         bn.forward(np.load(tmp_path / "x.npy"))
 
 
+@pytest.mark.once
 @needs_bfloat16
 def test_other_small_types_are_refused():
     for other in ("float8_e5m2", "int4"):

@@ -52,8 +52,10 @@ def data(rng, view, dtype):
 
 
 def same(got, expected):
-    """The same bits; a NaN is a NaN, and 0 may have a sign."""
-    return got.dtype == expected.dtype and np.array_equal(got, expected, equal_nan=True)
+    """The same bits; a NaN is a NaN, and 0 may have a sign. If not, NumPy says where they differ."""
+    if got.dtype != expected.dtype or not np.array_equal(got, expected, equal_nan=True):
+        np.testing.assert_array_equal(got, expected, strict=True)
+    return True
 
 
 def assert_same(gradients, expected):
@@ -339,6 +341,7 @@ def test_float16(activation, added, rng):
 # ---- The rest of the package
 
 
+@pytest.mark.once
 def test_pathways_and_diagnosis(rng):
     x, dy, add, gamma, beta = data(rng, (20, 4, 3), "float64")
     for residual in (None, add):
@@ -348,6 +351,7 @@ def test_pathways_and_diagnosis(rng):
         assert bn.diagnose(gradients.dx, dy, saved).correct
 
 
+@pytest.mark.once
 def test_what_is_saved_can_be_copied_and_says_what_followed(rng):
     x, dy, add, gamma, beta = data(rng, (20, 4, 3), "float32")
     _, saved = bn.forward(x, gamma, beta, activation=("clip", 0, 6), add=add)
@@ -362,6 +366,7 @@ def test_what_is_saved_can_be_copied_and_says_what_followed(rng):
     assert same(gradients._replace(dx=None).dadd, expected.dadd)
 
 
+@pytest.mark.once
 def test_the_page():
     page = Path(__file__).parents[1] / "docs" / "activation.md"
     assert not doctest.testfile(str(page), module_relative=False).failed
@@ -398,6 +403,7 @@ BAD = {
 }
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(("arguments", "error", "message"), BAD.values(), ids=BAD)
 def test_bad_input(arguments, error, message):
     room = np.full(30, 7, np.float32)
@@ -424,6 +430,7 @@ def test_bad_input(arguments, error, message):
     assert not layer.running_mean.any()
 
 
+@pytest.mark.once
 def test_need_may_name_what_was_not_added():
     _, saved = bn.forward(X, activation="relu")
     assert bn.backward(X, saved, need="dadd").dadd is None
@@ -434,6 +441,7 @@ def test_need_may_name_what_was_not_added():
 # ---- The layer
 
 
+@pytest.mark.once
 @activations
 def test_the_layer(activation, rng, tmp_path):
     x, dy, add, *_ = data(rng, (20, 4, 3), "float32")
@@ -464,6 +472,7 @@ def test_the_layer(activation, rng, tmp_path):
         assert same(other.eval()(x, add=add), layer.eval()(x, add=add))
 
 
+@pytest.mark.once
 def test_a_layer_whose_input_was_overwritten(rng):
     x, _, add, *_ = data(rng, (20, 4, 3), "float32")
     layer = bn.BatchNorm(4, activation="relu").eval(keep_input=True)
@@ -472,6 +481,7 @@ def test_a_layer_whose_input_was_overwritten(rng):
         layer.backward(x)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("numbers", [[1.0, 2.0], [0.0, 1.0, 2.0], [1.0, 0.0, 0.0], [np.nan, 1.0, 0.0]])
 def test_a_file_with_an_activation_that_is_none(numbers, tmp_path):
     path = tmp_path / "layer.npz"

@@ -20,9 +20,7 @@ SAVED = bn.forward(X, ONES, ONES)[1]
 CPU, CUDA, CUDA_PINNED, ROCM_PINNED = (1, 0), (2, 0), (3, 0), (11, 0)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def level():
-    """Once is enough: the kernels see NumPy's arrays."""
+pytestmark = pytest.mark.once  # the kernels see NumPy's arrays
 
 
 def peer(name):

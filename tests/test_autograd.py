@@ -20,10 +20,7 @@ from batchnorm.autograd import batch_norm
 SHAPES = [((7, 3), 1), ((4, 3, 5), 1), ((2, 4, 3, 3), 1), ((2, 3, 3, 4), -1), ((3, 5), 0)]
 EPS = 0.02
 
-
-@pytest.fixture(autouse=True, scope="module")
-def level():
-    """Once is enough: other tests compare the levels."""
+pytestmark = pytest.mark.once  # other tests compare the levels
 
 
 def textbook(x, gamma, beta, axis=1, eps=1e-5):

@@ -13,7 +13,10 @@ import batchnorm as bn
 from batchnorm._kernels import runtime
 
 ROOT = Path(__file__).parents[1]
-pytestmark = pytest.mark.skipif(not (ROOT / "bench").is_dir(), reason="the benchmarks are in a clone only")
+pytestmark = [
+    pytest.mark.once,  # a process of its own chooses its level itself
+    pytest.mark.skipif(not (ROOT / "bench").is_dir(), reason="the benchmarks are in a clone only"),
+]
 pytest.importorskip("rich")
 
 LATE = """
@@ -31,11 +34,6 @@ def _late(function):
 
 forward = _late(forward)
 """
-
-
-@pytest.fixture(autouse=True, scope="module")
-def level():
-    """Once is enough: a process of its own chooses its level itself."""
 
 
 def bench(*arguments):

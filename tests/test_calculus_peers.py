@@ -8,10 +8,7 @@ import batchnorm as bn
 SHAPES = [((7, 3), 1), ((4, 3, 5), 1), ((2, 4, 3, 3), 1), ((2, 3, 3, 4), -1), ((2, 2, 2, 3, 2), 3)]
 EPS = 0.02
 
-
-@pytest.fixture(autouse=True, scope="module")
-def level():
-    """Once is enough: other tests compare the levels."""
+pytestmark = pytest.mark.once  # other tests compare the levels
 
 
 @pytest.mark.parametrize(("shape", "axis"), SHAPES, ids=str)

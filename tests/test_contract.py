@@ -209,6 +209,7 @@ def test_an_infinite_gamma_stays_in_its_channel(dtype, rng):
     np.testing.assert_array_equal(y[:, 1], bn.forward(x)[0][:, 1])
 
 
+@pytest.mark.once
 def test_the_limits_are_those_of_the_documentation():
     text = (Path(__file__).parents[1] / "docs" / "numerics.md").read_text(encoding="utf-8")
     for name, limits in ULPS.items():

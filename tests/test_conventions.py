@@ -17,10 +17,7 @@ DOUBLE = 2.0**-50
 """Of the factor of gamma, which is calculated in float64."""
 PAGE = Path(__file__).parents[1] / "docs" / "conventions.md"
 
-
-@pytest.fixture(autouse=True, scope="module")
-def level():
-    """Arrays of one number per channel are NumPy's work, so once is enough."""
+pytestmark = pytest.mark.once  # arrays of one number per channel are NumPy's work
 
 
 @pytest.fixture

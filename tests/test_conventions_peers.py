@@ -15,12 +15,10 @@ PREDICTED = 2.0**-21
 FOLLOWED = 1e-5
 """Of running statistics, whose batch variances these systems calculate in float32."""
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # they are those of these systems
-
-
-@pytest.fixture(autouse=True, scope="module")
-def level():
-    """Once is enough: what is compared is not the kernels."""
+pytestmark = [
+    pytest.mark.once,  # what is compared is not the kernels
+    pytest.mark.filterwarnings("ignore"),  # they are those of these systems
+]
 
 
 @pytest.fixture(scope="module")

@@ -19,10 +19,7 @@ ml_dtypes = pytest.importorskip("ml_dtypes")
 
 OTHERS = {"conv1.weight": np.ones((4, 3, 3, 3), np.float32), "fc/bias": np.arange(3), "step": np.array(7)}
 
-
-@pytest.fixture(autouse=True, scope="module")
-def level():
-    """Files and names are the same at every level of kernels."""
+pytestmark = pytest.mark.once  # files and names are the same at every level of kernels
 
 
 @pytest.fixture

@@ -11,6 +11,8 @@ from batchnorm.cs231n import (
     spatial_batchnorm_forward,
 )
 
+pytestmark = pytest.mark.once  # functions of Python over those that are tested on every level
+
 
 def relative_error(x, y):
     """The course's measure: the largest difference over the sum of both sizes."""

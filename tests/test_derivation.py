@@ -19,6 +19,8 @@ sympy = pytest.importorskip("sympy")
 parser = pytest.importorskip("sympy.parsing.latex")
 pytest.importorskip("antlr4")
 
+pytestmark = pytest.mark.once  # the formulas are of the mathematics, not of the kernels
+
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "docs" / "derivation.md").read_text()
 BLOCK = re.compile(r"```math\n(.+?)\n```\n\[`([\w.]+)`\]\((\S+)\)\n```(?:python|cython)\n(.+?)\n```", re.DOTALL)

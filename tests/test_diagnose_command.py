@@ -9,10 +9,7 @@ import batchnorm as bn
 from batchnorm import __main__
 from batchnorm.gradient.drawing import MANY
 
-
-@pytest.fixture(autouse=True, scope="module")
-def level():
-    """Once is enough: it is NumPy on top of the statistics."""
+pytestmark = pytest.mark.once  # it is NumPy on top of the statistics
 
 
 @pytest.fixture

@@ -33,13 +33,15 @@ def problem(shape, axis, dtype, seed=5, eps=1e-5):
     return dy, bn.forward(x, gamma, axis=axis, eps=eps)[1], Pieces(x, gamma, eps, axis)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def level():
-    """Once is enough: it is NumPy on top of the statistics."""
+pytestmark = pytest.mark.once  # it is NumPy on top of the statistics
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("shape", "axis"), SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize(
+    ("shape", "axis"),
+    [pytest.param(*case, marks=[] if case[1] == 1 else pytest.mark.slow) for case in SHAPES.values()],
+    ids=SHAPES,
+)
 @pytest.mark.parametrize("name", hand_written.SLIPS)
 def test_every_slip_is_named(name, shape, axis, dtype):
     dy, saved, pieces = problem(shape, axis, dtype)

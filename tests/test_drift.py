@@ -7,10 +7,7 @@ import batchnorm as bn
 
 MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
 
-
-@pytest.fixture(autouse=True, scope="module")
-def level():
-    """Once is enough: moments are tested elsewhere on every level."""
+pytestmark = pytest.mark.once  # moments are tested elsewhere on every level
 
 
 def data(rng, mean=MEAN, std=STD):

@@ -19,9 +19,7 @@ PARTS = np.split(X, [1, 17, 300, 300, 999])
 WHOLE = bn.population(map(bn.Moments.of, PARTS))
 
 
-@pytest.fixture(autouse=True, scope="module")
-def level():
-    """Once is enough: other tests compare the levels."""
+pytestmark = pytest.mark.once  # other tests compare the levels
 
 
 @pytest.fixture

@@ -67,6 +67,7 @@ def test_any_array(shape, long, axis, dtype, arrange_x, arrange_dy, affine, eps,
     assert_close(largest_errors(x, dy, gamma, beta, axis, eps, y, saved, gradients), x.dtype)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("arrange", ["C", "F", "channels last in memory", "axes swapped"])
 def test_dense_arrays_are_not_copied_and_keep_their_order(arrange, rng):
     x = ARRANGEMENTS[arrange](rng.standard_normal((4, 6, 5, 3)))

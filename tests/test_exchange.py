@@ -15,9 +15,7 @@ from batchnorm.mpi.exchange import Exchange
 RANKS = [1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 33]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def level():
-    """Once is enough: what is exchanged is merged by code that is compiled once."""
+pytestmark = pytest.mark.once  # what is exchanged is merged by code that is compiled once
 
 
 @pytest.fixture(params=["doubling", "Allgather"])

@@ -56,6 +56,7 @@ def test_subnormal_numbers_pass_every_thread(dtype):
     assert (y > 0).all()
 
 
+@pytest.mark.slow
 @x86
 def test_a_process_that_flushes_subnormals_gets_the_same_bits(level):
     """As some libraries make it; ordinary data has none."""

@@ -22,10 +22,7 @@ LEAST = {"float64": 0.0, "float32": 0.0, "float16": 2.0**-25}
 AFFINE = {"gamma and beta": (True, True), "gamma": (True, False), "neither": (False, False)}
 LENGTHS = {"H": 3, "W": 2, "L": 3}
 
-
-@pytest.fixture(autouse=True, scope="module")
-def level():
-    """Once is enough: no kernel takes part in it."""
+pytestmark = pytest.mark.once  # no kernel takes part in it
 
 
 class Layer(NamedTuple):

@@ -9,6 +9,7 @@ from processes import WORKLOAD, search_path, succeeds
 from batchnorm._kernels import runtime
 
 pytestmark = [
+    pytest.mark.once,  # what watches forks is compiled once
     pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here"),
     pytest.mark.skipif(runtime.openmp() == 0, reason="a serial build has no threads to lose"),
 ]

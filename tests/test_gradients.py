@@ -128,6 +128,7 @@ def test_a_path_that_is_not_taken_is_not_read(rng):
     assert not np.isfinite(bn.backward(dy, saved).dx).any()
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("axis", [0, 1, 2, -1])
 def test_the_reference_is_right_too(axis, rng):
     x = rng.standard_normal((5, 4, 6, 3)) + 1

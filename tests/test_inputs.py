@@ -290,6 +290,7 @@ CASES = {
 }
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(("call", "error", "message"), CASES.values(), ids=CASES)
 def test_bad_input(call, error, message):
     with pytest.raises(error, match=message):
@@ -308,6 +309,7 @@ def overlaps(x):
     }
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("how", ["shifted", "reversed", "channels reversed"])
 def test_overlapping_out(how):
     calls = {
@@ -324,6 +326,7 @@ def test_overlapping_out(how):
         np.testing.assert_array_equal(array, before)
 
 
+@pytest.mark.once
 def test_out_that_is_an_input_of_another_role():
     x = X.copy()
     _, saved = bn.forward(x)
@@ -370,6 +373,7 @@ def test_out_of_any_arrangement(arrange):
     np.testing.assert_array_equal(x, bn.inference(X, ONES, ONES))
 
 
+@pytest.mark.once
 def test_read_only_out_is_not_written():
     out = read_only(np.full(X.shape, 7.0))
     for call in (
@@ -383,6 +387,7 @@ def test_read_only_out_is_not_written():
     assert (out == 7).all()
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(("call", "error", "message"), CASES.values(), ids=CASES)
 def test_a_refused_call_leaves_x_alone(call, error, message):
     before = X.tobytes(), SAVED.mean.tobytes()
@@ -391,6 +396,7 @@ def test_a_refused_call_leaves_x_alone(call, error, message):
     assert (X.tobytes(), SAVED.mean.tobytes()) == before
 
 
+@pytest.mark.once
 def test_refused_running_statistics_are_not_half_written():
     mean, var = np.zeros(3), np.ones(3, np.float32)
     with pytest.raises(TypeError):
@@ -426,6 +432,7 @@ def test_parameters_of_integers_are_those_of_float64(dtype):
     assert fixed.dgamma.dtype == fixed.dmean.dtype == np.float64
 
 
+@pytest.mark.once
 def test_one_name_is_a_collection_of_one():
     _, saved = bn.forward(X, ONES, ONES)
     np.testing.assert_array_equal(
@@ -437,6 +444,7 @@ def test_one_name_is_a_collection_of_one():
     assert bn.inference_backward(X, X, ONES, ONES, need="dvar").dvar.shape == (3,)
 
 
+@pytest.mark.once
 def test_numbers_may_be_arrays_without_dimensions():
     np.testing.assert_array_equal(bn.forward(X, eps=np.array(1e-3))[0], bn.forward(X, eps=1e-3)[0])
     mean, var = np.zeros(3), np.ones(3)
@@ -470,6 +478,7 @@ def test_empty_arrays(shape, dtype):
     assert (var == 3).all()
 
 
+@pytest.mark.once
 def test_saved_cannot_be_changed():
     _, saved = bn.forward(X)
     for name in ("x", "mean", "eps", "count", "anything"):
@@ -480,6 +489,7 @@ def test_saved_cannot_be_changed():
             array[0] = 1
 
 
+@pytest.mark.once
 def test_representations():
     y, saved = bn.forward(X.astype(np.float32), ONES)
     assert repr(saved) == "Saved(x=<float32 (2, 3, 4, 5)>, axis=1, eps=1e-05, count=40)"

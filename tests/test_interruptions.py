@@ -18,12 +18,10 @@ SCENARIOS = [
     "kill",
 ]
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def level():
-    """Once is enough: what is tested is the state of a layer, and the kernels do not touch it."""
+pytestmark = [
+    pytest.mark.once,  # what is tested is the state of a layer, and the kernels do not touch it
+    pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here"),
+]
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS)

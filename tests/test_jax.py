@@ -19,9 +19,7 @@ SHAPES = [((7, 3), 1), ((2, 3, 2, 3), 1), ((2, 3, 2, 4), -1), ((3, 5), 0)]
 EPS = 0.02
 
 
-@pytest.fixture(autouse=True, scope="module")
-def level():
-    """Once is enough: other tests compare the levels."""
+pytestmark = pytest.mark.once  # other tests compare the levels
 
 
 @pytest.fixture

@@ -12,6 +12,8 @@ from oracle import FLOAT32_STATISTICS
 
 import batchnorm as bn
 
+pytestmark = pytest.mark.once  # numbers per channel and calls of functions that are tested on every level
+
 
 def snapshot(layer):
     return pickle.dumps((layer.state_dict(), layer.num_batches_tracked, layer.training))

@@ -249,6 +249,7 @@ def test_an_empty_side_changes_nothing(rng):
     assert not empty.var().any()
 
 
+@pytest.mark.once
 def test_a_hundred_thousand_merges(rng):
     """Against math.fsum, to 1e-14."""
     values = rng.standard_normal((200_000, 2)) * 3 + 50
@@ -290,6 +291,7 @@ def test_population_on_other_axes_and_of_mixed_sizes(rng):
     np.testing.assert_allclose(last.m2, m2.astype(float), rtol=1e-14)
 
 
+@pytest.mark.once
 @pytest.mark.slow
 def test_population_needs_the_memory_of_one_chunk(level):
     """Ten million rows that are never there at once."""
@@ -310,6 +312,7 @@ def test_population_needs_the_memory_of_one_chunk(level):
     assert peak < 8 * 2**20
 
 
+@pytest.mark.once
 def test_a_progress_bar_on_a_terminal_alone(rng, monkeypatch, capsys):
     """Where there is a length, too; and the result is the same with it."""
     x = rng.standard_normal((40, 3))
@@ -326,6 +329,7 @@ def test_a_progress_bar_on_a_terminal_alone(rng, monkeypatch, capsys):
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.once
 def test_recalibrate(rng):
     layer = bn.BatchNorm(3, axis=-1, dtype=np.float64)
     x = rng.standard_normal((90, 4, 3)) * 2 + 5
@@ -343,6 +347,7 @@ def test_recalibrate(rng):
         bn.BatchNorm(3, track_running_stats=False).recalibrate([x])
 
 
+@pytest.mark.once
 def test_to_and_from_bytes(rng):
     moments = bn.Moments.of(rng.standard_normal((9, 4)) + 1e5)
     data = moments.to_bytes()
@@ -353,6 +358,7 @@ def test_to_and_from_bytes(rng):
     assert bn.Moments.from_bytes(bn.Moments.of(np.ones((2, 0))).to_bytes()).mean.shape == (0,)
 
 
+@pytest.mark.once
 def test_moments_cannot_be_changed(rng):
     moments = bn.Moments.of(rng.standard_normal((9, 4)))
     before = moments.to_bytes()
@@ -463,12 +469,14 @@ BAD = {
 }
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(("call", "error", "message"), BAD.values(), ids=BAD)
 def test_bad_input(call, error, message):
     with pytest.raises(error, match=message):
         call()
 
 
+@pytest.mark.once
 def test_representations():
     assert repr(bn.Moments(2, [1.0], [8.0])) == "Moments(count=2, mean=[1.], var=[4.])"
     assert repr(bn.GradientSums(2, [1.0], [8.0])) == "GradientSums(count=2, sum_dy=[1.], sum_dy_xmu=[8.])"

@@ -33,10 +33,7 @@ OPEN_MPI = {
 
 needs_mpiexec = pytest.mark.skipif(MPIEXEC is None, reason="there is no mpiexec; `pip install mpich` has one")
 
-
-@pytest.fixture(autouse=True, scope="module")
-def level():
-    """Once is enough: processes of their own choose their level themselves."""
+pytestmark = pytest.mark.once  # processes of their own choose their level themselves
 
 
 def run(ranks, *arguments, timeout=120):
@@ -485,47 +482,55 @@ FAULTS = {
 }
 
 
-@needs_mpiexec
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_on_one_of_four_ranks_moves_no_layer(fault, tmp_path):
-    """Nor does it leave anybody waiting, in the forward pass or in the backward pass."""
-    spoil, error, message = FAULTS[fault]
+@pytest.fixture(scope="module")
+def with_faults(tmp_path_factory):
+    """What four ranks say, of which one has the faults, in one program: to start it takes a second."""
     path = program(
-        tmp_path,
+        tmp_path_factory.mktemp("faults"),
         f"""
         from batchnorm import _arrays
         class Fails:
             def __init__(self, error): self.error = error
             def __array__(self, dtype=None, copy=None): raise self.error
         def no_memory(*_): raise MemoryError("no room")
-        def state(): return b"".join(np.asarray(value).tobytes() for value in layer.state_dict().values())
+        def state(layer): return b"".join(np.asarray(value).tobytes() for value in layer.state_dict().values())
         good = np.arange(4.0).reshape(2, 2) + rank
+        kept = _arrays.Layout.empty, _arrays.Layout.copy
 
-        layer = SyncBatchNorm(2)
-        layer(good)
-        before, kept = state(), (_arrays.Layout.empty, _arrays.Layout.copy)
-        for call in (layer, layer.backward):
-            x, out, threads = good, None, None
-            if rank == 2:
-                {spoil}
-            try:
-                call(x, out=out, num_threads=threads)
-            except BaseException as error:
-                say(type(error).__name__, error)
-            _arrays.Layout.empty, _arrays.Layout.copy = kept
-            layer.eps = 1e-5
-            assert state() == before
-        layer(good)
-        assert layer.num_batches_tracked == 2
-        assert len(set(comm.allgather(state()))) == 1
-        say("went on")
+        for fault, spoil in {[(fault, spoil) for fault, (spoil, *_) in FAULTS.items()]}:
+            layer = SyncBatchNorm(2)
+            layer(good)
+            before = state(layer)
+            for call in (layer, layer.backward):
+                given = {{"x": good, "out": None, "threads": None, "layer": layer}}
+                if rank == 2:
+                    exec(spoil, globals(), given)
+                try:
+                    call(given["x"], out=given["out"], num_threads=given["threads"])
+                except BaseException as error:
+                    say(f"{{fault}}: {{type(error).__name__}} {{error}}")
+                _arrays.Layout.empty, _arrays.Layout.copy = kept
+                layer.eps = 1e-5
+                assert state(layer) == before, fault
+            layer(good)
+            assert layer.num_batches_tracked == 2
+            assert len(set(comm.allgather(state(layer)))) == 1
+            say(f"{{fault}}: went on")
         """,
     )
-    done = run(4, path, timeout=60)
-    assert done.stdout.count("went on") == 4, done.stdout + done.stderr
+    return run(4, path, timeout=120)
+
+
+@needs_mpiexec
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_on_one_of_four_ranks_moves_no_layer(fault, with_faults):
+    """Nor does it leave anybody waiting, in the forward pass or in the backward pass."""
+    spoil, error, message = FAULTS[fault]
+    said = with_faults.stdout.splitlines()
+    lines = [line.removeprefix(f"{fault}: ") for line in said if line.startswith(f"{fault}: ")]
+    assert lines.count("went on") == 4, with_faults.stdout + with_faults.stderr
     passes = 1 if "eps" in spoil else 2
-    lines = done.stdout.splitlines()
-    assert len([line for line in lines if line.startswith(error) and message in line]) == passes, done.stdout
+    assert len([line for line in lines if line.startswith(error) and message in line]) == passes, lines
     assert lines.count("RuntimeError rank 2 refused its arguments; its own error says why") == 3 * passes
 
 

@@ -20,6 +20,8 @@ import batchnorm as bn
 from batchnorm import _kernels
 from batchnorm._kernels import lookup, memoryviews, per_channel, runtime
 
+pytestmark = pytest.mark.once  # but for what is looked for in the modules themselves
+
 DOCUMENTED = [
     "functional",
     "folding",
@@ -69,6 +71,7 @@ def test_all_public_names_are_documented():
             assert f"{section}\n" in function.__doc__, (function, section)
 
 
+@pytest.mark.every_level
 def test_the_environment_chooses_the_level(level):
     program = "import batchnorm as bn; print(bn.show_config(mode='dicts')['kernels']['level'])"
     assert succeeds(program, BATCHNORM_ISA=level) == level
@@ -241,6 +244,7 @@ def stub(name):
     return ast.parse(Path(_kernels.__file__).with_name(name).read_text()).body
 
 
+@pytest.mark.every_level
 @pytest.mark.parametrize("char", _kernels.NAMES)
 def test_the_kernels_are_what_their_stub_says(char, level):
     (protocol,) = (node for node in stub("kernels.pyi") if isinstance(node, ast.ClassDef))
@@ -263,6 +267,7 @@ def of_every_type():
     return [_kernels.of_type[char] for char in _kernels.NAMES]
 
 
+@pytest.mark.every_level
 @pytest.mark.skipif(shutil.which("readelf") is None, reason="needs readelf")
 def test_modules_bind_when_they_are_loaded(level):
     """The addresses of calls are read-only afterwards, so a program cannot overwrite them."""
@@ -272,6 +277,7 @@ def test_modules_bind_when_they_are_loaded(level):
         assert "BIND_NOW" in shown, module
 
 
+@pytest.mark.every_level
 @pytest.mark.skipif(shutil.which("objdump") is None, reason="needs objdump")
 def test_no_instruction_that_rounds_otherwise(level):
     """Contracted multiplications and additions, or estimates of roots and quotients, differ between processors."""

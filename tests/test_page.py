@@ -24,10 +24,7 @@ BETA = 0.5
 NUMBER, TABLE = re.compile(r"-?\d+\.\d+"), re.compile(r"[\s\d.-]*\d[\s\d.-]*")
 VOID = {"meta", "link", "input", "br"}
 
-
-@pytest.fixture(autouse=True, scope="module")
-def level():
-    """Once is enough: no promise here depends on the level."""
+pytestmark = pytest.mark.once  # no promise here depends on the level
 
 
 def explain(*arguments, **environment):

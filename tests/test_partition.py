@@ -35,10 +35,7 @@ PRIMES = [2, 3, 5, 7, 13, 31, 61, 127, 257, 509, 1031, 4093, 8191, 8209, 16411, 
 MOST = 1 << 21
 """Values of a generated view."""
 
-
-@pytest.fixture(autouse=True, scope="module")
-def level():
-    """Once is enough: each test asks the kernels of every level."""
+pytestmark = pytest.mark.once  # each test asks the kernels of every level
 
 
 @st.composite

@@ -10,6 +10,8 @@ from shapes import ARRANGEMENTS, VIEWS
 import batchnorm as bn
 from batchnorm import reference
 
+pytestmark = pytest.mark.once  # it is NumPy on top of the statistics
+
 DTYPES = ["float32", "float64"]
 PATHS = ("direct", "mean", "variance")
 SUM_LIMIT = 4  # ulps of the largest term between dx and the sum of its pathways

@@ -5,13 +5,13 @@ import doctest
 import os
 import pickle
 import re
-import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 from shapes import ARRANGEMENTS, VIEWS
+from test_memory import peak
 
 import batchnorm as bn
 
@@ -124,6 +124,7 @@ def test_out_may_be_what_is_added(rng):
                 np.testing.assert_array_equal(own, expected)
 
 
+@pytest.mark.once
 def test_what_numpy_can_read(rng, tmp_path):
     """Lists of floats, memory-mapped images, another dtype's byte order."""
     plan = bn.Plan(*given(3, rng))
@@ -150,6 +151,7 @@ def test_between_16_bit_types_it_is_calculated_in_float32(rng):
         same_bits(bn.Plan(*numbers)(x).view(np.uint16), bn.inference(x, *numbers).view(np.uint16))
 
 
+@pytest.mark.once
 def test_the_plan_of_a_layer_is_the_layer_in_evaluation(rng):
     layer = bn.BatchNorm(5, axis=-1, eps=1e-3, activation=("leaky_relu", 0.2))
     layer.gamma, layer.beta = rng.standard_normal((2, 5))
@@ -167,6 +169,7 @@ def test_the_plan_of_a_layer_is_the_layer_in_evaluation(rng):
         bn.Plan.of(bn.BatchNorm(5, track_running_stats=False))
 
 
+@pytest.mark.once
 def test_it_cannot_be_changed(rng):
     numbers = given(4, rng)
     plan = bn.Plan(*numbers, axis=0, eps=0.25, activation="relu", dtype="f4")
@@ -185,6 +188,7 @@ def test_it_cannot_be_changed(rng):
     assert not (plan.mean == 7).any()
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda plan: pickle.loads(pickle.dumps(plan))])
 def test_a_copy_does_the_same(copied, rng):
     plan = bn.Plan(*given(4, rng), axis=-1, activation=("clip", -1.0, 1.0), dtype=np.float32)
@@ -194,6 +198,7 @@ def test_a_copy_does_the_same(copied, rng):
     assert repr(copied(plan)) == repr(plan)
 
 
+@pytest.mark.once
 def test_threads_and_children_of_a_fork_may_share_it(rng):
     numbers = given(8, rng)
     plan = bn.Plan(*numbers)
@@ -211,18 +216,14 @@ def test_threads_and_children_of_a_fork_may_share_it(rng):
     assert os.waitpid(child, 0)[1] == 0
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("dtype", [np.float32, np.uint8])
 def test_it_allocates_y_and_no_more(dtype, rng):
     x = rng.integers(0, 200, (16, 3, 200, 200)).astype(dtype)
     plan, y = bn.Plan(*given(3, rng)), np.empty(x.shape, np.float32)
     for call, allowed in ((lambda: plan(x), y.nbytes), (lambda: plan(x, out=y), 0)):
         call()
-        tracemalloc.start()
-        kept = call()
-        peak = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
-        assert peak < allowed + 10_000
-        del kept
+        assert peak(call) < allowed + 10_000
 
 
 def test_an_empty_batch_gives_an_empty_y(rng):
@@ -324,6 +325,7 @@ BAD = {
 }
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input(name):
     call, error, message = BAD[name]
@@ -335,6 +337,7 @@ def test_bad_input(name):
     np.testing.assert_array_equal(X8, before[1])
 
 
+@pytest.mark.once
 def test_it_says_what_it_does():
     said = {
         repr(bn.Plan(ONES, ONES)): "Plan(3 channels along axis 1: y = (x − mean)·gamma/√(var + 1e-05) + beta)",
@@ -348,6 +351,7 @@ def test_it_says_what_it_does():
     assert re.fullmatch(r"Plan\(3 channels along axis -1: .*√\(var \+ 0\.0\).*\)", repr(bn.Plan.normalizer(ONES, ONES)))
 
 
+@pytest.mark.once
 def test_the_page():
     page = Path(__file__).parents[1] / "docs" / "deploy.md"
     failed, tried = doctest.testfile(str(page), module_relative=False)

@@ -19,10 +19,7 @@ pytest.importorskip("matplotlib")
 COMMAND = [sys.executable, "-W", "error", "-m", "batchnorm"]
 PASSES = ["forward", "backward", "inference"]
 
-
-@pytest.fixture(scope="session")
-def level():
-    """The command chooses its level itself, so once is enough."""
+pytestmark = pytest.mark.once  # the command chooses its level itself
 
 
 def run(*arguments, path=None, stdout=subprocess.PIPE, **environment):

@@ -10,7 +10,10 @@ import batchnorm as bn
 from batchnorm import _kernels
 from batchnorm._kernels import per_channel, runtime
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # NumPy gives up changing arrays in place
+pytestmark = [
+    pytest.mark.once,  # what is kept and what is refused is the same on every level
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # NumPy gives up changing arrays in place
+]
 
 SHAPE = (4, 6)
 ONES = np.ones(6)

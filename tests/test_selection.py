@@ -456,6 +456,7 @@ def test_16_bits(view, name, rng):
 # ---- Layers
 
 
+@pytest.mark.once
 def test_a_layer_follows_what_counts(rng):
     x, dy, *_ = batch(rng, (8, 3, 10), "float64")
     lengths = np.array([10, 0, 3, 1, 7, 5, 2, 9])
@@ -480,6 +481,7 @@ def test_a_layer_follows_what_counts(rng):
             np.testing.assert_allclose(again.running_var, layer.running_var, rtol=1e-12)
 
 
+@pytest.mark.once
 def test_evaluation(rng):
     x, dy, *_ = batch(rng, (8, 3, 10), "float32")
     lengths = rng.integers(0, 11, 8)
@@ -493,6 +495,7 @@ def test_evaluation(rng):
     assert np.array_equal(layer(x, weights=np.ones((8, 10))), plain)
 
 
+@pytest.mark.once
 def test_a_batch_that_is_masked_as_a_whole_is_empty(rng):
     x, dy, *_ = batch(rng, (8, 3, 10), "float32")
     layer = bn.BatchNorm(3)
@@ -511,6 +514,7 @@ def test_a_batch_that_is_masked_as_a_whole_is_empty(rng):
     assert (var == 1).all()
 
 
+@pytest.mark.once
 def test_one_value_is_too_few_for_training(rng):
     x = rng.standard_normal((8, 3, 10))
     mask, lengths = np.zeros((8, 10), bool), np.zeros(8, int)
@@ -532,6 +536,7 @@ def test_one_value_is_too_few_for_training(rng):
 # ---- What is saved
 
 
+@pytest.mark.once
 def test_a_copy_of_what_is_saved(rng):
     x, dy, *_ = batch(rng, (8, 5, 10), "float32")
     for selects in (
@@ -546,6 +551,7 @@ def test_a_copy_of_what_is_saved(rng):
             assert copy.count == saved.count
 
 
+@pytest.mark.once
 def test_a_mask_may_change_after_the_call(rng):
     x, dy, *_ = batch(rng, (8, 5, 10), "float32")
     for name, array in {
@@ -559,6 +565,7 @@ def test_a_mask_may_change_after_the_call(rng):
         assert np.array_equal(bn.backward(dy, saved).dx, before)
 
 
+@pytest.mark.once
 def test_what_explains_gradients_takes_no_selection(rng):
     x, dy, *_ = batch(rng, (8, 5, 10), "float32")
     _, saved = bn.forward(x, mask=rng.random((8, 10)) < 0.5)
@@ -627,6 +634,7 @@ BAD = {
 }
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(("arguments", "error", "message"), BAD.values(), ids=BAD)
 def test_bad_input(arguments, error, message):
     out = np.full_like(X, 5)
@@ -644,12 +652,14 @@ def test_bad_input(arguments, error, message):
     assert (out == 5).all()
 
 
+@pytest.mark.once
 def test_lengths_need_sequences():
     message = r"lengths need x with 3 dimensions, sequences, places and channels, got x of shape \(4, 3\)"
     with pytest.raises(ValueError, match=message):
         bn.forward(X[..., 0], lengths=[1, 1, 1, 1])
 
 
+@pytest.mark.once
 def test_moments_and_sums_that_do_not_fit():
     with pytest.raises(ValueError, match="moments must be of at least one value"):
         bn.forward(X, moments=bn.Moments(0, np.zeros(3), np.zeros(3)), mask=MASK)
@@ -661,12 +671,14 @@ def test_moments_and_sums_that_do_not_fit():
         bn.Moments(3, [0.0], [1.0], weight=-1)
 
 
+@pytest.mark.once
 def test_population_wants_as_many_as_batches():
     for lengths, came in (([[5] * 4], "fewer"), ([[5] * 4] * 3, "more")):
         with pytest.raises(ValueError, match=f"lengths must have one item per batch, got {came}"):
             bn.population([X, X], lengths=lengths)
 
 
+@pytest.mark.once
 def test_the_page():
     page = Path(__file__).parent.parent / "docs" / "masks.md"
     if not page.exists():

@@ -31,9 +31,7 @@ ELSEWHERE = {"__version__", "cs231n", "mpi"}
 needs_site = pytest.mark.skipif(not SITE.is_dir(), reason="needs the built site, as of nox -s docs")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def level():
-    """Once is enough: no promise here depends on the level."""
+pytestmark = pytest.mark.once  # no promise here depends on the level
 
 
 def public(module):

@@ -34,10 +34,7 @@ NIST = {
 }
 BOTH = [(True, True), (True, False), (False, True), (False, False)]
 
-
-@pytest.fixture(autouse=True, scope="module")
-def level():
-    """Once is enough: other tests compare the levels."""
+pytestmark = pytest.mark.once  # other tests compare the levels
 
 
 @parametrize_with_checks([Standardizer(with_mean=mean, with_std=std) for mean, std in BOTH])

@@ -22,6 +22,8 @@ from processes import python
 
 import batchnorm as bn
 
+pytestmark = pytest.mark.once  # files are the same on every level
+
 SETTINGS = [
     {},
     {"axis": -1, "eps": 1e-3, "momentum": None, "dtype": np.float64},

@@ -28,6 +28,7 @@ def undecided(monkeypatch):
     monkeypatch.setattr(_threads, "_openmp_at_import", runtime.max_threads())
 
 
+@pytest.mark.once
 def test_who_decides(undecided, monkeypatch):
     assert _threads.decide() == (6, "processors of this process")
     monkeypatch.setattr(_threads, "_quota_at_import", 4)
@@ -44,6 +45,7 @@ def test_who_decides(undecided, monkeypatch):
     assert _threads.threads_for(10, 9) == 1
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("environment", "expected"),
     [
@@ -64,6 +66,7 @@ def test_the_environment_decides(environment, expected):
     assert decided_with(environment) == expected
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("text", ["", "0", "-2", "many", "1.5", pytest.param("9" * 5000, id="5000 digits")])
 def test_a_useless_variable_decides_nothing(text):
     assert decided_with({"BATCHNORM_NUM_THREADS": text}) == decided_with({})
@@ -85,6 +88,7 @@ BOUND = [
 ]
 
 
+@pytest.mark.once
 @linux
 @pytest.mark.parametrize("environment", BOUND, ids=str)
 def test_a_runtime_that_pins_its_threads_has_all_processors(environment):
@@ -92,6 +96,7 @@ def test_a_runtime_that_pins_its_threads_has_all_processors(environment):
     assert decided_with(environment) == decided_with({})
 
 
+@pytest.mark.once
 @linux
 def test_processors_that_are_not_for_this_process_do_not_count():
     one = f"os.sched_setaffinity(0, {{{CPUS[0]}}})"
@@ -102,6 +107,7 @@ def test_processors_that_are_not_for_this_process_do_not_count():
     assert decided_with({}, after) == "1 processors of this process"
 
 
+@pytest.mark.once
 def test_the_number_of_threads_for_a_while(undecided):
     with bn.num_threads(5):
         assert _threads.decide() == (5, "set_num_threads")
@@ -118,12 +124,14 @@ def test_the_number_of_threads_for_a_while(undecided):
     assert _threads.decide() == (6, "processors of this process")
 
 
+@pytest.mark.once
 def test_back_to_the_default(undecided):
     bn.set_num_threads(5)
     bn.set_num_threads(None)
     assert _threads.decide() == (6, "processors of this process")
 
 
+@pytest.mark.once
 def test_limits_of_threadpoolctl_are_obeyed(undecided):
     before = _threads.decide()
     with threadpool_limits(1):
@@ -131,6 +139,7 @@ def test_limits_of_threadpoolctl_are_obeyed(undecided):
     assert _threads.decide() == before
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("files", "membership", "expected"),
     [
@@ -156,6 +165,7 @@ def test_quota(files, membership, expected, tmp_path):
     assert _threads._quota(str(tmp_path), str(tmp_path / "membership")) == expected
 
 
+@pytest.mark.once
 def test_quota_without_cgroups(tmp_path):
     assert _threads._quota(str(tmp_path), str(tmp_path / "missing")) is None
 
@@ -202,6 +212,13 @@ def resident():
     getattr(ctypes.CDLL(None), "malloc_trim", lambda keep: None)(0)     # free memory that glibc keeps
     return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGESIZE")
 
+def settled(number):
+    # Teams leave a moment after their threads, on a busy machine a long one.
+    end = time.monotonic() + 10
+    while threads() > number and time.monotonic() < end:
+        time.sleep(0.02)
+    return threads()
+
 """
 )
 ONE_HEAP = {"MALLOC_ARENA_MAX": "1"}  # glibc keeps a heap for every thread there ever was, which looks like a leak
@@ -223,6 +240,7 @@ SETTINGS = [
 ]
 
 
+@pytest.mark.slow
 def test_no_setting_of_openmp_changes_bits(level):
     program = WATCHED + "print(hashlib.sha256(results(None)).hexdigest(), hashlib.sha256(results(4)).hexdigest())"
     nothing = {name: None for setting in SETTINGS for name in setting}
@@ -231,6 +249,7 @@ def test_no_setting_of_openmp_changes_bits(level):
     assert len(set(found["{}"].split())) == 1
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("setting", "spins"),
     [
@@ -280,6 +299,7 @@ assert done
     succeeds(WATCHED + program, BATCHNORM_ISA=level)
 
 
+@pytest.mark.once
 @linux
 def test_a_limit_of_threadpoolctl_is_the_number_of_threads(level):
     program = """
@@ -293,6 +313,7 @@ print(alone, threads())
     assert succeeds(WATCHED + program, BATCHNORM_ISA=level, OPENBLAS_NUM_THREADS="1") == "1 3"
 
 
+@pytest.mark.once
 @linux
 @pytest.mark.measures
 def test_an_idle_team_uses_no_processor(level):
@@ -300,6 +321,7 @@ def test_an_idle_team_uses_no_processor(level):
     assert float(succeeds(WATCHED + program, BATCHNORM_ISA=level)) < 0.1
 
 
+@pytest.mark.once
 @linux
 @pytest.mark.slow
 @pytest.mark.measures
@@ -313,7 +335,7 @@ def turns(n):
 turns(500)
 before = threads(), resident()
 turns(5000)
-print(threads() - before[0], resident() - before[1])
+print(settled(before[0]) - before[0], resident() - before[1])
 """
     more, grown = map(int, succeeds(WATCHED + program, timeout=300, BATCHNORM_ISA=level).split())
     assert more == 0
@@ -344,6 +366,7 @@ def which(turn):
     return (turn // 50) % 3, 0 if turn % 50 == 0 else 1 + turn % 3
 
 expected = {(k, i): work(k, i) for k in range(3) for i in range(4)}
+alone = threads()
 wrong = []
 
 def run(offset):
@@ -360,7 +383,7 @@ def crowd():
         thread.start()
     for thread in crowd:
         thread.join()
-    time.sleep(0.5)         # their teams leave a moment after them
+    settled(alone)
 """
 
 
@@ -375,7 +398,7 @@ before = threads(), resident()
 CALLS = 10_000
 crowd()
 assert not wrong, wrong[:10]
-print(threads() - before[0], resident() - before[1])
+print(settled(before[0]) - before[0], resident() - before[1])
 """
     more, grown = map(int, succeeds(WATCHED + MIXED + program, timeout=500, BATCHNORM_ISA=level, **ONE_HEAP).split())
     assert more <= 0
@@ -388,6 +411,7 @@ def test_sixteen_threads_that_are_switched_all_the_time(level):
     succeeds(WATCHED + MIXED + program, timeout=300, BATCHNORM_ISA=level)
 
 
+@pytest.mark.once
 @linux
 @pytest.mark.measures
 def test_threads_that_end_leave_nothing(level):
@@ -401,14 +425,14 @@ x = x[:8].copy()
 many(50)
 before = threads(), resident()
 many(2000)
-time.sleep(0.1)
-print(threads() - before[0], resident() - before[1])
+print(settled(before[0]) - before[0], resident() - before[1])
 """
     more, grown = map(int, succeeds(WATCHED + program, timeout=300, BATCHNORM_ISA=level, **ONE_HEAP).split())
     assert more <= 0
     assert grown < 4 << 20
 
 
+@pytest.mark.once
 def test_python_goes_on_during_a_call(level):
     program = """
 large = np.broadcast_to(x, (40, *x.shape)).reshape(-1, *x.shape[1:])
@@ -422,17 +446,20 @@ done = False
 ticking = threading.Thread(target=tick)
 ticking.start()
 time.sleep(0.05)
-begin = time.perf_counter()
-bn.forward(large, out=out, num_threads=1)
-end = time.perf_counter()
+for _ in range(5):
+    begin = time.perf_counter()
+    bn.forward(large, out=out, num_threads=1)
+    end = time.perf_counter()
+    between = [begin, *(t for t in ticks if begin < t < end), end]
+    print(max(b - a for a, b in zip(between, between[1:])) / (end - begin))
 done = True
 ticking.join()
-between = [begin, *(t for t in ticks if begin < t < end), end]
-print(max(b - a for a, b in zip(between, between[1:])) / (end - begin))
 """
-    assert float(succeeds(WATCHED + program, BATCHNORM_ISA=level)) < 0.7
+    # On a busy machine either thread may wait for a processor, but not in every call.
+    assert min(map(float, succeeds(WATCHED + program, BATCHNORM_ISA=level).split())) < 0.7
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("momentum", [None, 0.25])
 def test_threads_that_share_a_layer_in_training(momentum, rng):
     """Every batch counts once: for the cumulative mean, and for the counter."""
@@ -462,6 +489,7 @@ def test_threads_that_share_a_layer_in_training(momentum, rng):
         np.testing.assert_allclose(layer.running_var, all_batches.var(axis=1, ddof=1).mean(axis=0), rtol=1e-13)
 
 
+@pytest.mark.once
 def test_threads_that_share_a_layer_work_at_the_same_time(monkeypatch, rng):
     """The lock is for copying numbers per channel: it is free while a batch is worked on."""
     layer, x, free = bn.BatchNorm(3), rng.standard_normal((4, 3)), []

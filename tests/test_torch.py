@@ -51,10 +51,7 @@ ACTIVATIONS = {
     ("clip", -0.5, 1.5): lambda y: y.clamp(-0.5, 1.5),
 }
 
-
-@pytest.fixture(autouse=True, scope="module")
-def level():
-    """Once is enough: other tests compare the levels."""
+pytestmark = pytest.mark.once  # other tests compare the levels
 
 
 @pytest.fixture(autouse=True)

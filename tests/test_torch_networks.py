@@ -17,9 +17,7 @@ from batchnorm.torch import convert, revert  # noqa: E402
 MEMORY = {"NCHW": torch.contiguous_format, "channels last": torch.channels_last}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def level():
-    """Once is enough: other tests compare the levels."""
+pytestmark = pytest.mark.once  # other tests compare the levels
 
 
 def network(name):

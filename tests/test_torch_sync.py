@@ -32,9 +32,7 @@ PREAMBLE = """
     """
 
 
-@pytest.fixture(autouse=True, scope="module")
-def level():
-    """Once is enough: other tests compare the levels."""
+pytestmark = pytest.mark.once  # other tests compare the levels
 
 
 def run(folder, ranks, body):

@@ -28,9 +28,7 @@ OVERLOADED = [
 ]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def level():
-    """Signatures do not depend on it."""
+pytestmark = pytest.mark.once  # signatures do not depend on it
 
 
 def fields():

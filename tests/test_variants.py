@@ -49,10 +49,7 @@ SELECTS = {
 }
 selected = pytest.mark.parametrize("select", SELECTS.values(), ids=SELECTS)
 
-
-@pytest.fixture(autouse=True, scope="module")
-def level():
-    """Once is enough: all of it is made of calls that are tested on every level."""
+pytestmark = pytest.mark.once  # all of it is made of calls that are tested on every level
 
 
 def as_type(array, name):

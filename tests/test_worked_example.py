@@ -11,10 +11,7 @@ from processes import search_path
 
 NUMBER = re.compile(r"-?\d+\.\d+")
 
-
-@pytest.fixture(autouse=True, scope="module")
-def level():
-    """Once is enough: a process of its own chooses its level itself."""
+pytestmark = pytest.mark.once  # a process of its own chooses its level itself
 
 
 def run(*arguments, **environment):

@@ -14,10 +14,7 @@ import batchnorm as bn
 
 DTYPES = ["float64", "float32"]
 
-
-@pytest.fixture(autouse=True, scope="module")
-def level():
-    """Once is enough: it is NumPy on top of the statistics."""
+pytestmark = pytest.mark.once  # it is NumPy on top of the statistics
 
 
 def diagnosed(case, shape, dtype, rng, offset=0.4):
@@ -36,7 +33,7 @@ def as_set(name):
     return frozenset(name.split(" + "))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", ["float64", pytest.param("float32", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("case", ALL, ids=[case.gradient.__name__ for case in ALL])
 def test_they_are_named(case, dtype):
     diagnosis, acceptable, named = diagnosed(
@@ -53,7 +50,7 @@ def test_there_are_enough_of_them():
     assert sum(case.images for case in ALL) >= 25
 
 
-@pytest.mark.parametrize("seed", range(120))
+@pytest.mark.parametrize("seed", [*range(30), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(30, 120))])
 def test_no_wrong_name_is_sure_on_any_data(seed):
     """Few values, few channels and counts that coincide make slips look alike. Then the answer must say so."""
     rng = np.random.default_rng(seed)

@@ -21,7 +21,7 @@ def slope(f, step=STEP):
 
 
 class Case(NamedTuple):
-    """Channels with n values each, (C, n), and numbers per channel, (C, 1), all long double."""
+    """Channels with n values each, (…, C, n), and numbers per channel, (…, C, 1), all long double."""
 
     x: np.ndarray
     gamma: np.ndarray
@@ -37,9 +37,9 @@ class Case(NamedTuple):
     def moments(self):
         mean, var = self.held
         if mean is None:
-            mean = (self.share * self.x).sum(axis=1, keepdims=True)
+            mean = (self.share * self.x).sum(axis=-1, keepdims=True)
         if var is None:
-            var = (self.share * (self.x - mean) ** 2).sum(axis=1, keepdims=True)
+            var = (self.share * (self.x - mean) ** 2).sum(axis=-1, keepdims=True)
         return mean, var
 
     def pre(self):
@@ -58,7 +58,7 @@ class Case(NamedTuple):
         mean, var = self.moments()
         dy, rstd = dy * passing, 1 / np.sqrt(var + self.eps)
         xhat = (self.x - mean) * rstd
-        dbeta, dgamma = dy.sum(axis=1, keepdims=True), (dy * xhat).sum(axis=1, keepdims=True)
+        dbeta, dgamma = dy.sum(axis=-1, keepdims=True), (dy * xhat).sum(axis=-1, keepdims=True)
         dx = self.gamma * rstd * dy
         dx = dx - ("mean" in self.through) * self.gamma * rstd * self.share * dbeta
         dx = dx - ("variance" in self.through) * self.gamma * rstd * self.share * xhat * dgamma
