@@ -5,7 +5,6 @@ The best level comes first. The others are `slow`, for they hold the same source
 """
 
 import gc
-
 import shutil
 
 import numpy as np
