@@ -9,7 +9,7 @@ Decisions:
   their sites. Otherwise those names are plain text.
 - Furo, because it is one column of text and one of contents on any screen, in light and dark, and little else.
 - A name in single quotes is a link if there is such a name, else code, as docstrings use them.
-- PyTorch is large and MPI needs a library, so both are stood in for: only their docstrings are read.
+- PyTorch and JAX are large and MPI needs a library, so `stand_ins.py` takes their place: only docstrings are read.
 """
 
 import sys
@@ -17,12 +17,11 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from numpydoc.xref import DEFAULT_LINKS
-from sphinx.ext.autodoc.mock import _MockObject
 
 import batchnorm
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE))  # for programs.py
+sys.path.insert(0, str(HERE))  # for programs.py and stand_ins.py
 
 project = "batchnorm"
 version = release = batchnorm.__version__
@@ -38,6 +37,7 @@ extensions = [
     "sphinx_copybutton",
     "sphinx_gallery.gen_gallery",
     "sphinxcontrib.programoutput",
+    "stand_ins",
 ]
 
 root_doc = "docs/index"
@@ -50,8 +50,7 @@ myst_fence_as_directive = {"math"}
 
 # The API
 default_role = "py:obj"
-autodoc_mock_imports = ["mpi4py", "torch"]
-_MockObject.__or__ = lambda self, _: self  # as in Tensor | None
+autodoc_mock_imports = ["jax", "mpi4py", "torch"]
 autodoc_typehints = "none"  # the docstrings have them in words
 autodoc_preserve_defaults = True
 numpydoc_show_class_members = False
@@ -66,7 +65,8 @@ numpydoc_validation_checks = {
 }
 numpydoc_validation_exclude = {
     r"batchnorm\.(Diagnosis|Drift|Folded|Saved|Tangents|Pathways|\w+Gradients|Gradients)$",  # what functions return
-    r"batchnorm\.torch\.BatchNorm\dd$",  # whose parameters are PyTorch's
+    r"batchnorm\.(jax\.Statistics|mpi\.Communicator)$",
+    r"batchnorm\.torch\.\w*BatchNorm\w*$",  # whose parameters are PyTorch's
 }
 
 if tags.has("online"):  # noqa: F821 (Sphinx puts it here)
@@ -87,11 +87,11 @@ linkcheck_retries = 3
 sphinx_gallery_conf = {
     "examples_dirs": "examples",
     "gallery_dirs": "docs/gallery",
-    "filename_pattern": r"/(?!digits_mpi)\w+\.py$",
+    "filename_pattern": r"/(?!digits_mpi|torch_)\w+\.py$",
     "within_subsection_order": "FileNameSortKey",
     "reset_argv": "programs.arguments",
     "image_scrapers": ("programs.pictures",),
-    "default_thumb_file": str(HERE / "distributed.png"),  # of the program that is not run
+    "default_thumb_file": str(HERE / "distributed.png"),  # of programs that are not run
     "capture_repr": (),
     "notebook_extensions": set(),
     "download_all_examples": False,

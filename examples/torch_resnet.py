@@ -1,4 +1,7 @@
-"""A small residual network on handwritten digits, in PyTorch: with its own batch norm and with `batchnorm.torch`.
+"""A network in PyTorch, converted
+===============================
+
+A small residual network on handwritten digits, in PyTorch: with its own batch norm and with `batchnorm.torch`.
 
 One model is built, copied, and the copy is converted: `convert(copy.deepcopy(model))` is the whole change. Decisions:
 
