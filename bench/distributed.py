@@ -22,10 +22,10 @@ from typing import Any
 import numpy as np
 
 from . import simulation
-from .rank import CHANNELS
+from .rank import CHANNELS, packet_of
 from .simulation import CLUSTER, Software
 
-RANKS = (1, 2, 3, 4)
+RANKS = (1, 2, 4)
 MODELLED = tuple(2**k for k in range(1, 17))
 SHOWN = (2, 3, 4, 5, 6, 7, 8, 32, 128, 512, 4096, 65536)
 MERGED = tuple(ranks for ranks in sorted({*MODELLED, *SHOWN}) if ranks <= 4096)
@@ -46,9 +46,19 @@ def measure(ranks: int, build: str | None = None) -> Found:
     return found
 
 
+def least_of(found: list[Any]) -> Any:
+    """The least of every number that several measurements found."""
+    first = found[0]
+    if isinstance(first, dict):
+        return {name: least_of([each[name] for each in found]) for name in first}
+    if isinstance(first, list):
+        return [least_of(list(each)) for each in zip(*found, strict=True)]
+    return min(found)
+
+
 def fit(messages: dict[str, float]) -> tuple[float, float]:
     """α and β: time = α + β·bytes, weighted by 1/time."""
-    size, taken = np.array(list(messages), float), np.array(list(messages.values()))
+    size, taken = [packet_of(int(channels)).nbytes for channels in messages], np.array(list(messages.values()))
     beta, alpha = np.polyfit(size, taken, 1, w=1 / taken)
     return float(alpha), float(beta)
 
@@ -77,15 +87,16 @@ def of_steps(found: list[Found], before: list[Found]) -> list[str]:
     return _table(head, rows)
 
 
-def of_exchanges(found: list[Found], soft: Software, alpha: float, beta: float) -> list[str]:
+def of_exchanges(found: list[Found], soft: Software) -> list[str]:
     rows = []
     for run in found:
         if run["ranks"] > 1:
             rows += [[f"{run['ranks']} ranks, {way}", *_micros(run[way].values())] for way in ("doubling", "Allgather")]
         if run["ranks"] == 2:
-            kinds = [(channels, "moments") for channels in CHANNELS]
-            time = (alpha + soft.call + simulation.packet_of(kind).nbytes * beta + soft.between[kind] for kind in kinds)
-            rows.append(["2 ranks, doubling, modelled", *_micros(time)])
+            alone = [run["messages"][str(channels)] for channels in CHANNELS]
+            software = [soft.between[channels, "moments"] for channels in CHANNELS]
+            rows += [["2 ranks, a message alone", *_micros(alone)]]
+            rows += [["2 ranks, a message and the software", *_micros(map(sum, zip(alone, software, strict=True)))]]
     for what, times in (("a merge", soft.merging), ("all between two messages", soft.between)):
         for name in simulation.MERGES:
             rows.append([f"{what}, {name}", *_micros((times[channels, name] for channels in CHANNELS), 2)])
@@ -114,17 +125,21 @@ def draw(modelled: dict[str, dict[int, float]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.distributed", description=__doc__.partition("\n")[0])
     parser.add_argument("--before", metavar="DIRECTORY", help="another build of the package, to be measured beside it")
+    parser.add_argument(
+        "--visits", type=int, default=1, metavar="N", help="measure so often, in turns; the least counts"
+    )
     parser.add_argument("--output", type=Path, metavar="FILE.md", help="write the tables there, a picture beside it")
     chosen = parser.parse_args()
     if shutil.which("mpiexec") is None:
         sys.exit("python -m bench.distributed: there is no mpiexec; python -m pip install mpich has one")
     if chosen.output and (chosen.output.suffix != ".md" or not chosen.output.parent.is_dir()):
         parser.error(f"argument --output: must be a .md file in an existing folder, got {chosen.output}")
-    found, before = [], []
-    for ranks in RANKS:
-        found.append(measure(ranks))
-        if chosen.before:
-            before.append(measure(ranks, chosen.before))
+    visits: dict[str | None, list[list[Found]]] = {build: [] for build in {None, chosen.before}}
+    for _ in range(chosen.visits):
+        for build, runs in visits.items():
+            runs.append([measure(ranks, build) for ranks in RANKS])
+    found = least_of(visits[None])
+    before = least_of(visits[chosen.before]) if chosen.before else []
     soft = simulation.software()
     alpha, beta = fit(found[RANKS.index(2)]["messages"])
     alpha -= soft.call
@@ -138,7 +153,7 @@ def main() -> None:
     lines = [f"{found[0]['mpi']}, one thread per rank, float32; µs per step, forward and backward:", ""]
     lines += of_steps(found, before)
     lines += ["µs of an exchange of moments, and what of it is software:", ""]
-    lines += of_exchanges(found, soft, alpha, beta)
+    lines += of_exchanges(found, soft)
     lines += [
         f"α = {1e6 * alpha:.1f} µs, 1/β = {1e-9 / beta:.1f} GB/s, of messages between two ranks. "
         f"A call of mpi4py takes {1e6 * soft.call:.1f} µs more.",

@@ -23,6 +23,7 @@ from batchnorm.mpi.exchange import Exchange, Merge, doubling
 from batchnorm.mpi.sync import read_moments, write_moments
 from batchnorm.profile.networks import NETWORKS
 
+from . import rank
 from .rank import CHANNELS, least
 
 LAYERS = {
@@ -42,8 +43,7 @@ Kind = tuple[int, str]
 
 def packet_of(kind: Kind) -> Numbers:
     channels, name = kind
-    packet = np.ones(4 + 3 * channels if name == "moments" else 1 + 2 * channels)
-    packet[0] = 0
+    packet: Numbers = rank.packet_of(channels) if name == "moments" else np.zeros(1 + 2 * channels)
     return packet
 
 
@@ -81,7 +81,7 @@ def software() -> Software:
 
         def call(own: Numbers = own, packet: Numbers = packet, merge: Merge = merge) -> None:
             packet[...] = own
-            exchange.merge(packet, merge)
+            exchange.merge_all(packet, merge)
 
         found.between[kind] = least(call) / math.log2(MANY)
         found.merging[kind] = least(lambda a=packet, b=own, merge=merge: merge(a, b))
@@ -92,28 +92,28 @@ def simulate(ranks: int, message: Numbers, between: Numbers, merge: Merge, packe
     """When the last rank is done, if all begin at 0; several times at once. The packets become those of all ranks."""
     clock = np.zeros((ranks, message.size))
 
-    def of_rank(rank: int) -> Merge:
+    def at(one: int) -> Merge:
         def timed(lower: Numbers, upper: Numbers) -> None:
             merge(lower, upper)
-            clock[rank] += between
+            clock[one] += between
 
         return timed
 
-    going = [doubling(packets[rank], of_rank(rank), rank, ranks) for rank in range(ranks)]
-    waiting = [next(rank, None) for rank in going]
+    going = [doubling(packet, at(one), one, ranks) for one, packet in enumerate(packets)]
+    waiting = [next(messages, None) for messages in going]
     ready = list(range(ranks))
     while ready:
-        rank = ready.pop()
-        mine = waiting[rank]
+        one = ready.pop()
+        mine = waiting[one]
         theirs = mine and waiting[mine[0]]
-        if mine is None or theirs is None or theirs[0] != rank:
+        if mine is None or theirs is None or theirs[0] != one:
             continue  # until its partner comes to it
         other = mine[0]
         for sent, received in ((mine[1], theirs[2]), (theirs[1], mine[2])):
             if sent is not None and received is not None:
                 received[...] = sent
-        clock[rank] = clock[other] = np.maximum(clock[rank], clock[other]) + message
-        for each in (rank, other):
+        clock[one] = clock[other] = np.maximum(clock[one], clock[other]) + message
+        for each in (one, other):
             waiting[each] = next(going[each], None)
             ready.append(each)
     assert not any(waiting), f"of {ranks} ranks some wait for ever"
@@ -141,7 +141,7 @@ def by_allgather(ranks: int, alpha: float, beta: float, soft: Software) -> float
 def bits_are_equal(ranks: int, channels: int = 64) -> bool:
     """Whether all ranks get the same bits, and those of one process with all parts; all packets are merged for real."""
     rng, packets = np.random.default_rng(ranks), []
-    parts = [Moments.of(rng.standard_normal((rank % 7, channels)) + 3) for rank in range(ranks)]
+    parts = [Moments.of(rng.standard_normal((one % 7, channels)) + 3) for one in range(ranks)]
     for part in parts:
         packets.append(packet_of((channels, "moments")))
         write_moments(packets[-1], part)

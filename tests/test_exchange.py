@@ -42,7 +42,7 @@ def expressions(parts):
 
     def program(comm):
         packet = np.array([comm.rank], object)
-        Exchange(comm).merge(packet, merge)
+        Exchange(comm).merge_all(packet, merge)
         return packet[0]
 
     return together(parts, program)

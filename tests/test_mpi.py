@@ -135,6 +135,28 @@ def test_messages_of_the_program_stay_its_own(tmp_path):
 
 
 @needs_mpiexec
+def test_copies_share_the_ranks(tmp_path):
+    """Also pickles, where mpi4py can name the ranks, as it can COMM_WORLD; and after messages have been sent."""
+    path = program(
+        tmp_path,
+        """
+        import copy, pickle
+        from batchnorm.mpi import exchange
+        exchange.GATHERED = 1
+        layer = SyncBatchNorm(1, momentum=1, dtype="f8")
+        layer(np.full((2, 1), float(rank)))
+        for other in (copy.copy(layer), copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+            assert other.comm == comm
+            other(np.full((2, 1), float(rank) + 1))
+            assert other.running_mean == 1.5 and layer.running_mean == 0.5
+        say("done")
+        """,
+    )
+    done = run(2, "-m", "mpi4py", path)
+    assert done.stdout.split() == ["done"] * 2, done.stdout + done.stderr
+
+
+@needs_mpiexec
 @pytest.mark.slow
 def test_communicators_come_and_go(tmp_path):
     """More of them than MPICH has at once: what a layer makes of one is freed with it."""

@@ -117,7 +117,7 @@ class Exchange:
     def __reduce__(self) -> tuple[Any, ...]:
         return Exchange, (self.comm,)
 
-    def merge(self, packet: Numbers, merge: Merge) -> None:
+    def merge_all(self, packet: Numbers, merge: Merge) -> None:
         """Make a packet that of all ranks."""
         if self.ranks <= GATHERED:
             packets = np.empty((self.ranks, packet.size), packet.dtype)
@@ -152,7 +152,7 @@ class Exchange:
             error = refused
             packet[...] = 0
             packet[STATUS] = -1 - self.rank
-        self.merge(packet, merge)
+        self.merge_all(packet, merge)
         if error is not None:
             raise error
         if packet[STATUS] < 0:
