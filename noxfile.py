@@ -187,6 +187,7 @@ def frameworks(session):
             "tests/test_calculus_peers.py",
             "tests/test_variants.py",
             *EVERYTHING,
+            *(("-k", "keras") if backend == "jax" else ()),
             *session.posargs,
             env={"KERAS_BACKEND": backend},
         )

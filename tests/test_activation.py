@@ -306,6 +306,7 @@ def test_in_place(view, rng, always_threaded):
         assert same(out, expected)
 
 
+@pytest.mark.slow
 def test_beyond_the_caches(rng):
     """Results that go around the cache, and the notes of two threads in one byte."""
     for view in [(16, 65, 1200 * 9 + 3), (16, 64, 112 * 112)]:

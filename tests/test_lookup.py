@@ -90,7 +90,7 @@ def test_every_order_in_memory_to_every_other(shape, of, rng):
             np.testing.assert_array_equal(out, expected)
 
 
-@pytest.mark.parametrize("to", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("to", [pytest.param(np.float16, marks=pytest.mark.slow), np.float32, np.float64])
 @pytest.mark.parametrize("shape", [(-1, 331, 700, 3), (-1, 1201, 800, 1), (-1, 9, 11, 1700)], ids=str)
 def test_more_than_a_cache_holds(shape, to, rng):
     """What is written around the cache, to channels first and to channels last; rows that begin within a line."""
