@@ -254,3 +254,14 @@ cdef void gradient_block(const Work *work, Py_ssize_t tile, Py_ssize_t b, const 
         write_block(work, tile, b, x, dy, True, dx, fit, 0)
     else:
         write_block(work, tile, b, dy, dy, False, dx, fit, 0)
+
+
+cdef void pass_run(const stored *dy, const unsigned char *closed, stored *out, Py_ssize_t start, Py_ssize_t stop,
+                   const Activation *act) noexcept nogil:
+    """dy·act′ at the places from start to stop."""
+    cdef Py_ssize_t i
+    cdef vec g
+    for i from start <= i < stop by VEC:
+        g = load(dy + i, min(VEC, stop - i), same_vec(0))
+        g = closed_vec(closed, i, everywhere_vec(act.slope) * g if act.leaky else same_vec(0), g)
+        write(out + i, g, min(VEC, stop - i))

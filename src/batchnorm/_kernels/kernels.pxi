@@ -101,9 +101,11 @@ include "partition.pxi"
 include "channel_formula.pxi"
 include "formula.pxi"
 include "selection.pxi"
+include "sums.pxi"
 include "reduce.pxi"
 include "finish.pxi"
 include "apply.pxi"
+include "passes.pxi"
 
 
 # ---- Doors ----------------------------------------------------------------------------------------------------------
@@ -171,102 +173,6 @@ cdef int begin(Work *work, const stored[:, :, ::1] x, Py_ssize_t arrays, statist
     work.partial = work.coefficient + COEFFICIENT_ROWS * work.C
     work.census = <Census *> (work.coefficient + numbers)
     return 0
-
-
-# With one thread a loop is an ordinary one: OpenMP takes 200 ns for a team of one.
-
-cdef void reduce_all(const Work *work, const stored *x, const stored *dy, bint gradient, int threads) noexcept nogil:
-    cdef Py_ssize_t i
-    if threads == 1:
-        for i in range(work.tiles * work.blocks):
-            reduce_block(work, tile_at(work, i), block_at(work, i), x, dy, gradient)
-    else:
-        for i in prange(work.tiles * work.blocks, schedule="static", num_threads=threads):
-            reduce_block(work, tile_at(work, i), block_at(work, i), x, dy, gradient)
-
-
-cdef void moments_of_all(const Work *work, const stored *x, int threads) noexcept nogil:
-    cdef Py_ssize_t tile
-    reduce_all(work, x, x, False, threads)
-    for tile in range(work.tiles):
-        finish_moments(work, tile)
-
-
-cdef bint finish_normalize_all(const Work *work) noexcept nogil:
-    cdef bint fit = True
-    cdef Py_ssize_t tile
-    for tile in range(work.tiles):
-        fit &= finish_normalize(work, tile)
-    return fit
-
-
-cdef void normalize_all(const Work *work, const stored *x, stored *y, bint fit, int threads) noexcept nogil:
-    cdef Work ordered = in_memory_order(work)
-    cdef Py_ssize_t i
-    if threads == 1:
-        for i in range(ordered.tiles * ordered.blocks):
-            normalize_block(&ordered, tile_at(&ordered, i), block_at(&ordered, i), x, y, fit)
-    else:
-        for i in prange(ordered.tiles * ordered.blocks, schedule="static", num_threads=threads):
-            normalize_block(&ordered, tile_at(&ordered, i), block_at(&ordered, i), x, y, fit)
-
-
-cdef void forward_tile(const Work *work, Py_ssize_t tile, const stored *x, stored *y) noexcept nogil:
-    cdef Py_ssize_t b
-    cdef bint fit
-    for b in range(work.blocks):
-        reduce_block(work, tile, b, x, x, False)
-    finish_moments(work, tile)
-    fit = finish_normalize(work, tile)
-    for b in range(work.blocks - 1, -1, -1):        # the last block is the one still in cache
-        normalize_block(work, tile, b, x, y, fit)
-
-
-cdef void grad_sums_of_all(const Work *work, const stored *x, const stored *dy, int threads) noexcept nogil:
-    cdef Py_ssize_t tile
-    for tile in range(work.tiles):
-        start_gradient(work, tile)
-    reduce_all(work, x, dy, True, threads)
-    for tile in range(work.tiles):
-        finish_grad_sums(work, tile)
-
-
-cdef void grad_apply_all(const Work *work, const stored *x, const stored *dy, stored *dx, int threads) noexcept nogil:
-    cdef Work ordered = in_memory_order(work)
-    cdef bint fit = True
-    cdef Py_ssize_t i, tile
-    for tile in range(work.tiles):
-        fit &= finish_grad_apply(work, tile)
-    if threads == 1:
-        for i in range(ordered.tiles * ordered.blocks):
-            gradient_block(&ordered, tile_at(&ordered, i), block_at(&ordered, i), x, dy, dx, fit)
-    else:
-        for i in prange(ordered.tiles * ordered.blocks, schedule="static", num_threads=threads):
-            gradient_block(&ordered, tile_at(&ordered, i), block_at(&ordered, i), x, dy, dx, fit)
-
-
-cdef void pass_run(const stored *dy, const unsigned char *closed, stored *out, Py_ssize_t start, Py_ssize_t stop,
-                   const Activation *act) noexcept nogil:
-    """dy·act′ at the places from start to stop."""
-    cdef Py_ssize_t i
-    cdef vec g
-    for i from start <= i < stop by VEC:
-        g = load(dy + i, min(VEC, stop - i), same_vec(0))
-        g = closed_vec(closed, i, everywhere_vec(act.slope) * g if act.leaky else same_vec(0), g)
-        write(out + i, g, min(VEC, stop - i))
-
-
-cdef void backward_tile(const Work *work, Py_ssize_t tile, const stored *x, const stored *dy,
-                        stored *dx) noexcept nogil:
-    cdef Py_ssize_t b
-    cdef bint fit
-    start_gradient(work, tile)
-    for b in range(work.blocks):
-        reduce_block(work, tile, b, x, dy, True)
-    finish_grad_sums(work, tile)
-    fit = finish_grad_apply(work, tile)
-    for b in range(work.blocks - 1, -1, -1):        # the last block is the one still in cache
-        gradient_block(work, tile, b, x, dy, dx, fit)
 
 
 def moments(const stored[:, :, ::1] x, statistics, double eps, int num_threads, selection=None):
