@@ -263,7 +263,7 @@ def build(session, project, folder, env):
     """The sdist, the wheel that is built from it, and the wheel that any Linux can use."""
     session.run("python", "-m", "build", "--no-isolation", "--outdir", str(folder), str(project), env=env)
     (sdist,), (wheel,) = folder.glob("*.tar.gz"), folder.glob("*.whl")
-    session.run("auditwheel", "repair", "--strip", "-w", str(folder / "repaired"), str(wheel), env=env)
+    session.run("auditwheel", "repair", "--strip", "-z", "9", "-w", str(folder / "repaired"), str(wheel), env=env)
     (repaired,) = (folder / "repaired").glob("*.whl")
     return sdist, wheel, repaired
 

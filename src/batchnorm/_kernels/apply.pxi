@@ -187,7 +187,7 @@ cdef inline void apply_columns(const Work *work, const Block *block, Operands *o
 
 cdef inline void apply_channel(const Operands *o, bint gradient, bint stream, Py_ssize_t at, const Block *rows,
                                Py_ssize_t length, const double *value, Py_ssize_t C, number zero) noexcept nogil:
-    """Some rows of one channel."""
+    """A row of one channel."""
     cdef number k[COEFFICIENTS]
     k[CENTRE] = same(value[CENTRE * C], zero)
     k[SCALE] = same(value[SCALE * C], zero)
@@ -199,13 +199,13 @@ cdef inline void apply_channel(const Operands *o, bint gradient, bint stream, Py
 
 cdef inline void apply_channels(const Work *work, const Block *block, Operands *o, bint gradient, bint stream,
                                 const double *value, bint fit) noexcept nogil:
-    """Rows of one channel, then those of its neighbour."""
+    """A row of each channel, then their next rows: in the order of memory."""
     cdef const Py_ssize_t *lengths
     cdef Block rows = block[0]
     cdef Py_ssize_t r, c, at, length, C = work.C
-    rows.rows = block.visit if lengths_at(work, 0) == NULL else 1
-    for r from 0 <= r < block.rows by rows.rows:
-        rows.rows, rows.place = min(rows.rows, block.rows - r), block.place + r * block.run
+    rows.rows = 1
+    for r in range(block.rows):
+        rows.place = block.place + r * block.run
         lengths = lengths_at(work, rows.place)
         length = length_in(lengths, block.start, block.run)
         for c in range(block.channels):

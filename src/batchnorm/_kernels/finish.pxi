@@ -121,7 +121,6 @@ cdef bint finish_grad_apply(const Work *work, Py_ssize_t tile) noexcept nogil:
     cdef const double *restrict s = work.statistics + tile * work.tile_channels
     cdef const double *restrict g = work.gradients + tile * work.tile_channels
     cdef double *restrict k = work.coefficient + tile * work.tile_channels
-    start_gradient(work, tile)
     for c in range(channels_of(work, tile)):
         # Everything is read, so that choosing needs no branch.
         upstream_dmean, upstream_dvar = g[UPSTREAM_DMEAN * C + c], g[UPSTREAM_DVAR * C + c]

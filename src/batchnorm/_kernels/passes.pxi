@@ -62,6 +62,7 @@ cdef void grad_apply_all(const Work *work, const stored *x, const stored *dy, st
     cdef bint fit = True
     cdef Py_ssize_t i, tile
     for tile in range(work.tiles):
+        start_gradient(work, tile)
         fit &= finish_grad_apply(work, tile)
     if threads == 1:
         for i in range(ordered.tiles * ordered.blocks):

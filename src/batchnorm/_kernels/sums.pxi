@@ -139,23 +139,28 @@ cdef inline void sum_columns(const stored *x, const stored *dy, bint gradient, c
     """Add the sums of the columns to one total each, in which there is room for a whole vector at the end."""
     cdef number sum1, sum2
     cdef number k[COEFFICIENTS]
-    cdef Py_ssize_t r, j, taken, size = size_of(zero)
+    cdef Py_ssize_t r, j, taken, count, size = size_of(zero)
+    # Where rows begin alike, vectors after a short first one lie in one line of the cache each.
+    cdef Py_ssize_t first = to_line(x) % size if stride % LINE == 0 else 0
     for r from 0 <= r < rows by UNROLLED:
         taken = min(rows - r, UNROLLED)
-        for j from 0 <= j < width by size:
+        j = 0
+        while j < width:
+            count = min(size, width - j) if j or not first else min(first, width)
             if stride == width:     # what follows in memory, a share beside each vector
-                fetch(x + UNROLLED * (width + j), dy + UNROLLED * (width + j), gradient, UNROLLED * size)
+                fetch(x + UNROLLED * (width + j), dy + UNROLLED * (width + j), gradient, UNROLLED * count)
             sum1 = sum2 = zero
             k[CENTRE] = column_at(column[CENTRE].at + j, zero)
             if act != NULL:
                 k[SCALE] = column_at(column[SCALE].at + j, zero)
                 k[SHIFT] = column_at(column[SHIFT].at + j, zero)
-            if j + size <= width:
+            if count == size:
                 add_rows(x + j, dy + j, gradient, act, taken, stride, 1, size, k, &sum1, &sum2)
             else:
-                add_rows(x + j, dy + j, gradient, act, taken, stride, 1, width - j, k, &sum1, &sum2)
+                add_rows(x + j, dy + j, gradient, act, taken, stride, 1, count, k, &sum1, &sum2)
             add_columns(total1 + j, sum1)
             add_columns(total2 + j, sum2)
+            j += count
         x += taken * stride
         dy += taken * stride
 
