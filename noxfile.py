@@ -141,7 +141,7 @@ def serial(session):
     says = session.run("python", "-c", "import batchnorm as bn; bn.show_config()", silent=True)
     if "decided by: serial build" not in says:
         session.error(f"the build is not serial, or does not say so:\n{says}")
-    session.run("python", "-m", "pytest", "-q", *EVERYTHING, "tests/test_layer.py", "tests/test_bits.py")
+    session.run("python", "-m", "pytest", "-q", "-n", "auto", *EVERYTHING, "tests/test_layer.py", "tests/test_bits.py")
 
 
 @nox.session
@@ -182,6 +182,8 @@ def frameworks(session):
             "python",
             "-m",
             "pytest",
+            "-n",
+            "auto",
             "tests/test_conventions_peers.py",
             "tests/test_folding.py",
             "tests/test_calculus_peers.py",
