@@ -71,6 +71,7 @@ def public(*modules):
 
 
 def named(modules):
+    """Whatever has a public name in them, and in their classes."""
     for module in modules:
         names = getattr(module, "__all__", dir(module))
         for value in (getattr(module, name) for name in names if name[0] != "_"):
@@ -82,14 +83,12 @@ def named(modules):
 
 def test_help_begins_with_names_and_not_with_what_they_stand_for():
     for value in public(bn):
-        try:
-            signature = inspect.signature(value)
-        except ValueError:  # of methods that C has
-            continue
+        signature = inspect.signature(value)
         assert len(str(signature)) < 700, value
         assert "numpy._typing" not in str(signature), value
-    first = pydoc.render_doc(bn.forward, renderer=pydoc.plaintext).splitlines()[2]
-    assert first.startswith("forward(x: ")
+    text = "".join(pydoc.render_doc(bn.forward, renderer=pydoc.plaintext).split())  # Python 3.13 breaks the line
+    first = text.partition(")->")[0].partition("batchnorm.functional")[2]
+    assert first.startswith("forward(x:")
     assert len(first) < 500
 
 
