@@ -81,7 +81,7 @@ def readme_examples():
 
 
 def check_completeness(session):
-    """Type checkers know the type of everything that is public, except of what peers have to say."""
+    """Type checkers know the type of everything that is public, except of what peers have to say: see `frameworks`."""
     command = "pyright", "--verifytypes", "batchnorm", "--ignoreexternal", "--outputjson"
     symbols = json.loads(session.run(*command, silent=True, success_codes=[0, 1]))["typeCompleteness"]["symbols"]
     unknown = [
@@ -176,7 +176,9 @@ def frameworks(session):
     """Layers of other systems, made, predicted and trained by those themselves; Keras on two backends; adapters."""
     frameworks = "torch", "torchvision", "expecttest", "keras", "flax", "dm-haiku"
     tables = "pandas", "polars", "pyarrow", "xarray"
-    session.install(".[test,sklearn,autograd,dask,jax]", *frameworks, *tables)
+    types = "pyright[nodejs]", "scikit-learn-stubs"
+    session.install(".[test,sklearn,autograd,dask,jax]", *frameworks, *tables, *types)
+    session.run("pyright", "--verifytypes", "batchnorm", "--ignoreexternal")
     for backend in ("torch", "jax"):
         session.run(
             "python",

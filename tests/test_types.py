@@ -1,8 +1,10 @@
 """The types that users see: short signatures, overloads that leave nothing out. Checkers read typed_calls.py."""
 
 import ast
+import importlib.util
 import inspect
 import pydoc
+import re
 import typing
 from pathlib import Path
 
@@ -27,6 +29,8 @@ OVERLOADED = [
     SyncBatchNorm.__call__,
 ]
 
+PEERS = "sklearn", "autograd", "jax", "torch"
+"""The packages that adapters need, by whose names these go."""
 
 pytestmark = pytest.mark.once  # signatures do not depend on it
 
@@ -58,33 +62,47 @@ def test_overloads_take_together_what_the_function_takes(function):
     assert all(wanted - names <= {"need"} for names in taken)
 
 
-def public():
-    """All functions and classes, and the methods of the classes."""
-    for name in bn.__all__:
-        value = getattr(bn, name)
-        if inspect.isfunction(value) or inspect.isclass(value):
+def public(*modules):
+    """Their functions and classes, and the methods of the classes, with what reads and writes properties."""
+    kinds = inspect.isclass, inspect.isfunction, inspect.ismethod
+    for value in named(modules):
+        if any(kind(value) for kind in kinds) and value.__module__.startswith("batchnorm"):
             yield value
-        if inspect.isclass(value):
-            yield from (method for key, method in inspect.getmembers(value, inspect.isroutine) if key[0] != "_")
+
+
+def named(modules):
+    """Whatever has a public name in them, and in their classes."""
+    for module in modules:
+        names = getattr(module, "__all__", dir(module))
+        for value in (getattr(module, name) for name in names if name[0] != "_"):
+            yield value
+            members = inspect.getmembers(value) if inspect.isclass(value) else ()
+            for member in (member for name, member in members if not re.match("_[^_]", name)):
+                yield from (member.fget, member.fset) if isinstance(member, property) else (member,)
 
 
 def test_help_begins_with_names_and_not_with_what_they_stand_for():
-    for value in public():
-        try:
-            signature = inspect.signature(value)
-        except ValueError:  # of methods that C has
-            continue
+    for value in public(bn):
+        signature = inspect.signature(value)
         assert len(str(signature)) < 700, value
         assert "numpy._typing" not in str(signature), value
-    first = pydoc.render_doc(bn.forward, renderer=pydoc.plaintext).splitlines()[2]
-    assert first.startswith("forward(x: ")
+    text = "".join(pydoc.render_doc(bn.forward, renderer=pydoc.plaintext).split())  # Python 3.13 breaks the line
+    first = text.partition(")->")[0].partition("batchnorm.functional")[2]
+    assert first.startswith("forward(x:")
     assert len(first) < 500
 
 
 def test_annotations_can_be_evaluated():
-    for function in (bn.forward, bn.backward, bn.inference, bn.inference_backward, bn.jvp, bn.double_backward, bn.fold):
-        assert typing.get_type_hints(function)
-    assert typing.get_type_hints(bn.BatchNorm.backward)["need"] == bn.functional.Need
+    """As programs do that check or convert arguments by them."""
+    adapters = [importlib.import_module(f"batchnorm.{peer}") for peer in PEERS if importlib.util.find_spec(peer)]
+    hints = {value: typing.get_type_hints(value) for value in public(bn, bn.cs231n, bn.mpi, *adapters)}
+    assert hints[bn.BatchNorm.backward]["need"] == bn.functional.Need
+    assert hints[bn.BatchNorm.jvp]["return"] is bn.Tangents
+    assert hints[bn.Plan.drift]["return"] is bn.Drift
+    assert hints[bn.Saved.mean.fget]["return"] == np.typing.NDArray[np.float64]
+    assert hints[SyncBatchNorm.__init__]["comm"]
+    for adapter in adapters:
+        assert any(value.__module__.startswith(adapter.__name__) for value in hints)
 
 
 def test_what_is_generic_can_be_written_down_and_is_the_same_class():

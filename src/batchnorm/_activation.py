@@ -10,14 +10,12 @@ Decisions:
 """
 
 import math
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from . import _arrays
-
-if TYPE_CHECKING:
-    from ._kernels.kernels import Bits, Limits
+from ._kernels import Bits, Limits
 
 Activation = Literal["relu"] | tuple[Literal["leaky_relu"], float] | tuple[Literal["clip"], float, float]
 """The type of `activation=`."""
@@ -26,7 +24,7 @@ _SPARE = 3
 """Bytes after the bits, because the kernels read so many together."""
 
 
-def as_limits(activation: Activation | None) -> "Limits | None":
+def as_limits(activation: Activation | None) -> Limits | None:
     """The activation as (low, high, slope)."""
     if activation is None:
         return None
@@ -49,7 +47,7 @@ def as_limits(activation: Activation | None) -> "Limits | None":
     )
 
 
-def activation_of(limits: "Limits | None") -> Activation | None:
+def activation_of(limits: Limits | None) -> Activation | None:
     """What `as_limits` was given."""
     if limits is None:
         return None
@@ -59,6 +57,6 @@ def activation_of(limits: "Limits | None") -> Activation | None:
     return "relu" if (low, high) == (0, math.inf) else ("clip", low, high)
 
 
-def empty_bits(values: int) -> "Bits":
+def empty_bits(values: int) -> Bits:
     """Room for one bit per value, all 0."""
     return np.zeros(values // 8 + _SPARE, np.uint8)

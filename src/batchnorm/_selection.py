@@ -13,7 +13,7 @@ Decisions:
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -21,10 +21,7 @@ from numpy.typing import ArrayLike, NDArray
 from . import _arrays
 from ._arrays import Array, Layout
 from ._foreign import as_array
-from ._kernels import per_channel
-
-if TYPE_CHECKING:
-    from ._kernels.kernels import Chosen
+from ._kernels import Chosen, per_channel
 
 _ROOM = 16
 """Places after the last one, because the kernels load whole vectors."""
@@ -73,7 +70,7 @@ class Selection:
     weights: Array | None = None
     exponent: int = 0
 
-    def chosen(self, fill: float = 0.0) -> "Chosen":
+    def chosen(self, fill: float = 0.0) -> Chosen:
         """What the kernels take."""
         return self.mask, self.lengths, self.period, self.weights, fill
 

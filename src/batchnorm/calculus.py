@@ -22,6 +22,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from . import _arrays, _kernels, _threads, functional
 from ._arrays import Array, Float, Float_co, Gradient_co, MaybeNone
+from ._kernels import Chosen
 from ._kernels.runtime import (
     GAMMA,
     GRADIENT_ROWS,
@@ -39,7 +40,7 @@ from .functional import Saved, Through
 
 if TYPE_CHECKING:
     from . import _keywords
-    from ._kernels.kernels import Chosen, Kernels
+    from ._kernels.kernels import Kernels
 
 Numbers = NDArray[np.float64]
 

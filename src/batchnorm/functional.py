@@ -21,7 +21,7 @@ from numpy.typing import ArrayLike, NDArray
 from . import _activation, _arrays, _kernels, _threads
 from ._activation import Activation
 from ._arrays import Array, Float, Float_co, Gradient_co, Layout, MaybeNone
-from ._kernels import per_channel
+from ._kernels import Bits, Chosen, Limits, per_channel
 from ._kernels.runtime import (
     COEFFICIENT_ROWS,
     DMEAN,
@@ -46,9 +46,10 @@ from .moments import GradientSums, Moments, moments_of
 
 if TYPE_CHECKING:
     from . import _keywords
-    from ._kernels.kernels import Bits, Chosen, Kernels, Limits
+    from ._kernels.kernels import Kernels
 
-    After = tuple[Limits | None, Array | None, Bits | None]
+After = tuple[Limits | None, Array | None, Bits | None]
+"""What follows the normalization: an activation, what is added before it, and bits for where it is closed."""
 
 # One name or several. A tuple is a collection, but mypy understands ("dx",) only where tuples are named.
 _ThroughName = Literal["mean", "variance"]

@@ -23,6 +23,8 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, Self, TypeVar, Unpack, 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
+import batchnorm as bn  # for annotations: what they name is imported when they are evaluated
+
 from . import _activation, _arrays, functional, training
 from ._activation import Activation
 from ._arrays import Array, Float, MaybeNone
@@ -36,7 +38,6 @@ from .training import Ghosts, Renormed, Statistics, Way
 
 if TYPE_CHECKING:
     from . import _keywords
-    from .calculus import SecondGradients, Tangents
 
 # What a file says of a layer besides its state. A missing momentum means None; what follows `float_bits` is there only
 # where it is not the default. An activation is written as (low, high, slope), renorm as (rmax, dmax).
@@ -636,9 +637,9 @@ class BatchNorm:
     @overload
     def jvp(
         self, dx: NDArray[Float], *, out: NDArray[Float] | None = None, **how: Unpack[_keywords.LayerJvp]
-    ) -> Tangents[Float]: ...
+    ) -> bn.Tangents[Float]: ...
     @overload
-    def jvp(self, dx: ArrayLike, *, out: Array | None = None, **how: Unpack[_keywords.LayerJvp]) -> Tangents: ...
+    def jvp(self, dx: ArrayLike, *, out: Array | None = None, **how: Unpack[_keywords.LayerJvp]) -> bn.Tangents: ...
     def jvp(
         self,
         dx: ArrayLike,
@@ -648,7 +649,7 @@ class BatchNorm:
         dadd: ArrayLike | None = None,
         out: Array | None = None,
         num_threads: int | None = None,
-    ) -> Tangents:
+    ) -> bn.Tangents:
         """Derivative of the last call along a direction; see `batchnorm.jvp`.
 
         Parameters
@@ -691,11 +692,11 @@ class BatchNorm:
     @overload
     def double_backward(
         self, ddx: NDArray[Float], dy: ArrayLike, **how: Unpack[_keywords.LayerDoubleBackward]
-    ) -> SecondGradients[NDArray[Float]]: ...
+    ) -> bn.SecondGradients[NDArray[Float]]: ...
     @overload
     def double_backward(
         self, ddx: ArrayLike, dy: ArrayLike, **how: Unpack[_keywords.LayerDoubleBackward]
-    ) -> SecondGradients[Array]: ...
+    ) -> bn.SecondGradients[Array]: ...
     def double_backward(
         self,
         ddx: ArrayLike,
@@ -705,7 +706,7 @@ class BatchNorm:
         ddbeta: ArrayLike | None = None,
         ddadd: ArrayLike | None = None,
         num_threads: int | None = None,
-    ) -> SecondGradients:
+    ) -> bn.SecondGradients:
         """Gradients of what `backward` returned for dy; see `batchnorm.double_backward`.
 
         Parameters

@@ -16,24 +16,21 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
+
+import batchnorm as bn  # for annotations: what they name is imported when they are evaluated
 
 from . import _activation, _arrays, _kernels, _threads
 from ._activation import Activation
 from ._arrays import Array, Layout
 from ._foreign import as_array
-from ._kernels import lookup
+from ._kernels import Limits, Three, lookup
 from ._kernels.runtime import BETA, GAMMA, MEAN, VAR
 from .functional import coefficients_of, normalize, table_of
 from .moments import Moments
-
-if TYPE_CHECKING:
-    from ._kernels.kernels import Limits, Three
-    from .drift import Drift
-    from .layer import BatchNorm
 
 Order = Literal["C", "K"]
 
@@ -167,7 +164,7 @@ class Plan:
         return _restored, (type(self), self._statistics, self._axis, self._eps, self._limits, self._dtype)
 
     @classmethod
-    def of(cls, layer: BatchNorm, *, dtype: DTypeLike | None = None) -> Self:
+    def of(cls, layer: bn.BatchNorm, *, dtype: DTypeLike | None = None) -> Self:
         """The plan of a layer in evaluation, with its axis, eps and activation and copies of its arrays.
 
         Parameters
@@ -384,7 +381,7 @@ class Plan:
         weights: ArrayLike | None = None,
         plot: str | os.PathLike[str] | None = None,
         num_threads: int | None = None,
-    ) -> Drift:
+    ) -> bn.Drift:
         """How far data have moved from the plan's statistics: shift, variance ratio and divergence per channel.
 
         Parameters

@@ -21,13 +21,22 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 if importlib.util.find_spec(f"{__name__}.runtime") is None:
     raise ImportError(
         f"{os.path.dirname(os.path.dirname(__file__))} has no kernels compiled for this Python; "
         "in a source checkout install batchnorm first, with python -m pip install ."
     )
+
+Limits = tuple[float, float, float]
+Bits = NDArray[np.uint8]
+Three = tuple[int, int, int]
+Chosen = tuple[NDArray[np.bool_] | None, NDArray[np.intp] | None, int, NDArray[np.floating[Any]] | None, float]
+"""What the kernels take besides arrays of floats, as `kernels.pyi` explains it."""
 
 SPINS = 10_000
 """Turns that an idle thread of libgomp spins, where the environment says nothing about it."""

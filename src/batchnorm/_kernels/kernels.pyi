@@ -11,13 +11,11 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from . import Bits, Chosen, Limits, Three
+
 View = NDArray[np.floating[Any]]
 PerChannel = NDArray[np.floating[Any]]
 Table = NDArray[np.float64]
-Bits = NDArray[np.uint8]
-Limits = tuple[float, float, float]
-Three = tuple[int, int, int]
-Chosen = tuple[NDArray[np.bool_] | None, NDArray[np.intp] | None, int, PerChannel | None, float]
 
 class Kernels(Protocol):
     def moments(

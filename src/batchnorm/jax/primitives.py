@@ -29,7 +29,7 @@ Shaped = tuple[tuple[int, ...], Any]
 """Shape and dtype of an output."""
 
 
-def _primitive(name: str, calculate: Callable[..., None], shaped: Callable[..., list[Shaped]]) -> Any:
+def _primitive(name: str, calculate: Callable[..., None], shaped: Callable[..., list[Shaped]]) -> Primitive:
     """A primitive for which `calculate` fills a list of outputs, which are as `shaped` says, from the inputs."""
     primitive = Primitive(f"batchnorm_{name}")
     primitive.multiple_results = True
@@ -120,8 +120,8 @@ def _inference(
     functional.inference(x, mean, var, gamma, beta, out=outputs[0], **options)
 
 
-forward = _primitive("forward", _forward, lambda x, gamma, *_: [_like(x), *_statistics(x, gamma)])
-tangent = _primitive("tangent", _tangent, lambda x, *_: [_like(x)])
-backward = _primitive("backward", _backward, lambda x, gamma, *_: [_like(x), _like(gamma), _like(gamma)])
-second = _primitive("second", _second, lambda x, gamma, *_: [_like(x), _like(gamma)])
-inference = _primitive("inference", _inference, lambda x, *_: [_like(x)])
+forward: Primitive = _primitive("forward", _forward, lambda x, gamma, *_: [_like(x), *_statistics(x, gamma)])
+tangent: Primitive = _primitive("tangent", _tangent, lambda x, *_: [_like(x)])
+backward: Primitive = _primitive("backward", _backward, lambda x, gamma, *_: [_like(x), _like(gamma), _like(gamma)])
+second: Primitive = _primitive("second", _second, lambda x, gamma, *_: [_like(x), _like(gamma)])
+inference: Primitive = _primitive("inference", _inference, lambda x, *_: [_like(x)])

@@ -69,7 +69,7 @@ def _operator(
     fake: Callable[..., Any],
     keep: Callable[[Any, Any, Any], None],
     gradients: Callable[..., Any],
-) -> Any:
+) -> Callable[..., Any]:
     """Register an operator, and return it; `keep(ctx, inputs, output)` keeps what `gradients(ctx, …)` needs."""
     _LIBRARY.define(schema)
     name = schema.split("(")[0]
@@ -264,21 +264,21 @@ def _no_third_gradients(ctx: Any, *_: Tensor) -> None:
 
 _COMMON = "Tensor x, Tensor statistics, Tensor? weight, float eps, float[] limits, bool fixed"
 
-double_backward = _operator(
+double_backward: Callable[..., tuple[Tensor, Tensor, Tensor]] = _operator(
     f"double_backward(Tensor ddx, Tensor ddgamma, Tensor ddbeta, Tensor dy, {_COMMON}) -> (Tensor, Tensor, Tensor)",
     _double_backward,
     _fake_double_backward,
     _keep_nothing,
     _no_third_gradients,
 )
-backward = _operator(
+backward: Callable[..., tuple[Tensor, Tensor, Tensor]] = _operator(
     f"backward(Tensor dy, {_COMMON}) -> (Tensor, Tensor, Tensor)",
     _backward,
     _fake_backward,
     _keep_backward,
     _second_gradients,
 )
-forward = _operator(
+forward: Callable[..., tuple[Tensor, Tensor]] = _operator(
     "forward(Tensor x, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
     "float? momentum, Tensor? batches, float eps, float[] limits) -> (Tensor, Tensor)",
     _forward,
@@ -286,7 +286,7 @@ forward = _operator(
     _keep_forward,
     _forward_gradients,
 )
-inference = _operator(
+inference: Callable[..., tuple[Tensor, Tensor]] = _operator(
     "inference(Tensor x, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, float eps, float[] limits) "
     "-> (Tensor, Tensor)",
     _inference,
