@@ -94,7 +94,7 @@ def pathways(dy: ArrayLike, saved: Saved) -> Pathways:
     Raises
     ------
     TypeError, ValueError
-        As `backward`; ValueError also if a channel has fewer than two values.
+        As for `backward`; ValueError also if a channel has fewer than two values.
 
     See Also
     --------
@@ -139,7 +139,7 @@ def moment_gradients(dy: ArrayLike, saved: Saved) -> MomentGradients:
     Raises
     ------
     TypeError, ValueError
-        As `pathways`.
+        As for `pathways`.
 
     References
     ----------

@@ -1,6 +1,6 @@
-"""The options of `python -m batchnorm profile`, and what they lead to.
+"""The options of `python -m batchnorm profile`, and the program that runs them.
 
-Arguments are refused before anything is measured, and layers that do not fit in memory before anything is allocated.
+Bad arguments are refused before anything is measured, and layers that do not fit in memory before any allocation.
 """
 
 import argparse
@@ -65,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _layers(arguments: argparse.Namespace) -> dict[Shape, int]:
-    """The shapes to measure and how many layers have each; only those of --shape are as the user wrote them."""
+    """The shapes to measure and how many layers have each; shapes from --shape are exactly as given."""
     if arguments.shape:
         return dict.fromkeys(arguments.shape, 1)
     layers: dict[Shape, int] = dict.fromkeys(LAYERS_QUICK if arguments.quick else LAYERS, 1)
@@ -77,7 +77,7 @@ def _layers(arguments: argparse.Namespace) -> dict[Shape, int]:
 
 
 def _free_memory() -> int:
-    """Bytes that are free without swapping."""
+    """Bytes of memory that are free without swapping."""
     meminfo = Path("/proc/meminfo")
     fields = dict(line.split(":") for line in meminfo.read_text().splitlines()) if meminfo.exists() else {}
     if "MemAvailable" in fields:
@@ -103,7 +103,7 @@ def _check(arguments: argparse.Namespace, layers: dict[Shape, int], error: Calla
 
 
 def run(arguments: argparse.Namespace, error: Callable[[str], NoReturn]) -> int:
-    """Measure, print, and write what was asked for."""
+    """Measure, print, and write the requested files."""
     names, layers = [*arguments.against, OURS], _layers(arguments)
     _check(arguments, layers, error)
     console, progress = require("rich.console", "profile"), require("rich.progress", "profile")
