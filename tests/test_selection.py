@@ -570,7 +570,7 @@ def test_what_explains_gradients_takes_no_selection(rng):
     x, dy, *_ = batch(rng, (8, 5, 10), "float32")
     _, saved = bn.forward(x, mask=rng.random((8, 10)) < 0.5)
     for explain in (bn.pathways, bn.moment_gradients, lambda dy, saved: bn.diagnose(dy, dy, saved)):
-        with pytest.raises(ValueError, match="saved must be of a batch whose values all count alike"):
+        with pytest.raises(ValueError, match="saved must be of a batch whose values all count the same"):
             explain(dy, saved)
 
 

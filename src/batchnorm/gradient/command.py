@@ -1,9 +1,9 @@
-"""`python -m batchnorm diagnose`: what is wrong with a gradient that lies in a file.
+"""`python -m batchnorm diagnose`: what is wrong with a gradient in a file.
 
 Decisions:
 
 - Files are npy, or members of npz as FILE.npz:NAME, and are read without pickle: nothing in them is executed.
-- The exit status is 0 for a right gradient, 1 for one that is not or cannot be told, 2 for input that is no question.
+- The exit status is 0 for a right gradient, 1 for one that is wrong or undecided, 2 for invalid input.
 """
 
 import argparse
@@ -59,7 +59,7 @@ def run(arguments: argparse.Namespace, _error: Callable[[str], NoReturn]) -> int
 
 
 def read(name: str, where: str | None) -> Any:
-    """The array of a file, None without a file."""
+    """The array in a file; None without a file."""
     if where is None:
         return None
     path, colon, member = where.rpartition(":") if ".npz:" in where else (where, "", "")
@@ -79,6 +79,6 @@ def read(name: str, where: str | None) -> Any:
 
 
 def _refused(problem: str) -> int:
-    """One line, and the status of a question that cannot be answered."""
+    """Print one line, and return the status for invalid input."""
     print(f"python -m batchnorm diagnose: {' '.join(problem.split())}", file=sys.stderr)
     return 2
