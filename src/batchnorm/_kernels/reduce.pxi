@@ -1,17 +1,17 @@
-# ---- Reduce: what one block tells of its channels -------------------------------------------------------------------
+# ---- Reduce: the sums of one block -----------------------------------------------------------------------------------
 # Two loops sum. Lanes run along the rows of one channel; columns run down the rows, one sum per column.
 
 cdef enum:
     PIVOT, SUM, SUM_D, PARTIAL_ROWS     # rows of a block's partial table: the pivot, Σa and Σa·d
-    DELTA = SUM                         # and of the moments after `about_the_mean`: mean − pivot and Σ(x − mean)²
+    DELTA = SUM                         # for the moments, after `about_the_mean`: mean − pivot and Σ(x − mean)²
     SQUARES = SUM_D
 
 
-cdef struct Summed:                 # what is summed
+cdef struct Summed:                 # the arrays to sum
     const stored *x
     const stored *dy
     bint gradient
-    Copies *copies                  # room for copies, where they are needed
+    Copies *copies                  # room for copies, if they are needed
 
 
 cdef inline double fold(const double *total) noexcept nogil:
@@ -40,7 +40,7 @@ cdef inline void add_columns(double *total, number v) noexcept nogil:
 
 
 cdef inline void fetch(const stored *x, const stored *dy, bint gradient, Py_ssize_t values) noexcept nogil:
-    """Ask for memory that is needed soon, line by line: the processor itself does not foresee eight rows at a time."""
+    """Prefetch memory that is needed soon, line by line: the processor does not predict eight rows at a time."""
     cdef Py_ssize_t i
     for i from 0 <= i < values by LINE:
         prefetch(x + i)
@@ -64,7 +64,7 @@ cdef inline void add_tree(const stored *x, const stored *dy, bint gradient, cons
 cdef inline void add_vectors(const stored *x, const stored *dy, bint gradient, const Activation *act, Py_ssize_t rows,
                              Py_ssize_t stride, Py_ssize_t vectors, Py_ssize_t count, const number *k, number *sum1,
                              number *sum2) noexcept nogil:
-    """The same some vectors wide."""
+    """The same, several vectors wide."""
     cdef Py_ssize_t i, size = size_of(k[CENTRE])
     for i in range(vectors):
         if number is vec:
@@ -76,14 +76,14 @@ cdef inline void add_vectors(const stored *x, const stored *dy, bint gradient, c
 cdef void add_tree_in_float64(const stored *x, const stored *dy, bint gradient, const Activation *act, Py_ssize_t rows,
                               Py_ssize_t stride, Py_ssize_t count, const wide *k, wide *sum1,
                               wide *sum2) noexcept nogil:
-    """Not inline, because it is rare."""
+    """The same in float64; not inline, because it is rare."""
     add_tree(x, dy, gradient, act, rows, stride, count, k, sum1, sum2)
 
 
 cdef inline void add_rows(const stored *x, const stored *dy, bint gradient, const Activation *act, Py_ssize_t rows,
                           Py_ssize_t stride, Py_ssize_t vectors, Py_ssize_t count, const number *k, number *sum1,
                           number *sum2) noexcept nogil:
-    """The same for at most 8 rows: the largest tree first."""
+    """The same for at most 8 rows, the largest tree first."""
     if rows == 8:
         add_vectors(x, dy, gradient, act, 8, stride, vectors, count, k, sum1, sum2)
     if rows & 4:
@@ -99,7 +99,7 @@ cdef inline void add_rows(const stored *x, const stored *dy, bint gradient, cons
 cdef inline void sum_lanes(const stored *x, const stored *dy, bint gradient, const Activation *act,
                            const Block *rows, const Py_ssize_t *lengths, const number *k, double *total1,
                            double *total2) noexcept nogil:
-    """Add the sums of the rows of one channel to TOTALS totals each, after CARRIED values a lane or a few more."""
+    """Add the sums of the rows of one channel to TOTALS totals each, after CARRIED values per lane or a few more."""
     cdef number sum1[VECTORS]
     cdef number sum2[VECTORS]
     cdef Py_ssize_t r, i, j, v, stop, whole, ahead, added = 0, size = size_of(k[CENTRE]), vectors = LANES // size
@@ -107,7 +107,7 @@ cdef inline void sum_lanes(const stored *x, const stored *dy, bint gradient, con
     cdef Py_ssize_t left = rows.left
     for r in range(count):
         length = length_in(lengths + r if lengths != NULL else NULL, start, run)
-        # What follows in a long row, else the next row, if there is one.
+        # Prefetch within a long row, or else the next row, if there is one.
         ahead = LONG_ROW if length > LONG_ROW else stride if r + 1 < left else 0
         if lengths != NULL:
             ahead = 0
@@ -142,14 +142,14 @@ cdef inline void sum_lanes(const stored *x, const stored *dy, bint gradient, con
 cdef inline void sum_columns(const stored *x, const stored *dy, bint gradient, const Activation *act, Py_ssize_t rows,
                              Py_ssize_t stride, Py_ssize_t width, const Row *column, double *total1, double *total2,
                              number zero) noexcept nogil:
-    """Add the sums of the columns to one total each, in which there is room for a whole vector at the end."""
+    """Add the sums of the columns to one total each; the totals have room for a whole vector at the end."""
     cdef number sum1, sum2
     cdef number k[COEFFICIENTS]
     cdef Py_ssize_t r, j, taken, size = size_of(zero)
     for r from 0 <= r < rows by UNROLLED:
         taken = min(rows - r, UNROLLED)
         for j from 0 <= j < width by size:
-            if stride == width:     # what follows in memory, a share beside each vector
+            if stride == width:     # prefetch what follows in memory, a share with each vector
                 fetch(x + UNROLLED * (width + j), dy + UNROLLED * (width + j), gradient, UNROLLED * size)
             sum1 = sum2 = zero
             k[CENTRE] = column_at(column[CENTRE].at + j, zero)
@@ -168,7 +168,7 @@ cdef inline void sum_columns(const stored *x, const stored *dy, bint gradient, c
 
 cdef void spread(const double *restrict value, Py_ssize_t channels, Py_ssize_t run, Py_ssize_t group,
                  real *restrict column) noexcept nogil:
-    """The value of each channel at every column of a (grouped) row, and 0 in the room after them."""
+    """Copy the value of each channel to all columns of a (grouped) row, and 0 to the padding after them."""
     cdef Py_ssize_t c, j, length = channels * run
     if run == 1:
         for c in range(channels):
@@ -206,7 +206,7 @@ cdef void gather(double *column, Py_ssize_t channels, Py_ssize_t run, Py_ssize_t
 cdef void sum_block(const Work *work, const Block *block, const stored *x, const stored *dy, bint gradient,
                     const Activation *activation, const double *pivot, double *sum1, double *sum2,
                     number zero) noexcept nogil:
-    """Σa and Σa·d of each channel of the block; with an activation, `pivot` is a row of the coefficients."""
+    """Σa and Σa·d of each channel of the block; with an activation, `pivot` points to a row of the coefficients."""
     cdef Activation act
     cdef Copies copied
     cdef Copies *copies = &copied if is_copied(work, gradient) else NULL
@@ -321,21 +321,21 @@ cdef inline void sum_block_of_columns(const Work *work, const Block *block, cons
 # ---- Pivots, and whether sums about them can be trusted
 
 cdef inline real stored_in(real value) noexcept nogil:
-    """Rounded to the type that x is stored in."""
+    """The value rounded to the type in which x is stored."""
     cdef stored rounded = stored_of(value)
     return value_at(&rounded)
 
 
 cdef inline double as_pivot(const Work *work, double value) noexcept nogil:
-    """A number of the type that x is calculated in; where it fills holes, of the type that x is stored in."""
+    """The value in the type of computation; if it fills holes, in the type in which x is stored."""
     return stored_in(<real> value) if work.selection.mask != NULL and work.S > 1 else <real> value
 
 
 cdef void choose_pivots(const Work *work, const Block *block, const Py_ssize_t *place, const stored *x,
                         double *restrict pivot) noexcept nogil:
-    """A value near the mean of each channel: of eight from all over the block, to about 1/16 of their spread.
+    """A value near the mean of each channel: the mean of eight values from all over the block, to 1/16 of their spread.
 
-    It is the value itself where they are equal.
+    If they are equal, it is exactly their value.
     """
     cdef const stored *at[PIVOTED]
     cdef double v0, v1, v2, v3, v4, v5, v6, v7, mean, spread
@@ -353,14 +353,14 @@ cdef void choose_pivots(const Work *work, const Block *block, const Py_ssize_t *
 
 
 cdef inline bint trusted(double sum1, double sum2, double n, bint gradient) noexcept nogil:
-    """Whether nothing overflowed or fell below the smallest numbers, and the pivot was within 1.25 deviations."""
+    """Whether nothing overflowed or underflowed, and the pivot was within 1.25 standard deviations of the mean."""
     cdef double size = fabs(sum2), far = 0 if gradient else 41
     return (size >= SMALLEST * n) & (size < LARGEST) & (fabs(sum1) < LARGEST) & (far * sum1 * sum1 <= 25 * n * size)
 
 
 cdef Py_ssize_t doubtful(const double *sum1, const double *sum2, Py_ssize_t channels, double n,
                          bint gradient) noexcept nogil:
-    """How many channels have sums that cannot be trusted."""
+    """The number of channels whose sums cannot be trusted."""
     cdef Py_ssize_t c, found = 0
     for c in range(channels):
         found += not trusted(sum1[c], sum2[c], n, gradient)
@@ -368,7 +368,7 @@ cdef Py_ssize_t doubtful(const double *sum1, const double *sum2, Py_ssize_t chan
 
 
 cdef bint all_equal(const Work *work, const Block *block, const stored *x, real value) noexcept nogil:
-    """Whether all values of a channel are this one."""
+    """Whether all values of a channel that count equal this one."""
     cdef Py_ssize_t r, i
     for r in range(block.rows):
         for i in range(block.run):
@@ -379,9 +379,9 @@ cdef bint all_equal(const Work *work, const Block *block, const stored *x, real 
 
 cdef void sum_again(const Work *work, const Block *block, Py_ssize_t place, const stored *x, const stored *dy,
                     bint gradient, double *pivot, double *sum1, double *sum2, double n) noexcept nogil:
-    """The sums that cannot be trusted, in float64 and for the moments about the mean that the first sums give.
+    """Repeat sums that cannot be trusted in float64; for the moments, about the mean that the first sums give.
 
-    Some neighbouring channels at a time, or all of a grouped row: mostly it is the sum of one that cannot be trusted.
+    This takes a few neighbouring channels at a time, or all of a grouped row: usually only one sum is untrusted.
     """
     cdef double again1[GROUPED]
     cdef double again2[GROUPED]
@@ -412,7 +412,7 @@ cdef void sum_again(const Work *work, const Block *block, Py_ssize_t place, cons
 
 cdef void sum_misfits(const Work *work, const Block *block, const stored *x, const stored *dy, const double *pivot,
                       double *sum1, double *sum2) noexcept nogil:
-    """The sums of channels whose y was written in float64, because of which the activation is seen there as well."""
+    """Repeat the sums of channels whose y was computed in float64, which decides where their activation is closed."""
     cdef Activation act = work.activation
     cdef Block one = block[0]
     cdef Py_ssize_t c
@@ -425,7 +425,7 @@ cdef void sum_misfits(const Work *work, const Block *block, const stored *x, con
 
 
 cdef void about_the_mean(double *restrict sum1, double *restrict sum2, Py_ssize_t channels, double n) noexcept nogil:
-    """mean − pivot from Σd, and Σ(x − mean)² from Σd²."""
+    """Turn Σd into mean − pivot, and Σd² into Σ(x − mean)²."""
     cdef Py_ssize_t c
     for c in range(channels):
         sum2[c] = m2_of(sum1[c], sum2[c], n) if n else sum2[c]
@@ -434,7 +434,7 @@ cdef void about_the_mean(double *restrict sum1, double *restrict sum2, Py_ssize_
 
 cdef void reduce_block(const Work *work, Py_ssize_t tile, Py_ssize_t b, const stored *x, const stored *dy,
                        bint gradient) noexcept nogil:
-    """Leave the sums of a block in its partial table."""
+    """Compute the sums of a block into its partial table."""
     cdef Block block = block_of(work, tile, b)
     cdef double *pivot = work.partial + (b * PARTIAL_ROWS + PIVOT) * work.C + block.channel
     cdef double *sum1 = pivot + (SUM - PIVOT) * work.C
