@@ -1,8 +1,8 @@
-"""`python -m bench.engines`: the statistics of a data set that the workers of Dask have between them.
+"""`python -m bench.engines`: the statistics of a data set that is distributed over the workers of Dask.
 
-Every worker is a process with one thread and a limit of memory, which is less than the data take. Times include
-that of making the data. Beside it stands one process that takes the same chunks one after the other; its result has to
-have the same bits. Memory is that of Linux.
+Each worker is a process with one thread and a memory limit below the size of the data. Times include making the data.
+For comparison, one process takes the same chunks one after the other; its result must have the same bits. Memory is
+measured as Linux reports it.
 """
 
 import argparse
@@ -16,7 +16,7 @@ ROWS, CHUNK, WORKERS, LIMIT = 10**8, 10**6, 2, "1GB"
 
 
 def most_memory():
-    """Of this process so far, in MB."""
+    """The peak memory of this process so far, in MB."""
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1]) * 1024 / 1e6
 

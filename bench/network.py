@@ -1,7 +1,7 @@
-"""`python -m bench.network`: a step of training of a network of torchvision, with torch's batch norm and with ours.
+"""`python -m bench.network`: a training step of a torchvision network, with torch's batch norm and with ours.
 
-The networks take turns, and the best time of each counts. One has no batch norm at all: its time, taken from that of
-the others, leaves the share of batch norm.
+The networks take turns, and the best time of each counts. One has no batch norm at all: subtracting its time from that
+of the others leaves the share of batch norm.
 """
 
 import argparse
@@ -26,7 +26,7 @@ def without_norm(model):
 
 
 def stepper(model, x, labels):
-    """What a step does; the weights move too little to change its work."""
+    """A function that does one step; the weights move too little to change its work."""
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
 
     def step():
