@@ -60,7 +60,7 @@ def measure(shape, axis, threads, rounds):
 
 def main():
     parser = argparse.ArgumentParser(prog="python -m bench.calculus", description=__doc__.splitlines()[0])
-    parser.add_argument("--threads", type=int, default=1, metavar="N", help="of each call (%(default)s)")
+    parser.add_argument("--threads", type=int, default=1, metavar="N", help="threads of each call (%(default)s)")
     parser.add_argument("--rounds", type=int, default=20, metavar="N", help="turns of each call (%(default)s)")
     parser.add_argument("--quick", action="store_true", help="only the smallest shapes")
     chosen = parser.parse_args()

@@ -130,7 +130,7 @@ def print_images(threads, rounds, count):
 
 def main():
     parser = argparse.ArgumentParser(prog="python -m bench.deploy", description=__doc__.splitlines()[0])
-    parser.add_argument("--threads", type=int, default=1, metavar="N", help="of each call (%(default)s)")
+    parser.add_argument("--threads", type=int, default=1, metavar="N", help="threads of each call (%(default)s)")
     parser.add_argument("--rounds", type=int, default=30, metavar="N", help="turns of each call (%(default)s)")
     parser.add_argument("--quick", action="store_true", help="few images")
     chosen = parser.parse_args()

@@ -58,7 +58,7 @@ def measure(rows, chunk, workers):
 
 def main():
     parser = argparse.ArgumentParser(prog="python -m bench.engines", description=__doc__.partition("\n")[0])
-    parser.add_argument("--rows", type=int, default=ROWS, help=f"of {COLUMNS} float32 columns, {ROWS:.0e} by default")
+    parser.add_argument("--rows", type=int, default=ROWS, help=f"rows of {COLUMNS} float32, {ROWS:.0e} by default")
     parser.add_argument("--chunk", type=int, default=CHUNK, help=f"rows in a chunk, {CHUNK:.0e} by default")
     parser.add_argument("--workers", type=int, default=WORKERS, help=f"processes, {WORKERS} by default")
     chosen = parser.parse_args()

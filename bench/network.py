@@ -41,7 +41,7 @@ def main():
     parser = argparse.ArgumentParser(prog="python -m bench.network", description=__doc__.splitlines()[0])
     parser.add_argument("--network", default="resnet18", help="a name in torchvision.models (%(default)s)")
     parser.add_argument("--batch", type=int, default=16, metavar="N", help="images (%(default)s)")
-    parser.add_argument("--size", type=int, default=64, metavar="PIXELS", help="of an image (%(default)s)")
+    parser.add_argument("--size", type=int, default=64, metavar="PIXELS", help="size of an image (%(default)s)")
     parser.add_argument("--threads", type=int, default=2, metavar="N", help="(%(default)s)")
     parser.add_argument("--rounds", type=int, default=15, metavar="N", help="turns of each network (%(default)s)")
     chosen = parser.parse_args()

@@ -68,9 +68,9 @@ def measure(shape, axis, dtype, threads, rounds):
 
 def main():
     parser = argparse.ArgumentParser(prog="python -m bench.selection", description=__doc__.splitlines()[0])
-    parser.add_argument("--threads", type=int, default=1, metavar="N", help="of each call (%(default)s)")
+    parser.add_argument("--threads", type=int, default=1, metavar="N", help="threads of each call (%(default)s)")
     parser.add_argument("--rounds", type=int, default=30, metavar="N", help="turns of each call (%(default)s)")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "float64"), help="of x (%(default)s)")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "float64"), help="dtype of x (%(default)s)")
     parser.add_argument("--quick", action="store_true", help="only the smallest shapes")
     chosen = parser.parse_args()
     columns = [(what, name) for name in NAMES for what in ("forward", "backward")]

@@ -274,8 +274,8 @@ def options(
     """The command line: seed and picture, and the other options that have a default here."""
     parser = argparse.ArgumentParser(description=description)
     if epochs is not None:
-        parser.add_argument("--epochs", type=int, default=epochs, metavar="N", help="of training (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of all that is random (%(default)s)")
+        parser.add_argument("--epochs", type=int, default=epochs, metavar="N", help="epochs of training (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of everything random (%(default)s)")
     parser.add_argument("--plot", type=Path, default=plot, metavar="FILE", help="the picture (%(default)s)")
     if save is not None:
         parser.add_argument("--save", type=Path, default=save, metavar="FILE", help="the network (%(default)s)")

@@ -17,8 +17,8 @@ from ._version import __version__
 
 COMMANDS = {
     "explain": ("gradient.worked_example", "follow a gradient through four values, by its three pathways"),
-    "diagnose": ("gradient.command", "say what is wrong with a gradient that was derived by hand"),
-    "convert": ("convert", "carry the batch norm layers of a file over to another system's names and eps"),
+    "diagnose": ("gradient.command", "say what is wrong with a hand-derived gradient"),
+    "convert": ("convert", "convert the batch norm layers of a file to another system's names and eps"),
     "profile": ("profile.command", "time forward, backward and inference on the layer shapes of real networks"),
 }
 PROGRAM = "python -m batchnorm"

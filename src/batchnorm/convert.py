@@ -58,8 +58,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             metavar="SYSTEM",
             help="; ".join(CONVENTIONS),
         )
-    parser.add_argument("--from-eps", type=_eps, metavar="EPS", help="of the layers in IN (default: their system's)")
-    parser.add_argument("--eps", type=_eps, help="of the layers that will load OUT (default: their system's)")
+    parser.add_argument("--from-eps", type=_eps, metavar="EPS", help="eps of IN's layers (default: their system's)")
+    parser.add_argument("--eps", type=_eps, help="eps of the layers that will load OUT (default: their system's)")
     parser.add_argument("--prefix", default="", metavar="PATH", help="convert the layers at or below this path only")
     parser.add_argument("--dry-run", action="store_true", help="print the table and write nothing")
 

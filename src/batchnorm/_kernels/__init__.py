@@ -97,7 +97,7 @@ def use(name: str) -> None:
         raise ImportError(f"this processor cannot run the kernel level {name!r}, only {', '.join(available())}")
     level = name
     of_type.clear()
-    for char in "fd":  # at once, so that a broken build shows immediately
+    for char in "fd":  # load these now, so that a broken build shows at once
         of_type[char]
 
 

@@ -162,7 +162,7 @@ def _seed(text: str) -> int:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
-    parser.add_argument("--seed", type=_seed, default=0, metavar="N", help="of the numbers (default 0)")
+    parser.add_argument("--seed", type=_seed, default=0, metavar="N", help="seed of the numbers (default 0)")
     parser.add_argument("--html", type=_output.file, metavar="FILE", help="write a page with sliders, for any browser")
     parser.add_argument("--plot", type=_output.picture, metavar="FILE", help="draw the graph (png, pdf, svg)")
 

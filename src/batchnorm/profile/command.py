@@ -45,19 +45,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     threads = _numbers("whole numbers from 1 to 4096 joined by commas, such as 1,2", 1, ",", 4096)
     batch = _numbers("a positive whole number", 1, None, 1 << 40)
     layers = parser.add_mutually_exclusive_group()
-    layers.add_argument("--shape", type=shape, action="append", help="of x, such as 32x64x56x56; may be repeated")
+    layers.add_argument("--shape", type=shape, action="append", help="shape of x, such as 32x64x56x56; may be repeated")
     layers.add_argument("--network", choices=NETWORKS, help="all layers of a network instead of a few of ResNet-50")
     parser.add_argument("--batch", type=batch, help="images in a batch of --network (default 8)")
-    parser.add_argument("--axis", type=int, default=1, help="of the channels (default 1); networks are arranged for it")
+    parser.add_argument("--axis", type=int, default=1, help="channel axis (default 1); networks are arranged for it")
     parser.add_argument(
         "--dtype",
         choices=("float32", "float64", "float16", "bfloat16"),
         default="float32",
-        help="of x (default float32)",
+        help="dtype of x (default float32)",
     )
     parser.add_argument("--threads", type=threads, default=(get_num_threads(),), help="one or more, such as 1,2")
     parser.add_argument("--against", type=_rivals, default=["numpy"], help="numpy, torch or both (default numpy)")
-    parser.add_argument("--quick", action="store_true", help="small shapes and little time, to see that it works")
+    parser.add_argument("--quick", action="store_true", help="small shapes and little time, as a test")
     parser.add_argument("--json", type=_output.file, metavar="FILE", help="write all figures, in seconds and bytes")
     parser.add_argument(
         "--plot", type=_output.picture, metavar="FILE", help="draw time over the copy limit (png, pdf, svg)"
