@@ -30,7 +30,7 @@ _ROOM = 16
 """Padding after the last place, because the kernels load whole vectors."""
 
 _MOST_EXPONENT = 498
-"""Largest exponent of two in a weight, so that sums of squares stay within float64."""
+"""Largest exponent of two, positive or negative, of the largest weight: sums of squares then stay within float64."""
 
 
 class Tally(NamedTuple):

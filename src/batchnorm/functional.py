@@ -335,10 +335,10 @@ def forward(
         for bit.
     mask : array_like of bool, optional
         True where x counts. Its shape is that of x with length 1 along the channel axis, or without that axis; other
-        axes may have length 1 too. Where it is False, x and dy are not read, y is `fill` and dx is 0.
+        axes may have length 1 too. Where it is False, x and dy have no effect, y is `fill` and dx is 0.
     lengths : array_like of int, shape (N,), optional
         A mask for sequences, for x with three dimensions: the first lengths[i] positions of sequence i count. Of the
-        two axes besides the channel axis, the first counts sequences and the second counts positions.
+        two axes besides the channel axis, sequences lie along the first and positions along the second.
     weights : array_like, optional
         How much each value counts in the statistics, at least 0; shapes as for `mask`. With W = Σw, μ = Σwx/W and
         σ² = Σw(x − μ)²/W. A weight of 0 is not a mask: the value is still normalized, and its dy counts. Give at most

@@ -7,7 +7,7 @@ Decisions:
   parameters, running statistics and the counter all old or all new.
 - A layer's arrays stay the same objects as long as it lives. An assignment copies values into them, in the layer's
   dtype.
-- Threads that share a layer take turns to copy its O(C) numbers, and work on their batches at the same time.
+- Threads that share a layer take turns to copy its O(C) numbers, but work on their batches at the same time.
 - Evaluation keeps no x unless asked to, because `backward` usually follows only training.
 - Training with the running statistics uses the code of evaluation; other ways of training are in `training`.
 - `save` writes only what `load` accepts, so a diverged layer does not replace the file of a sound one.
@@ -199,7 +199,7 @@ class BatchNorm:
         Ghost batches: training cuts a batch of N samples into ⌈N/ghost⌉ nearly equal parts along the first axis that is
         not the channel axis, and normalizes each part by itself. The running statistics follow the whole batch.
     dtype : float32 or float64, default float32
-        Dtype of the parameters, their gradients and the running statistics. x may have any supported dtype.
+        Dtype of the parameters, their gradients and the running statistics. x may have another, also 16-bit, dtype.
 
     Attributes
     ----------

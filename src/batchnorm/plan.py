@@ -6,8 +6,8 @@ Decisions:
   The bits are those of `inference`.
 - 8-bit integers have 256 values, so their y is looked up in a table per channel. The first such x makes the table, in
   float64 and with the activation, so y is rounded once.
-- If y has a different type from x, it is computed in the wider of the two; another memory order needs a copy. Each is one
-  more pass over memory, unless x has 8 bits.
+- If the types of x and y differ, y is computed in the wider one; another memory order needs a copy. Each is one more
+  pass over memory, unless x has 8 bits.
 - Users cannot change a plan. What it caches is stored in one step, so threads can share a plan and a forked child can
   use it.
 """
