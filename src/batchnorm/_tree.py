@@ -29,7 +29,7 @@ def _part(place: int, parts: int) -> int:
 
 @lru_cache(maxsize=16)
 def merges(parts: int) -> tuple[tuple[int, int], ...]:
-    """Pairs (lower, upper) in merging order: the upper part is merged into the lower; in the end part 0 is the whole."""
+    """Pairs (lower, upper) in merging order: the upper part is merged into the lower; at the end part 0 has all."""
     order = [(2 * i, 2 * i + 1) for i in range(leading_pairs(parts))]
     left = [_part(place, parts) for place in range(1 << _doublings(parts))]
     while len(left) > 1:

@@ -328,7 +328,7 @@ def jvp(
     dgamma, dbeta : array_like, shape (C,), optional
         Directions of gamma and beta; 0 where None.
     dmean, dvar : array_like, shape (C,), optional
-        Directions of the moments, added to how they move with x. With `through=()` the moments move by these alone.
+        Directions of the moments, besides how they move with x. With `through=()` the moments move by these alone.
     dadd : array_like, optional
         The direction of `add`, of x's shape and dtype.
     through : {"mean", "variance"} or collection of them, optional

@@ -29,7 +29,7 @@ _BYTE = 255.0
 _ABOUT = 4.0
 """Numbers within this factor are considered the same."""
 _NOTABLE = 0.05
-"""The divergence from which other orders of channels are tried."""
+"""The least divergence for which a hint suggests another order of channels."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

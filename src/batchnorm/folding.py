@@ -286,7 +286,7 @@ def fold(
     Notes
     -----
     Computed in float64 and rounded once. Subnormal results become 0, except in float16, where they are normal numbers
-    for float32 arithmetic; `Folded.flushed` counts these weights.
+    for float32 arithmetic; `Folded.flushed` counts the weights that became 0.
 
     References
     ----------

@@ -5,7 +5,7 @@ Decisions:
 - Names, attributes and the rule for constant columns are StandardScaler's. Unlike it, float32 is never copied to
   float64, `partial_fit` gives the same bits however the data are cut, and NaN is refused, because a mask here applies
   to all columns.
-- `partial_fit` holds the rows that do not fill a block, at most 2**20 values. Reading the statistics includes them.
+- `partial_fit` holds the rows that do not fill a block, at most 2**20 values. The statistics include them when read.
   `fit` and a pickle end the last block, so nothing is held, and a pickle never contains data.
 - The mean is a pair of float64 numbers, as in `Moments`, and `transform` uses both.
 - The statistics are properties, so that many small calls of `partial_fit` cost no more than a few large ones.

@@ -83,7 +83,7 @@ def shifted(*shifts: Callable[[Right], tuple[Any, Any]]) -> Callable[[Right], It
 
 
 def not_summed(right: Right) -> Iterator[Change]:
-    """Both sums left out, one of them, or those in both terms of dmean."""
+    """Both summations left out, one of them, or that of dmean in both of its terms."""
     yield from summed(DIAGONAL)(right)
     sums = Sum(()), Sum(right.cache.axes)
     yield lambda formula: formula._replace(sums=sums).times(1, 1, 1 - 1 / right.n)

@@ -10,7 +10,7 @@ Decisions:
 - A rank that cannot make its packet still takes part: its packet says so, and so does every merged packet. It raises
   its own error, the others raise one that names it, and no rank is left waiting.
 - Messages to one rank use a duplicate of the communicator, because the program may receive from any rank.
-- Ranks are reached through a few methods, those of mpi4py, so that another transport can replace it.
+- Ranks are reached through a few methods, those of mpi4py, so that another transport can replace mpi4py.
 """
 
 import sys
@@ -68,7 +68,7 @@ def _key() -> int:
 
 
 def _duplicate(comm: Any) -> Any:
-    """A communicator of the same ranks for this package alone, shared by all layers, because MPI has few."""
+    """A communicator of the same ranks for this package alone, one for all layers, because MPI limits their number."""
     mpi = sys.modules.get("mpi4py.MPI")
     if mpi is None or not isinstance(comm, mpi.Comm):
         return comm
