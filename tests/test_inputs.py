@@ -67,8 +67,7 @@ FORWARD = {
     "gamma for the last axis": (
         lambda: bn.forward(X, np.ones(5)),
         ValueError,
-        r"gamma must have shape \(3,\), got \(5,\); x of shape \(2, 3, 4, 5\) has 5 along another "
-        r"axis than 1: axis=-1\?",
+        r"gamma must have shape \(3,\), got \(5,\); x of shape \(2, 3, 4, 5\) has length 5 along axis -1: axis=-1\?",
     ),
     "beta for axis 1": (
         lambda: bn.forward(X, beta=ONES, axis=-1),
