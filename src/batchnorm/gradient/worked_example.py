@@ -34,7 +34,7 @@ FORWARD = """
 """
 
 BACKWARD = """
-[bold]Backward.[/] dy is the gradient of a loss with respect to y. μ and σ² are made of
+[bold]Backward.[/] dy is the gradient of a loss with respect to y. μ and σ² depend on
 the batch, so x reaches the loss in three ways, and dx has three terms:
 
   dxhat = dy·gamma
@@ -50,13 +50,13 @@ in that way alone: by itself, in μ, in σ², or in all three.
 CENTERING = """
 [bold]Not 1 − 1 = 0.[/] ∂(x − μ)/∂x is not a number but the matrix I − 11ᵀ/n: each x
 moves its own deviation by {diagonal:g} and the other {others} by {other:g}. Its columns add up
-to 0, and so does dx ({total:.0e}): moving all of x would move nothing.
+to 0, and so does dx ({total:.0e}): adding a constant to all of x changes nothing.
 """
 
 TWO = """
 [bold]Two values,[/] eps = 0. Whatever they are, xhat is −1 and 1: there is nothing to
 gain by moving them, and the right dx is 0. Without the mean pathway dx moves
-both by the same amount, step after step, and y stays what it was:
+both by the same amount, step after step, and y does not change:
 """
 
 

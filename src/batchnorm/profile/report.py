@@ -13,13 +13,13 @@ from .._extras import require
 from .measure import CONTESTANTS, OURS, PASSES, Result
 
 NOTES = """
-µs: best time. vs: time over that of batchnorm. GB/s: traffic no pass can avoid (read x, write y;
-backward: read x and dy, write dx) over the time of batchnorm. limit: time of batchnorm over that of
-np.copyto (backward: np.add) on as many threads. error: largest difference from {exact} over the
-largest value, in the first channels. batchnorm writes to out=, allocated before; the others allocate
-their results. load: other work when it began; a processor that is taken stalls every team of threads."""
+µs: best time. vs: time divided by that of batchnorm. GB/s: traffic that a pass needs (read x,
+write y; backward: read x and dy, write dx), per time of batchnorm. limit: time of batchnorm divided
+by that of np.copyto (backward: np.add) on as many threads. error: largest difference from {exact},
+divided by the largest value, in the first channels. batchnorm writes to an existing out=, the others
+allocate their results. load: other work at the start; a busy processor stalls every team of threads."""
 
-STALLED_NOTE = """*: stalled: the threads waited for a processor that other work had, and one thread alone was quicker.
+STALLED_NOTE = """*: stalled: the threads waited for a processor that was doing other work, and one thread was faster.
 Measure again when the machine is quiet, or with --threads 1."""
 
 
