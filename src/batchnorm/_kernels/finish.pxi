@@ -56,7 +56,7 @@ cdef void set_centres(const double *restrict s, double *restrict k, Py_ssize_t C
 
 
 cdef Py_ssize_t misfits(const double *coefficient, Py_ssize_t channels) noexcept nogil:
-    """The number of coefficients that lose digits in the data's type, or whose products do; not infinities and NaN."""
+    """The number of coefficients that lose digits in the data's type, or whose products do; infinities and NaN fit."""
     cdef Py_ssize_t c, found = 0
     cdef double size
     for c in range(channels):

@@ -192,7 +192,7 @@ cdef int borrow_packets(lower, upper, Py_ssize_t least, double **own, const doub
 
 
 def merge_moments(lower, upper):
-    """Merge a packet of moments into that of the ranks before it; an empty packet changes nothing."""
+    """Merge a packet of moments into that of the ranks before it; an empty one leaves the other unchanged."""
     cdef Py_ssize_t i, numbers = len(lower)
     cdef double *a
     cdef const double *b

@@ -333,7 +333,7 @@ cdef inline double as_pivot(const Work *work, double value) noexcept nogil:
 
 cdef void choose_pivots(const Work *work, const Block *block, const Py_ssize_t *place, const stored *x,
                         double *restrict pivot) noexcept nogil:
-    """A value near the mean of each channel: the mean of eight values from all over the block, to 1/16 of their spread.
+    """A value near the mean of each channel: the mean of eight from all over the block, to about 1/16 of their spread.
 
     If they are equal, it is exactly their value.
     """
