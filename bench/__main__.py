@@ -1,13 +1,13 @@
 """`python -m bench`: batchnorm against the frameworks, numba and NumPy, on the same arrays, in one run.
 
-- Contestants have processes of their own and take turns, a short burst each, round after round: the machine's cache and
-  memory are shared with strangers, and a slow second must hit everybody. Rounds go on until the two best turns of each
-  agree, or there were enough of them. The best time is reported, the median beside it in the JSON.
-- The limit takes its turns too, in batchnorm's process and on its very arrays, whose pages decide much.
-- Every result is compared with the reference in float64 before it is timed.
-- `--build NAME=DIRECTORY` compares builds of batchnorm with each other (`pip install --target DIRECTORY`), which is how
-  a change of a kernel is measured. They visit all shapes twice, in new processes and so on new pages, minutes apart.
-- This is a command and not pytest-benchmark, because that one times its cases one after the other in one process.
+- Contestants have their own processes and take turns, a short burst each, round after round: other programs share the
+  machine's cache and memory, and a slow second must affect all contestants. Rounds go on until the two best turns of
+  each agree, or a maximum is reached. The table has the best time, the JSON also the median.
+- The limit takes its turns too, in batchnorm's process and on the same arrays, because their pages matter.
+- Every result is compared to the reference in float64 before it is timed.
+- `--build NAME=DIRECTORY` compares builds of batchnorm (`pip install --target DIRECTORY`), to measure a change of a
+  kernel. They visit all shapes twice, minutes apart, in new processes and so on new pages.
+- This is a command and not pytest-benchmark, which times its cases one after the other in one process.
 """
 
 import argparse
@@ -29,15 +29,15 @@ from .cases import SETS
 from .contestants import BUILD, MODULES, RIVALS, WITH_RELU, missing
 from .team import Team
 
-# What others leave: NumPy's sums over a million rows, torch's with the channels last; ONNX Runtime's eps is a float32.
-# 16-bit floats are rounded by half a step of theirs.
+# Errors of others: NumPy's sums over a million rows, torch's with the channels last; ONNX Runtime's eps is a float32.
+# 16-bit floats are rounded by half a step of their type.
 MOST_ERROR = {"float32": 1e-3, "float64": 1e-12, "float16": 2e-3, "bfloat16": 8e-3}
 INSTALLED = "installed"
 VISITS, LEAST_ROUNDS, AGREE = 2, 3, 1.02
 
 
 def check(team, case, dtype, which, relu):
-    """End the run if a result is wrong. After ReLU a gradient is not: near 0 types differ about the sign."""
+    """End the run if a result is wrong. With ReLU, gradients are not checked: near 0, types differ in the sign."""
     if relu and which == "backward":
         return
     for name, error in team.ask("error", *about(case, dtype, which, relu), together=True).items():
@@ -61,13 +61,13 @@ def about(case, dtype, which, relu):
 
 
 def agree(bests):
-    """Whether the two best are nearly the same."""
+    """Whether the two best times nearly agree."""
     first, second, *_ = sorted(bests)
     return second < AGREE * first
 
 
 def row_of(case, dtype, which, relu, threads, visits):
-    """What came out of a cell: the turns of each contestant, visit by visit."""
+    """The result of a cell: the turns of each contestant, visit by visit."""
     best, median, settled = {}, {}, []
     for name in visits[0]:
         turns = [turn for visit in visits for turn in visit[name]]
@@ -83,7 +83,7 @@ def row_of(case, dtype, which, relu, threads, visits):
 
 
 def measured(cells, members, builds, threads, rounds):
-    """A row for each cell, and what each build says about itself."""
+    """A row for each cell, and each build's description of itself."""
     found = {cell: [] for cell in cells}
     visits = VISITS if builds else 1
     for visit in range(visits):
@@ -99,7 +99,7 @@ def measured(cells, members, builds, threads, rounds):
 
 
 def some_of(known):
-    """Names out of `known`, joined by commas."""
+    """A parser for names out of `known`, joined by commas."""
 
     def parse(text):
         names = list(dict.fromkeys(text.split(","))) if text else []
@@ -121,7 +121,7 @@ def teams(text):
 
 
 def build(text):
-    """The name and the directory of a build; without a name it is called like its directory."""
+    """The name and the directory of a build; the name defaults to that of the directory."""
     name, equals, directory = text.rpartition("=")
     path = Path(directory)
     name = name if equals else path.resolve().name

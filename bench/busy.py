@@ -1,8 +1,8 @@
-"""`python -m bench.busy`: calls on processors that others want too, beside the same calls on a quiet machine.
+"""`python -m bench.busy`: calls on a busy machine, compared to the same calls on a quiet one.
 
-An endless loop runs on every processor. The contestants take turns, each in a process of its own, on one thread and on
-all processors. On a busy machine the median and the slowest tenth say more than the best time: a team waits for its
-last thread, and a thread that spins takes the processor from it.
+An endless loop runs on every processor. The contestants take turns, each in its own process, on one thread and on all
+processors. On a busy machine the median and the slowest tenth say more than the best time: a team waits for its last
+thread, and a thread that spins takes the processor from it.
 """
 
 import argparse

@@ -1,9 +1,9 @@
-"""`python -m bench.calculus`: tangents beside the gradient, and the gradient of the gradient beside torch's.
+"""`python -m bench.calculus`: tangents compared to the gradient, and the gradient of the gradient to torch's.
 
-The calls take turns, in one process, and the best time of each counts. torch's is that of automatic differentiation of
-its own backward pass, of which only the second derivative is timed. "over limit" is the time of `double_backward` over
-that of moving its five arrays, three that are read and two that are written, by `np.add`; that has one thread, so its
-time is divided by the number of threads.
+The calls take turns, in one process, and the best time of each counts. torch differentiates its own backward pass
+automatically, and only the second derivative is timed. "over limit" is the time of `double_backward` divided by the
+time to move its five arrays, three read and two written, with `np.add`. That has one thread, so its time is divided by
+the number of threads.
 """
 
 import argparse
@@ -60,7 +60,7 @@ def measure(shape, axis, threads, rounds):
 
 def main():
     parser = argparse.ArgumentParser(prog="python -m bench.calculus", description=__doc__.splitlines()[0])
-    parser.add_argument("--threads", type=int, default=1, metavar="N", help="of each call (%(default)s)")
+    parser.add_argument("--threads", type=int, default=1, metavar="N", help="threads of each call (%(default)s)")
     parser.add_argument("--rounds", type=int, default=20, metavar="N", help="turns of each call (%(default)s)")
     parser.add_argument("--quick", action="store_true", help="only the smallest shapes")
     chosen = parser.parse_args()

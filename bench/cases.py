@@ -1,4 +1,4 @@
-"""What is measured: shapes of real layers, each for a reason, and a few that are no network's."""
+"""What is measured: shapes of real layers, each for a reason, and a few that belong to no network."""
 
 import math
 from typing import NamedTuple
@@ -56,7 +56,7 @@ CORE = (
     Case((32, 64), FIRST, "a small layer"),
 )
 
-# No network's: what the others leave out, to see where a kernel is weak.
+# Shapes of no network, which the others do not cover, to see where a kernel is weak.
 OTHERS = (
     Case((2, 640, 1024, 8), LAST, "few channels"),
     Case((4096, 64), FIRST, "tall"),

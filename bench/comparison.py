@@ -1,4 +1,4 @@
-"""Builds compared with the first of them, as Markdown."""
+"""Builds compared to the first of them, as Markdown."""
 
 import math
 import statistics
@@ -6,7 +6,7 @@ import statistics
 from .report import grouped, number, table
 
 SLOWER = 1.03
-"""About the noise of two builds that are the same, when the machine is quiet."""
+"""About the noise between two identical builds on a quiet machine."""
 
 IN_CACHE = 13.0
 """Megabytes of x."""
@@ -21,7 +21,7 @@ def is_settled(row, *labels):
 
 
 def mean(ratios):
-    """Geometric, of those there are."""
+    """The geometric mean of the ratios that exist."""
     return math.exp(statistics.mean(map(math.log, ratios))) if ratios else None
 
 
@@ -57,7 +57,7 @@ def means(rows, label, base):
 
 
 def slower(rows, label, base):
-    """The cells where a build needs more time than noise explains, the worst first."""
+    """The cells where a build takes more time than noise explains, the worst first."""
     for row in sorted(rows, key=lambda row: -ratio(row, label, base)):
         if ratio(row, label, base) > SLOWER:
             times = [microseconds(row.best[name]) for name in (label, base)]
@@ -73,7 +73,7 @@ def microseconds(seconds):
 
 
 def cells(rows, labels):
-    """A line for each shape: the first build's µs, and what the others take of it, in each pass."""
+    """A line for each shape: in each pass, the first build's µs and the others' times relative to it."""
     base, *others = labels
     for (dtype, threads), found in grouped(rows, "dtype", "threads"):
         passes = list(dict.fromkeys(row["pass"] for row in found))
@@ -90,7 +90,7 @@ def cells(rows, labels):
 
 
 def markdown(rows, labels, versions):
-    """Everything about the builds; `labels` begins with the one that the others are compared with."""
+    """Everything about the builds; `labels` begins with the one to which the others are compared."""
     base, *others = labels
     parts = ["\n".join(f"- {label}: {versions[label]}" for label in labels)]
     for label in others:

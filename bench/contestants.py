@@ -1,10 +1,10 @@
-"""The contestants, each with a process of its own.
+"""The contestants, each in its own process.
 
-- batchnorm and torch are timed allocating their results and writing to `out=` (torch's backward pass cannot). JAX,
-  ONNX Runtime, numba and NumPy allocate; the first two keep memory for it from one call to the next.
+- batchnorm and torch are timed both allocating their results and writing to `out=` (not torch's backward pass, which
+  has no `out=`). JAX, ONNX Runtime, numba and NumPy allocate; the first two reuse that memory between calls.
 - torch: `native_batch_norm` and its backward pass.
 - JAX: jitted. Its backward pass is the formula with saved statistics; differentiating the forward pass takes longer.
-- ONNX Runtime has inference alone, only with the channels second, and numba and it have no 16-bit floats here.
+- ONNX Runtime: only inference, and only with the channels second. It and numba have no 16-bit floats here.
 - numba: the loops that a user would write, parallel over channels, with its fast mathematics.
 - With ReLU after the normalization, NumPy and torch make two calls, ONNX Runtime has a graph of two nodes, which it
   fuses if it can, and batchnorm takes `activation=`; "batchnorm alone" is without ReLU. The others are left out.
@@ -91,7 +91,7 @@ def jax(problem, _threads):
     others = tuple(i for i in range(problem.x.ndim) if i != axis)
     column = [-1 if i == axis else 1 for i in range(problem.x.ndim)]
     x, dy, gamma, beta, mean, var = (jnp.asarray(array) for array in problem[:6])
-    stored, full = x.dtype, gamma.dtype  # 16-bit floats are calculated in float32
+    stored, full = x.dtype, gamma.dtype  # 16-bit floats are computed in float32
     gamma, beta, mean, var = (array.reshape(column) for array in (gamma, beta, mean, var))
     rstd = jax.lax.rsqrt(var + EPS)
 
@@ -221,7 +221,7 @@ def numba(problem, threads):
 OURS_OUT = f"{OURS}, out="
 BUILD = "build"
 
-# What `--against` names, and what is measured in its process.
+# The names for `--against`, and what is measured in each of their processes.
 PROCESSES = {
     OURS: {OURS: partial(measure.batchnorm_calls, allocate=True), OURS_OUT: measure.batchnorm_calls, **LIMITS},
     "numpy": {"NumPy": measure.numpy_calls},
@@ -250,12 +250,12 @@ MODULES = {"torch": ("torch",), "jax": ("jax",), "onnxruntime": ("onnx", "onnxru
 
 
 def missing(name):
-    """Modules that a contestant would need."""
+    """The missing modules that a contestant needs."""
     return [module for module in MODULES.get(name, ()) if importlib.util.find_spec(module) is None]
 
 
 class Bout:
-    """What one process measures, with the arrays of the case it was asked for last."""
+    """The measurements of one process, with the arrays of the last case."""
 
     def __init__(self, process, threads):
         self.process, self.threads = process, threads
@@ -269,7 +269,7 @@ class Bout:
         return f"{batchnorm.__version__}, {level} kernels, {Path(batchnorm.__file__).parent}"
 
     def calls_of(self, which, shape, axis, dtype, relu=False):
-        """Whether ReLU follows is part of the case; fresh arrays if it is another one."""
+        """The calls of a case, which includes whether ReLU follows; a new case gets fresh arrays."""
         case = shape, axis, dtype, relu
         if self.case != case:
             self.case, self.problem, self.calls = case, None, None
@@ -279,13 +279,13 @@ class Bout:
         return {name: passes[which] for name, passes in self.calls.items() if which in passes}
 
     def error(self, which, *case):
-        """How far each result is from that of the reference in a wider dtype."""
+        """The error of each result against the reference in a wider dtype."""
         calls = self.calls_of(which, *case)
         *_, relu = self.case
         reference = relu_in_numpy if relu else measure.numpy_calls
         exact = reference(self.problem.widened())[which]()
         results = {name: call() for name, call in calls.items() if name not in (*LIMITS, ALONE, f"{ALONE}, out=")}
-        if self.process != "torch":  # whose results have the channels second, which `error` knows
+        if self.process != "torch":  # its results have the channels second, which `error` expects
             results = {name: np.asarray(result) for name, result in results.items()}
         return self.own({name: self.problem.error(result, exact) for name, result in results.items()})
 

@@ -1,9 +1,9 @@
-"""`python -m bench.deploy`: a plan beside `inference` and torch, and images beside what others make of them.
+"""`python -m bench.deploy`: a plan compared to `inference` and torch, and normalized images to other packages.
 
 The calls take turns, in one process, and the best time of each counts. The first table has microseconds and ratios. In
-the second every way gives one float32 array, (N, 3, H, W) or (N, H, W, 3), in memory that it has or in new memory.
-"limit" is the time of `np.copyto`, which has one thread, for as many bytes, divided by the number of threads. Packages
-that are not installed are left out.
+the second every way returns one float32 array, (N, 3, H, W) or (N, H, W, 3), in existing or new memory. "limit" is the
+time of `np.copyto`, which has one thread, for as many bytes, divided by the number of threads. Packages that are not
+installed are left out.
 """
 
 import argparse
@@ -25,7 +25,7 @@ def has(package):
 
 
 def layers(shape, threads):
-    """Inference of one layer, in new memory and in old, by name."""
+    """Inference of one layer, in new and in existing memory, by name."""
     generator = np.random.default_rng(0)
     x = generator.standard_normal(shape, dtype=np.float32)
     numbers = [generator.random(shape[1], dtype=np.float32) + 0.5 for _ in range(4)]
@@ -130,7 +130,7 @@ def print_images(threads, rounds, count):
 
 def main():
     parser = argparse.ArgumentParser(prog="python -m bench.deploy", description=__doc__.splitlines()[0])
-    parser.add_argument("--threads", type=int, default=1, metavar="N", help="of each call (%(default)s)")
+    parser.add_argument("--threads", type=int, default=1, metavar="N", help="threads of each call (%(default)s)")
     parser.add_argument("--rounds", type=int, default=30, metavar="N", help="turns of each call (%(default)s)")
     parser.add_argument("--quick", action="store_true", help="few images")
     chosen = parser.parse_args()

@@ -1,12 +1,12 @@
-"""`python -m bench.distributed`: what synchronising costs, measured on a few ranks and modelled for many.
+"""`python -m bench.distributed`: the cost of synchronising, measured on a few ranks and modelled for many.
 
 - Measured: a step (forward and backward) of `BatchNorm` and of `SyncBatchNorm` on each rank's part, one thread per
-  rank, also of another build of the package (`--before`); one exchange, both ways; what the software does between two
-  messages. Ranks are started with mpiexec. Those of one machine talk through its memory, and more ranks than processors
-  wait for each other, so this is no network.
-- Fitted: α, the time of a message without content, less the call of mpi4py, and β, the time of a byte, to messages
-  between two ranks.
-- Modelled by `simulation`: all layers of ResNet-50 among 2 to 65,536 ranks.
+  rank, and the same with another build of the package (`--before`); one exchange, in both ways; and the work of the
+  software between two messages. mpiexec starts the ranks. Ranks on one machine communicate through its memory, and more
+  ranks than processors wait for each other, so this does not measure a network.
+- Fitted to messages between two ranks: α, the time of an empty message without the call of mpi4py, and β, the time per
+  byte.
+- Modelled by `simulation`: all layers of ResNet-50 on 2 to 65,536 ranks.
 """
 
 import argparse
@@ -31,11 +31,11 @@ SHOWN = (2, 3, 4, 5, 6, 7, 8, 32, 128, 512, 4096, 65536)
 MERGED = tuple(ranks for ranks in sorted({*MODELLED, *SHOWN}) if ranks <= 4096)
 
 Found = dict[str, Any]
-"""What the ranks of one number found."""
+"""The results of one number of ranks."""
 
 
 def measure(ranks: int, build: str | None = None) -> Found:
-    """Start the ranks and read what they found; of another build only its steps."""
+    """Start the ranks and read their results; for another build, only its steps."""
     program = [sys.executable, "-m", "bench.rank", "all" if build is None else "steps"]
     command = [shutil.which("mpiexec") or "mpiexec", "-n", str(ranks), *program]
     environment = os.environ if build is None else os.environ | {"PYTHONPATH": build}
@@ -47,7 +47,7 @@ def measure(ranks: int, build: str | None = None) -> Found:
 
 
 def least_of(found: list[Any]) -> Any:
-    """The least of every number that several measurements found."""
+    """The minimum of each number over several measurements."""
     first = found[0]
     if isinstance(first, dict):
         return {name: least_of([each[name] for each in found]) for name in first}
@@ -104,7 +104,7 @@ def of_exchanges(found: list[Found], soft: Software) -> list[str]:
 
 
 def draw(modelled: dict[str, dict[int, float]], path: Path) -> None:
-    """Time of a synchronised step over the number of ranks."""
+    """Draw the time of a synchronised step over the number of ranks."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.8), layout="constrained")

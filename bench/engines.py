@@ -1,8 +1,8 @@
-"""`python -m bench.engines`: the statistics of a data set that the workers of Dask have between them.
+"""`python -m bench.engines`: the statistics of a data set that is distributed over the workers of Dask.
 
-Every worker is a process with one thread and a limit of memory, which is less than the data take. Times include
-that of making the data. Beside it stands one process that takes the same chunks one after the other; its result has to
-have the same bits. Memory is that of Linux.
+Each worker is a process with one thread and a memory limit below the size of the data. Times include making the data.
+For comparison, one process takes the same chunks one after the other; its result must have the same bits. Memory is
+measured as Linux reports it.
 """
 
 import argparse
@@ -16,7 +16,7 @@ ROWS, CHUNK, WORKERS, LIMIT = 10**8, 10**6, 2, "1GB"
 
 
 def most_memory():
-    """Of this process so far, in MB."""
+    """The peak memory of this process so far, in MB."""
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1]) * 1024 / 1e6
 
@@ -58,7 +58,7 @@ def measure(rows, chunk, workers):
 
 def main():
     parser = argparse.ArgumentParser(prog="python -m bench.engines", description=__doc__.partition("\n")[0])
-    parser.add_argument("--rows", type=int, default=ROWS, help=f"of {COLUMNS} float32 columns, {ROWS:.0e} by default")
+    parser.add_argument("--rows", type=int, default=ROWS, help=f"rows of {COLUMNS} float32, {ROWS:.0e} by default")
     parser.add_argument("--chunk", type=int, default=CHUNK, help=f"rows in a chunk, {CHUNK:.0e} by default")
     parser.add_argument("--workers", type=int, default=WORKERS, help=f"processes, {WORKERS} by default")
     chosen = parser.parse_args()

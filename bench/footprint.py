@@ -1,8 +1,8 @@
-"""`python -m bench.footprint WHEEL torch jax onnxruntime`: what installing and importing a package costs over NumPy.
+"""`python -m bench.footprint WHEEL torch jax onnxruntime`: the cost of installing and importing a package over NumPy.
 
-Each requirement gets a virtual environment that has NumPy already: the time `pip install` takes then, with what pip has
-downloaded before, the size of all files that it adds, and the time of the import after that of NumPy, each import in a
-new process and the packages in turns, the best and the median of all.
+Each requirement gets a virtual environment that already has NumPy. Measured are the time of `pip install` with pip's
+cache filled, the size of all files that it adds, and the time of the import after that of NumPy. Each import runs in a
+new process, the packages take turns, and the best and the median time are reported.
 """
 
 import argparse
@@ -28,7 +28,7 @@ def size_of(folder: Path) -> int:
 
 
 class Package:
-    """A package in an environment of its own."""
+    """A package in its own environment."""
 
     def __init__(self, requirement: str, folder: Path) -> None:
         self.name = Path(requirement).name.partition("-")[0].partition("=")[0]

@@ -1,7 +1,7 @@
-"""`python -m bench.network`: a step of training of a network of torchvision, with torch's batch norm and with ours.
+"""`python -m bench.network`: a training step of a torchvision network, with torch's batch norm and with ours.
 
-The networks take turns, and the best time of each counts. One has no batch norm at all: its time, taken from that of
-the others, leaves the share of batch norm.
+The networks take turns, and the best time of each counts. One has no batch norm at all: subtracting its time from that
+of the others leaves the share of batch norm.
 """
 
 import argparse
@@ -26,7 +26,7 @@ def without_norm(model):
 
 
 def stepper(model, x, labels):
-    """What a step does; the weights move too little to change its work."""
+    """A function that does one step; the weights move too little to change its work."""
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
 
     def step():
@@ -41,7 +41,7 @@ def main():
     parser = argparse.ArgumentParser(prog="python -m bench.network", description=__doc__.splitlines()[0])
     parser.add_argument("--network", default="resnet18", help="a name in torchvision.models (%(default)s)")
     parser.add_argument("--batch", type=int, default=16, metavar="N", help="images (%(default)s)")
-    parser.add_argument("--size", type=int, default=64, metavar="PIXELS", help="of an image (%(default)s)")
+    parser.add_argument("--size", type=int, default=64, metavar="PIXELS", help="size of an image (%(default)s)")
     parser.add_argument("--threads", type=int, default=2, metavar="N", help="(%(default)s)")
     parser.add_argument("--rounds", type=int, default=15, metavar="N", help="turns of each network (%(default)s)")
     chosen = parser.parse_args()

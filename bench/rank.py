@@ -1,7 +1,7 @@
-"""What one rank of `bench.distributed` measures: `mpiexec -n 2 python -m bench.rank all`, or `steps` alone.
+"""The measurements of one rank of `bench.distributed`: `mpiexec -n 2 python -m bench.rank all`, or only `steps`.
 
-Steps are measured with any build of the package that has a `SyncBatchNorm`; the rest belongs to this one. Times are the
-least of many rounds, which all ranks begin together, because others use the machine too.
+Steps can be measured with any build of the package that has a `SyncBatchNorm`; the rest needs this build. Times are the
+minimum of many rounds, which all ranks begin together, because other programs use the machine too.
 """
 
 import json
@@ -21,14 +21,14 @@ CALLS, ROUNDS = 10, 300
 
 
 def packet_of(channels: int) -> Any:
-    """One of moments, with a count of 1."""
+    """A packet of moments, with a count of 1."""
     packet = np.ones(4 + 3 * channels)
     packet[0] = 0
     return packet
 
 
 def least(call: Callable[[], Any], barrier: Callable[[], Any] = lambda: None, calls: int = CALLS) -> float:
-    """Seconds that a call takes."""
+    """The least seconds that a call takes."""
     times = []
     call()
     for _ in range(ROUNDS):
@@ -41,7 +41,7 @@ def least(call: Callable[[], Any], barrier: Callable[[], Any] = lambda: None, ca
 
 
 def steps(comm: Any) -> dict[str, list[float]]:
-    """Of `BatchNorm` and `SyncBatchNorm`, forward and backward, by the shape of x."""
+    """The times of `BatchNorm` and `SyncBatchNorm`, forward and backward, by the shape of x."""
     found = {}
     for shape in SHAPES:
         x = np.random.default_rng(comm.rank).standard_normal(shape, dtype=np.float32)
@@ -58,7 +58,7 @@ def steps(comm: Any) -> dict[str, list[float]]:
 
 
 def exchanges(comm: Any) -> dict[str, dict[int, float]]:
-    """Of moments by the number of channels, both ways."""
+    """The times of an exchange of moments, in both ways, by the number of channels."""
     from batchnorm._kernels.per_channel import merge_moments
     from batchnorm.mpi import exchange
 
@@ -77,7 +77,7 @@ def exchanges(comm: Any) -> dict[str, dict[int, float]]:
 
 
 def messages(comm: Any) -> dict[int, float]:
-    """Between two ranks, both ways at once: packets of so many channels, written anew each time."""
+    """The times of messages in both directions at once, with packets of these channels, written anew each time."""
     found, other = {}, 1 - comm.rank
     for channels in (0, *CHANNELS):
         own, sent, received = (packet_of(channels) for _ in range(3))
@@ -91,7 +91,7 @@ def messages(comm: Any) -> dict[int, float]:
 
 
 def main(what: str) -> None:
-    """Rank 0 prints what it found."""
+    """Measure; rank 0 prints the results."""
     from mpi4py import MPI
 
     comm = MPI.COMM_WORLD

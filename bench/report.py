@@ -1,4 +1,4 @@
-"""What was measured, as Markdown and as a picture."""
+"""The results as Markdown and as a picture."""
 
 import itertools
 import math
@@ -27,16 +27,16 @@ class Row(dict):
         return self["best"]
 
     def time(self, name):
-        """The quicker of allocating the result and writing it to `out=`."""
+        """The faster of allocating the result and writing it to `out=`."""
         return min((self.best[way] for way in (name, f"{name}, out=") if way in self.best), default=None)
 
     def ratio(self, rival):
-        """Its time over ours."""
+        """The rival's time divided by ours."""
         return self.time(rival) / self.time(OURS) if self.time(rival) else None
 
     @property
     def frameworks(self):
-        """The time of the quickest framework over ours."""
+        """The time of the fastest framework divided by ours."""
         return min((self.ratio(name) for name in FRAMEWORKS if name in self.best), default=None)
 
     @property
@@ -50,7 +50,7 @@ class Row(dict):
 
 
 def mean(values):
-    """Geometric."""
+    """The geometric mean."""
     logs = [math.log(value) for value in values if value is not None]
     return math.exp(statistics.mean(logs)) if logs else None
 
@@ -103,7 +103,7 @@ def grouped(rows, *names):
 
 
 def slower(rows):
-    """Where a framework is quicker."""
+    """The rows in which a framework is faster."""
     for row in rows:
         if row.frameworks is not None and row.frameworks < 1:
             rival = min((name for name in FRAMEWORKS if name in row.best), key=row.ratio)
@@ -142,7 +142,7 @@ def markdown(rows, names):
 
 
 def totals(rows):
-    """What all layers of a network take."""
+    """The times of all layers of a network."""
     header = ["network", "dtype", "threads", "pass", "batchnorm ms", *COLOURS]
     lines = []
     for (network, dtype, threads, which), found in grouped(rows, "network", "dtype", "threads", "pass"):
@@ -156,7 +156,7 @@ def totals(rows):
 
 
 def draw(path, rows, names, facts):
-    """How many times as fast as each of the others, a point for each shape; the first dtype, the most threads."""
+    """Draw our speed relative to each of the others, one point per shape, for the first dtype and the most threads."""
     import matplotlib as mpl
 
     mpl.use("Agg")

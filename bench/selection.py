@@ -1,7 +1,7 @@
-"""`python -m bench.selection`: lengths, masks and weights, beside the same call without them.
+"""`python -m bench.selection`: lengths, masks and weights, compared to the same call without them.
 
-Sequences are half full: their lengths are 0 to L, evenly. Masks are random, half True. Every figure is the time over
-that of the call without. The calls take turns, and the best time of each counts.
+Sequences are half full: their lengths are evenly spread from 0 to L. Masks are random, half True. Every figure is the
+time divided by that of the call without a selection. The calls take turns, and the best time of each counts.
 """
 
 import argparse
@@ -11,7 +11,7 @@ import numpy as np
 
 import batchnorm as bn
 
-# (shape, axis): sequences channels first and last, long and short, in the caches and beyond; and images.
+# (shape, axis): sequences with channels first and last, long and short, within the caches and beyond; and images.
 SHAPES = [
     ((64, 64, 64), 1),
     ((64, 64, 64), 2),
@@ -30,7 +30,7 @@ SLICE = 0.004  # seconds that each call has before the next one's turn
 
 
 def selections(shape, axis, generator):
-    """What `forward` takes besides x, by name; nothing first."""
+    """The selections for `forward`, by name; the first is none."""
     places = shape[:axis] + shape[axis + 1 :]
     found = {"": {}, "mask": {"mask": generator.random(places) < 0.5}, "weights": {"weights": generator.random(places)}}
     if len(shape) == 3:
@@ -51,7 +51,7 @@ def best(calls, rounds):
 
 
 def measure(shape, axis, dtype, threads, rounds):
-    """The time over that of the call without a selection, by pass and name."""
+    """The time divided by that of the call without a selection, by pass and name."""
     generator = np.random.default_rng(0)
     x, dy = (generator.standard_normal(shape).astype(dtype) for _ in range(2))
     y, dx = np.empty_like(x), np.empty_like(x)
@@ -68,9 +68,9 @@ def measure(shape, axis, dtype, threads, rounds):
 
 def main():
     parser = argparse.ArgumentParser(prog="python -m bench.selection", description=__doc__.splitlines()[0])
-    parser.add_argument("--threads", type=int, default=1, metavar="N", help="of each call (%(default)s)")
+    parser.add_argument("--threads", type=int, default=1, metavar="N", help="threads of each call (%(default)s)")
     parser.add_argument("--rounds", type=int, default=30, metavar="N", help="turns of each call (%(default)s)")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "float64"), help="of x (%(default)s)")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "float64"), help="dtype of x (%(default)s)")
     parser.add_argument("--quick", action="store_true", help="only the smallest shapes")
     chosen = parser.parse_args()
     columns = [(what, name) for name in NAMES for what in ("forward", "backward")]

@@ -1,13 +1,13 @@
-"""What synchronising costs among many ranks: the messages of the real exchange over a virtual clock.
+"""The cost of synchronising many ranks: the messages of the real exchange on a virtual clock.
 
 Decisions:
 
-- Each rank is the generator that the exchange itself follows, so what is simulated cannot drift from what is done.
-- A message of m bytes takes α + m·β, both ways at once, and a call of mpi4py. What the software does between two
-  messages is measured here, with an exchange that has no transport.
-- A rank waits for its partner and for nothing else: no network is shared, nothing is hidden behind other work, and all
-  ranks arrive together.
-- Packets are merged for real where they are given, so that every rank ends with one of its own, to be compared.
+- Each rank is the generator that the exchange itself runs, so the simulation cannot drift from the real thing.
+- A message of m bytes takes α + m·β, in both directions at once, and a call of mpi4py. The work of the software between
+  two messages is measured here, with an exchange that has no transport.
+- A rank waits only for its partner: no network is shared, nothing is hidden behind other work, and all ranks arrive
+  together.
+- If packets are given, they are really merged, so that every rank ends with its own packet for comparison.
 """
 
 import math
@@ -30,15 +30,15 @@ LAYERS = {
     channels: sum(layers for (other, _), layers in NETWORKS["resnet50"].items() if other == channels)
     for channels in CHANNELS
 }
-"""How many layers of ResNet-50 have so many channels."""
+"""The number of layers of ResNet-50, by their number of channels."""
 
 CLUSTER = (1.5e-6, 8 / 100e9)
-"""α and β of a cluster for comparison, as vendors of InfiniBand give them."""
+"""α and β of a cluster for comparison, as stated by vendors of InfiniBand."""
 
 MANY = 4096
 
 Kind = tuple[int, str]
-"""A packet: of so many channels, "moments" or "sums"."""
+"""A packet: its number of channels, and "moments" or "sums"."""
 
 
 def packet_of(kind: Kind) -> Numbers:
@@ -52,7 +52,7 @@ KINDS = [(channels, name) for channels in LAYERS for name in MERGES]
 
 
 class Software(NamedTuple):
-    """Seconds of a merge, and of all that is done between two messages, by the kind of packet; of a call of mpi4py."""
+    """Seconds of a merge and of all work between two messages, by kind of packet, and of a call of mpi4py."""
 
     merging: dict[Kind, float]
     between: dict[Kind, float]
@@ -60,7 +60,7 @@ class Software(NamedTuple):
 
 
 class _Nowhere:
-    """One of many ranks, all of which send what this one does."""
+    """One of many ranks, all of which send the same as this one."""
 
     def Get_rank(self) -> int:  # noqa: N802
         return 0
@@ -89,7 +89,7 @@ def software() -> Software:
 
 
 def simulate(ranks: int, message: Numbers, between: Numbers, merge: Merge, packets: list[Numbers]) -> Numbers:
-    """When the last rank is done, if all begin at 0; several times at once. The packets become those of all ranks."""
+    """The time at which the last rank is done, if all begin at 0; packets that are given become those of all ranks."""
     clock = np.zeros((ranks, message.size))
 
     def at(one: int) -> Merge:
@@ -107,7 +107,7 @@ def simulate(ranks: int, message: Numbers, between: Numbers, merge: Merge, packe
         mine = waiting[one]
         theirs = mine and waiting[mine[0]]
         if mine is None or theirs is None or theirs[0] != one:
-            continue  # until its partner comes to it
+            continue  # waits for its partner
         other = mine[0]
         for sent, received in ((mine[1], theirs[2]), (theirs[1], mine[2])):
             if sent is not None and received is not None:
@@ -116,7 +116,7 @@ def simulate(ranks: int, message: Numbers, between: Numbers, merge: Merge, packe
         for each in (one, other):
             waiting[each] = next(going[each], None)
             ready.append(each)
-    assert not any(waiting), f"of {ranks} ranks some wait for ever"
+    assert not any(waiting), f"of {ranks} ranks some wait forever"
     last: Numbers = clock.max(axis=0)
     return last
 
@@ -130,7 +130,7 @@ def by_doubling(ranks: int, alpha: float, beta: float, soft: Software) -> float:
 
 
 def by_allgather(ranks: int, alpha: float, beta: float, soft: Software) -> float:
-    """The same, if the packets of all ranks go to everybody in ⌈log₂P⌉ messages, and are merged there."""
+    """The same, if every rank gets the packets of all ranks in ⌈log₂P⌉ messages, and merges them."""
     seconds = 0.0
     for kind in KINDS:
         others = (ranks - 1) * (packet_of(kind).nbytes * beta + soft.merging[kind])
@@ -139,7 +139,7 @@ def by_allgather(ranks: int, alpha: float, beta: float, soft: Software) -> float
 
 
 def bits_are_equal(ranks: int, channels: int = 64) -> bool:
-    """Whether all ranks get the same bits, and those of one process with all parts; all packets are merged for real."""
+    """Whether all ranks, merging real packets, get the same bits as one process with all parts."""
     rng, packets = np.random.default_rng(ranks), []
     parts = [Moments.of(rng.standard_normal((one % 7, channels)) + 3) for one in range(ranks)]
     for part in parts:

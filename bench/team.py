@@ -1,10 +1,10 @@
-"""The processes that measure, and the one that asks them in turns.
+"""The processes that measure, and the one that calls them in turns.
 
-- Each contestant has a process of its own, because OpenMP runtimes in one process disturb each other. It may run on as
-  many processors as it has threads.
-- Another build of batchnorm lives in its process under the same name, `batchnorm`, from its own directory. Only the way
-  of measuring, `batchnorm.profile`, is that of the batchnorm installed here, so that builds differ in nothing else.
-- This module imports no batchnorm, because it is what chooses it.
+- Each contestant has its own process, because OpenMP runtimes in one process disturb each other. It may run on as many
+  processors as it has threads.
+- Another build of batchnorm is imported in its process under the same name, `batchnorm`, from its own directory. Only
+  `batchnorm.profile`, which measures, comes from the batchnorm installed here, so that builds differ in nothing else.
+- This module does not import batchnorm, because it chooses which one is imported.
 """
 
 import os
@@ -15,7 +15,7 @@ from multiprocessing import get_context
 
 
 class Team:
-    """The contestants' processes, for one number of threads: a label and what `serve` is told for each."""
+    """The contestants' processes for one number of threads: a label and the arguments of `serve` for each."""
 
     def __init__(self, members, threads):
         context = get_context("spawn")
@@ -38,7 +38,7 @@ class Team:
             raise SystemExit(f"{label} has died at {request}") from None
 
     def ask(self, *request, together=False, backwards=False):
-        """Figures by contestant, from all processes at once or from one after the other; a build has its label's."""
+        """Figures by contestant, from all processes at once or one after the other; a build's key is its label."""
         if together:
             for pipe in self.pipes.values():
                 pipe.send(request)
@@ -56,7 +56,7 @@ class Team:
 
 
 class Build:
-    """Finds another build of batchnorm, wherever the one installed here is and however it was installed."""
+    """Finds another build of batchnorm, wherever and however the one here is installed."""
 
     def __init__(self, directory, profile):
         self.directory, self.profile = directory, profile
@@ -72,9 +72,9 @@ class Build:
 
 
 def serve(pipe, threads, name, directory=None, profile=None):
-    """Check or time a pass of the contestants called `name` whenever asked to, until the other end closes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the asking process, and the pipe with it
-    if hasattr(os, "sched_setaffinity"):  # the only limit that all of them obey
+    """Check or time a pass of the contestants of `name` on request, until the other end closes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the parent process, which closes the pipe
+    if hasattr(os, "sched_setaffinity"):  # the only limit that all contestants obey
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
     if directory is not None:
         sys.meta_path.insert(0, Build(directory, profile))

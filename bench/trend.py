@@ -1,7 +1,7 @@
-"""`python -m bench.trend`: how fast batchnorm was from one kept result to the next, as a picture.
+"""`python -m bench.trend`: a picture of batchnorm's speed over the stored results.
 
-The results are of different machines, so times are not compared: only how many times as fast as the quickest framework
-batchnorm was in the same run, on the shapes that all results have.
+The results come from different machines, so times are not compared, but batchnorm's speed relative to the fastest
+framework in the same run, on the shapes that all results have.
 """
 
 import argparse
@@ -17,14 +17,14 @@ DTYPE, THREADS = "float32", 2
 
 
 def rows_of(path):
-    """The rows that are compared: of runs against all frameworks, without ReLU."""
+    """The rows to compare: those of runs against all frameworks, without ReLU."""
     rows = [Row(row) for row in json.loads(path.read_text())["rows"] if not row.get("relu")]
     rows = [row for row in rows if (row["dtype"], row["threads"]) == (DTYPE, THREADS)]
     return [row for row in rows if row.time("torch") and row.time("JAX")]
 
 
 def means(results):
-    """For each pass and result the geometric mean over the shapes that all results have, and the number of those."""
+    """For each pass and result, the geometric mean over the shapes that all results have, and their number."""
     common = set.intersection(*({row["case"] for row in rows} for rows in results.values()))
     return {
         which: [

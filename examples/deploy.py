@@ -1,21 +1,21 @@
 """A trained network, deployed in three ways
 =========================================
 
-A trained network on its way to where it is used: layers in evaluation, plans, or folded into the convolutions.
+Deploying a trained network: as layers in evaluation, as plans, or folded into the convolutions.
 
-A small convolutional network learns handwritten digits. Then the same predictions are made in three ways, which differ
-in what has to be shipped: `bn.BatchNorm` in evaluation, `bn.Plan.of(layer)`, and weights from `bn.fold`, which need
-NumPy alone. Decisions:
+A small convolutional network learns handwritten digits. Then it makes the same predictions in three ways, which differ
+in what must be shipped: `bn.BatchNorm` in evaluation, `bn.Plan.of(layer)`, and weights from `bn.fold`, which need only
+NumPy. Decisions:
 
-- A block is convolution → batch norm → relu, the relu in batch norm's pass. Arrays are channels last, (N, H, W, C), and
-  weights (H, W, in, out), so that a convolution is one matrix product and y needs no transposition.
-- The folded network is written to a file first and used from there, by a function that knows neither the layers nor
-  batchnorm.
-- Two ways can only disagree where the margin, the distance between the two largest logits of an image, is as small as
-  the difference between their logits. What is right is known from the layers in float64.
-- A deployed network usually fails because of its inputs. So the first plan also says how far images have moved from its
-  statistics if they are inverted or not scaled. A folded network has no statistics left to compare with.
-- Times are measured only with `--time`, because they differ from run to run. All else is repeatable.
+- A block is convolution → batch norm → relu, with the relu in the pass of batch norm. Arrays are channels last,
+  (N, H, W, C), and weights (H, W, in, out), so that a convolution is one matrix product and y needs no transposition.
+- The folded network is first written to a file and then used from there, by a function that knows neither the layers
+  nor batchnorm.
+- Two ways can only disagree if the margin, the distance between the two largest logits of an image, is as small as the
+  difference between their logits. The layers in float64 give the right answer.
+- A deployed network usually fails because of its inputs. So the first plan also shows how far images have moved from
+  its statistics if they are inverted or not scaled. A folded network has no statistics left for such a comparison.
+- Times are measured only with `--time`, because they differ from run to run. Everything else is repeatable.
 """
 
 from collections.abc import Callable, Mapping
@@ -43,7 +43,7 @@ CALLS = 200
 
 
 def windows(x: Array) -> Array:
-    """What each place of the output sees, (N, H − 2, W − 2, 3, 3, C), without a copy."""
+    """The values that each place of the output sees, (N, H − 2, W − 2, 3, 3, C), without a copy."""
     return np.moveaxis(sliding_window_view(x, (KERNEL, KERNEL), axis=(1, 2)), 3, 5)
 
 
@@ -52,7 +52,7 @@ def convolve(x: Array, weight: Array) -> Array:
 
 
 def folded(arrays: Mapping[str, Array], x: Array) -> Array:
-    """The logits, of the arrays of the file."""
+    """The logits, computed from the arrays of the file."""
     x = x.reshape(-1, *SHAPE)
     for name in ("first", "second"):
         x = np.maximum(convolve(x, arrays[f"{name}.weight"]) + arrays[f"{name}.bias"], 0)
@@ -60,7 +60,7 @@ def folded(arrays: Mapping[str, Array], x: Array) -> Array:
 
 
 class Convolution:
-    """A convolution without padding, and without a bias, which batch norm would subtract again."""
+    """A convolution without padding and without a bias, which batch norm would subtract again."""
 
     def __init__(self, inputs: int, outputs: int, generator: Generator) -> None:
         shape = (KERNEL, KERNEL, inputs, outputs)
@@ -134,7 +134,7 @@ class ConvNet(Network):
         self.layers = [Reshape(*SHAPE), *blocks, Reshape(-1), self.dense]
 
     def steps(self, ready: Callable[[bn.BatchNorm], Step]) -> list[Step]:
-        """What is called one after the other in the test, with each batch norm made ready for it."""
+        """The steps of a prediction, in order, with each batch norm converted by `ready`."""
         return [ready(layer.layer) if isinstance(layer, Norm) else layer.predict for layer in self.layers]
 
     def without_batch_norm(self) -> dict[str, Any]:
@@ -149,14 +149,14 @@ class ConvNet(Network):
 
 
 class Way(NamedTuple):
-    """How the network is deployed."""
+    """One way to deploy the network."""
 
     logits: Step
     arrays: list[Array]
 
 
 def ways_of(network: ConvNet, path: Path) -> dict[str, Way]:
-    """The three, the last one from a file."""
+    """The three ways, the last one from a file."""
     layers: list[Layer] = [*network.convolutions, network.dense]
     weights: list[Array] = [array for layer in layers for array in layer.parameters]
     evaluated, plans = network.steps(bn.BatchNorm.eval), network.steps(bn.Plan.of)
@@ -203,14 +203,14 @@ INPUTS = (
 
 
 class Result(NamedTuple):
-    """What came of them."""
+    """The results for these inputs."""
 
     accuracy: float
     drift: Drift
 
 
 def compare(ways: dict[str, Way], x: Array, labels: Labels) -> dict[str, Array]:
-    """Print a row for each way; the logits of all."""
+    """Print a row for each way, and return the logits of all."""
     logits = {name: way.logits(x) for name, way in ways.items()}
     exact = ways["layers"].logits(x.astype(np.float64))
     print(f"{'':8}{'accuracy':>10}{'same class':>12}{'off the layers':>16}{'off float64':>13}{'arrays':>8}{'bytes':>8}")
@@ -233,7 +233,7 @@ def measure(ways: dict[str, Way], x: Array) -> None:
 
 
 def try_inputs(network: ConvNet, logits: Step, x: Array, labels: Labels) -> dict[Inputs, Result]:
-    """Print what inputs do to accuracy, and what the first plan says of them."""
+    """Print the effect of inputs on accuracy, and what the first plan says about them."""
     plan, convolution = bn.Plan.of(network.norms[0].layer), network.convolutions[0]
     results = {}
     print(f"\n{'images':14}{'accuracy':>10}{'largest shift':>15}{'variance ratio':>22}")

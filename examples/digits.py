@@ -3,15 +3,15 @@
 
 Handwritten digits: a network with two batch-normalized hidden layers, in NumPy, against the same one without.
 
-How the four functions belong together is in the class BatchNorm below: `forward` normalizes a batch and leaves `saved`,
+The class BatchNorm below shows how the four functions work together: `forward` normalizes a batch and leaves `saved`,
 `backward` and `update_running` read it, and `inference` normalizes with the running statistics. (`bn.BatchNorm` is that
 class ready-made.) Decisions:
 
-- A hidden layer is linear → batch norm → relu. The linear map has no bias where batch norm follows: the mean, which is
-  subtracted, contains it, and beta takes its place.
+- A hidden layer is linear → batch norm → relu. If batch norm follows, the linear map has no bias: the mean, which is
+  subtracted, would contain it, and beta replaces it.
 - At each learning rate both networks start from the same weights and see the same batches.
 - Noise is added to the training images in every batch, for both networks: there are only 1437 of them.
-- The result is that of the middle learning rate after the last epoch, not the best one on the test set.
+- The reported result is that of the middle learning rate after the last epoch, not the best one on the test set.
 - The samples left over at the end of an epoch are skipped: the statistics of a small batch are noise, and one sample
   has no variance.
 - One thread, for batchnorm and for NumPy's matrix products: the arrays are too small to share out, and on a busy
@@ -46,7 +46,7 @@ NAMES = {True: "with batch norm", False: "without"}
 
 
 class Layer(Protocol):
-    """What a network is made of: `backward` leaves the gradients of the parameters, in their order."""
+    """A part of a network: `backward` leaves the gradients of the parameters, in their order."""
 
     @property
     def parameters(self) -> Sequence[Array]: ...
@@ -174,7 +174,7 @@ def softmax_cross_entropy(x: Array, labels: Labels) -> tuple[float, Array]:
 
 
 def split(x: Array, labels: Labels, generator: Generator) -> tuple[Array, Labels, Array, Labels]:
-    """Training images and labels, then those for the test: a fifth of each class."""
+    """Training images and labels, then those of the test: a fifth of each class."""
     order = generator.permutation(len(labels))
     order = order[np.argsort(labels[order], kind="stable")]
     test = np.arange(len(order)) % 5 == 0
@@ -191,7 +191,7 @@ def batches(x: Array, labels: Labels, generator: Generator) -> Iterator[tuple[Ar
 
 @np.errstate(over="ignore", invalid="ignore")
 def train_epoch(network: Network, sgd: SGD, x: Array, labels: Labels, generator: Generator) -> float:
-    """Every batch once; the mean loss, or the first one that is not finite."""
+    """Train on every batch once; return the mean loss, or the first one that is not finite."""
     losses = []
     for batch, batch_labels in batches(x, labels, generator):
         loss, dy = softmax_cross_entropy(network.forward(batch), batch_labels)
@@ -204,7 +204,7 @@ def train_epoch(network: Network, sgd: SGD, x: Array, labels: Labels, generator:
 
 
 def fit(network: Network, learning_rate: float, x: Array, labels: Labels, generator: Generator) -> Iterator[float]:
-    """The loss of one epoch after the other, as long as it is finite."""
+    """Train, and yield the loss of each epoch as long as it is finite."""
     sgd = SGD(network, learning_rate)
     while np.isfinite(loss := train_epoch(network, sgd, x, labels, generator)):
         yield loss
@@ -212,13 +212,13 @@ def fit(network: Network, learning_rate: float, x: Array, labels: Labels, genera
 
 @np.errstate(over="ignore", invalid="ignore")
 def accuracy(network: Network, x: Array, labels: Labels) -> float:
-    """Images whose class is found, in percent."""
+    """The percentage of images whose class is predicted correctly."""
     return 100 * float(np.mean(network.predict(x).argmax(axis=1) == labels))
 
 
 @dataclass
 class Curves:
-    """Training loss and test accuracy after each epoch; they end where the loss was no longer finite."""
+    """Training loss and test accuracy after each epoch; they end when the loss is no longer finite."""
 
     losses: list[float] = field(default_factory=list)
     accuracies: list[float] = field(default_factory=list)
@@ -271,11 +271,11 @@ def draw(sweep: Sweep, path: Path) -> None:
 def options(
     description: str, plot: str, epochs: int | None = None, save: str | None = None, times: bool = False
 ) -> argparse.Namespace:
-    """The command line: seed and picture, and what else has a default here."""
+    """The command line: seed and picture, and the other options that have a default here."""
     parser = argparse.ArgumentParser(description=description)
     if epochs is not None:
-        parser.add_argument("--epochs", type=int, default=epochs, metavar="N", help="of training (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of all that is random (%(default)s)")
+        parser.add_argument("--epochs", type=int, default=epochs, metavar="N", help="epochs of training (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of everything random (%(default)s)")
     parser.add_argument("--plot", type=Path, default=plot, metavar="FILE", help="the picture (%(default)s)")
     if save is not None:
         parser.add_argument("--save", type=Path, default=save, metavar="FILE", help="the network (%(default)s)")

@@ -5,13 +5,13 @@ Handwritten digits, trained data-parallel: every rank has a part of each batch, 
 
     mpiexec -n 4 python -m mpi4py examples/digits_mpi.py
 
-The network of digits.py with `SyncBatchNorm`, and beside it, on rank 0, the same network on whole batches in one
-process. After every step all parameters of the two are compared. Decisions:
+The network of digits.py with `SyncBatchNorm`. For comparison, rank 0 also trains the same network on whole batches in
+one process. After every step all parameters of the two are compared. Decisions:
 
 - float64, so that the only difference is a small rounding.
-- Gradients of all parameters are added up over the ranks in one Allreduce, those of gamma and beta too, which
-  `SyncBatchNorm` therefore leaves local. The loss is a mean over the batch, so each rank divides by its size, not by
-  that of its part.
+- One Allreduce adds up the gradients of all parameters over the ranks, including gamma and beta, so `SyncBatchNorm`
+  leaves those local. The loss is a mean over the batch, so each rank divides by the size of the batch, not by that of
+  its part.
 - Every rank draws the whole batch from the same seed and takes its part: only statistics and gradients are sent.
 """
 
@@ -56,7 +56,7 @@ def parallel(network: Network, comm: MPI.Comm) -> Network:
 
 
 def add_up_gradients(network: Network, comm: MPI.Comm) -> None:
-    """Over the ranks, in one message."""
+    """Add up the gradients over the ranks, in one message."""
     gradients = [gradient for layer in network.layers for gradient in layer.gradients]
     flat = np.concatenate([gradient.ravel() for gradient in gradients])
     comm.Allreduce(MPI.IN_PLACE, flat)
@@ -66,7 +66,7 @@ def add_up_gradients(network: Network, comm: MPI.Comm) -> None:
 
 
 def step(network: Network, sgd: SGD, x: Array, labels: Labels, samples: int, comm: MPI.Comm) -> float:
-    """One step of all ranks, each with its part of a batch of this many samples; the loss of the batch."""
+    """One step of all ranks, each with its part of a batch of this many samples; returns the loss of the batch."""
     loss, dy = softmax_cross_entropy(network.forward(x), labels)
     network.backward(dy * (len(labels) / samples))
     add_up_gradients(network, comm)

@@ -1,20 +1,19 @@
 """Images for a network, and wrong ones
 ====================================
 
-Images for a network: `bn.Plan.normalizer` against the usual lines of NumPy, and what a plan says of wrong images.
+Images for a network: `bn.Plan.normalizer` against the usual lines of NumPy, and what a plan says about wrong images.
 
 Image files hold bytes, channels last. Networks take floats, channels first, normalized as y = (x/255 − mean)/std.
 Decisions:
 
-- A batch is crops of scikit-learn's two photographs, at random places, of the size that networks are trained with.
+- A batch is made of crops of scikit-learn's two photographs, at random places, with the usual size for training.
   mean and std are those of ImageNet, as for most vision models.
-- What is right is known: a byte has 256 values, and y of each is a fraction, which is rounded to float32 here.
-- "moved" is what the passes over the batch read and write, in bytes per value. "memory" is the largest amount that is
-  allocated at any time of a call, with the result.
-- What a plan says of wrong images depends on how much the right ones are like the data that its statistics are of. So
-  they are compared with other crops of the same photographs, as if a network had been trained on these, and with
-  ImageNet.
-- Times are measured only with `--time`, because they differ from run to run. All else is repeatable.
+- The exact result is known: a byte has 256 values, and y of each is a fraction, which is rounded to float32 here.
+- "moved" is what the passes over the batch read and write, in bytes per value. "memory" is the peak allocation during a
+  call, including the result.
+- What a plan says about wrong images depends on how similar the right ones are to the data behind its statistics. So
+  they are compared to other crops of the same photographs, as if a network had been trained on these, and to ImageNet.
+- Times are measured only with `--time`, because they differ from run to run. Everything else is repeatable.
 """
 
 import tracemalloc
@@ -43,7 +42,7 @@ COLORS = ("#d9730d", "#3f9b5f", "#0b6e99")
 
 
 def crops(photographs: Images, generator: np.random.Generator) -> Images:
-    """As many of one photograph as of the other."""
+    """Random crops, equally many of each photograph."""
     N, H, W, _ = photographs.shape
     corners = generator.integers(0, (H - SIDE + 1, W - SIDE + 1), (CROPS, 2))
     return np.stack([photographs[n % N, i : i + SIDE, j : j + SIDE] for n, (i, j) in enumerate(corners)])
@@ -66,7 +65,7 @@ def by_numpy_in_float64(images: Images) -> Array:
 
 
 def exactly(images: Images) -> Array:
-    """y of each byte as a fraction, rounded."""
+    """y of each byte, computed as a fraction and rounded."""
     y = [
         [(Fraction(value, 255) - Fraction(m)) / Fraction(s) for m, s in zip(MEAN, STD, strict=True)]
         for value in range(256)
@@ -75,7 +74,7 @@ def exactly(images: Images) -> Array:
 
 
 class Way(NamedTuple):
-    """How images are normalized."""
+    """One way to normalize images."""
 
     name: str
     call: Callable[[Images], Array]
@@ -117,7 +116,7 @@ def measure(images: Images) -> None:
 
 
 class Case(NamedTuple):
-    """Images from 0 to 1, or what is mistaken for them."""
+    """Images from 0 to 1, or images that are mistaken for them."""
 
     name: str
     x: Array

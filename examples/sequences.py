@@ -6,9 +6,9 @@ Sequences of different lengths: what padding does to the statistics of a batch, 
 Handwritten numbers of one to eight digits are read from left to right, as a recurrent network would read them: a place
 is one column of an image, and its eight pixels are the channels. Decisions:
 
-- The same numbers are padded to their longest, to twice and to four times that, as if a longer number joined the batch.
-  Padding is 0, which is the color of paper, so nothing about it looks wrong.
-- What is right is known: the statistics of the columns themselves, by NumPy, without any padding.
+- The same numbers are padded to the longest length, to twice and to four times that, as if a longer number joined the
+  batch. Padding is 0, which is the color of paper, so it does not look wrong.
+- The right answer is known: the statistics of the columns themselves, from NumPy, without any padding.
 - x is (N, L, C), so the channel axis is 2, and `lengths` says how many places of each number are columns.
 """
 

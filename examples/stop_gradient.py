@@ -8,11 +8,11 @@ through the mean, and without both, as if the batch's statistics were constants.
 
 - `bn.backward(dy, saved, through=...)` is the only difference. All four start from the same weights and see the same
   batches.
-- Several seeds, because two runs of one network differ too: curves are means over them, bands reach from the least to
-  the greatest.
-- A small learning rate, at which the full gradient has no difficulty, so that what goes wrong is the gradient's fault.
-- Besides loss and accuracy the offset of the first batch norm's input is shown, `|μ|/σ` over its channels. Batch norm
-  removes the offset, so only a wrong gradient has a reason to change it.
+- There are several seeds, because two runs of one network differ too: curves are means over them, and bands reach from
+  the least to the greatest.
+- The learning rate is small, so that the full gradient has no difficulty and any failure is the fault of the gradient.
+- Besides loss and accuracy, the picture shows the offset of the first batch norm's input, the mean of `|μ|/σ` over its
+  channels. Batch norm removes the offset, so only a wrong gradient has a reason to change it.
 """
 
 from itertools import islice
@@ -32,7 +32,7 @@ SEEDS = 5
 
 
 class Variant(NamedTuple):
-    """Through which statistics the gradient goes."""
+    """The statistics through which the gradient passes."""
 
     name: str
     through: Through
@@ -48,7 +48,7 @@ VARIANTS = (
 
 
 class PartialBatchNorm(BatchNorm):
-    """Batch norm whose gradient goes through some of its statistics."""
+    """Batch norm whose gradient passes through only some of its statistics."""
 
     def __init__(self, channels: int, through: Through) -> None:
         super().__init__(channels)
@@ -61,12 +61,12 @@ class PartialBatchNorm(BatchNorm):
 
     @property
     def offset(self) -> float:
-        """Mean over the channels of |μ|/σ, of the last batch."""
+        """Mean of |μ|/σ over the channels of the last batch."""
         return float(np.mean(abs(self.saved.mean) / np.sqrt(self.saved.var)))
 
 
 class Epoch(NamedTuple):
-    """One run after one epoch."""
+    """The state of one run after one epoch."""
 
     loss: float
     accuracy: float

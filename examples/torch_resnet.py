@@ -5,11 +5,12 @@ A small residual network on handwritten digits, in PyTorch: with its own batch n
 
 One model is built, copied, and the copy is converted: `convert(copy.deepcopy(model))` is the whole change. Decisions:
 
-- Both see the same batches from the same weights. Rounding decides which ReLUs are open where their input is nearly 0,
-  so any two runs part after some dozens of steps. A third copy, in float64, shows that both begin equally near to it.
-- The images are 8 × 8 pixels, drawn to 32 × 32, so that the layers have the sizes of a usual small network.
-- The time of a step is the median of all. The networks take turns in every step, so a busy moment meets all of them.
-- A fourth copy has no batch norm at all. Its time, taken from that of the others, leaves the share of batch norm.
+- Both start from the same weights and see the same batches. Rounding decides which ReLUs are open if their input is
+  nearly 0, so any two runs diverge after some dozens of steps. A third copy, in float64, shows that both start equally
+  close to it.
+- The images are 8 × 8 pixels, enlarged to 32 × 32, so that the layers have the sizes of a usual small network.
+- The time of a step is the median of all. The networks take turns in every step, so a busy moment affects all of them.
+- A fourth copy has no batch norm at all. Subtracting its time from that of the others leaves the share of batch norm.
 """
 
 import argparse
@@ -33,7 +34,7 @@ EARLY = 10
 
 
 class Block(nn.Module):
-    """y = relu(x + bn(conv(relu(bn(conv(x)))))), the shortcut a 1 × 1 convolution where the shape changes."""
+    """y = relu(x + bn(conv(relu(bn(conv(x)))))); the shortcut is a 1 × 1 convolution if the shape changes."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -53,7 +54,7 @@ class Block(nn.Module):
 
 
 def network() -> nn.Module:
-    """Seven convolutions of 32 to 64 channels, and two of shortcuts."""
+    """Seven convolutions with 32 to 64 channels, and two for shortcuts."""
     stem = nn.Conv2d(1, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU()
     blocks = Block(32, 32, 1), Block(32, 64, 2), Block(64, 64, 2)
     return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))

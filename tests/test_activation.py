@@ -435,7 +435,7 @@ def test_bad_input(arguments, error, message):
 def test_need_may_name_what_was_not_added():
     _, saved = bn.forward(X, activation="relu")
     assert bn.backward(X, saved, need="dadd").dadd is None
-    with pytest.raises(ValueError, match=r"need must be a name or a collection of names out of .*'dadd'"):
+    with pytest.raises(ValueError, match=r"need must be one or more of the names .*'dadd'"):
         bn.backward(X, saved, need="dres")
 
 

@@ -256,11 +256,11 @@ REFUSED = {
     "jax, float8": (lambda: peer("jax.numpy").asarray(X, "float8_e4m3fn"), OF + "float8_e4m3fn"),
     "masked": (
         lambda: np.ma.masked_less(X, 0),
-        "x must not be a masked array: pass x.filled(value), or x.data and in mask= where it counts",
+        "x must not be a masked array: pass x.filled(value), or x.data, and mask= where it counts",
     ),
     "masked nowhere": (
         lambda: np.ma.array(X),
-        "x must not be a masked array: pass x.filled(value), or x.data and in mask= where it counts",
+        "x must not be a masked array: pass x.filled(value), or x.data, and mask= where it counts",
     ),
     "scipy, sparse": (lambda: peer("scipy.sparse").csr_array(X), OF + "object: pass x.toarray()"),
     "scipy, sparse matrix": (lambda: peer("scipy.sparse").coo_matrix(X), OF + "object: pass x.toarray()"),
@@ -280,7 +280,7 @@ def test_what_is_refused_is_told_what_to_do(make, message):
     for call in (bn.forward, lambda x: bn.inference(x, ONES, ONES), bn.Plan(ONES, ONES), bn.BatchNorm(3)):
         with pytest.raises(TypeError) as caught:
             call(x)
-        assert str(caught.value).removesuffix("; uint8 and int8 are taken, too") == message
+        assert str(caught.value).removesuffix("; uint8 and int8 are also accepted") == message
 
 
 # what the messages advise, done to x

@@ -276,8 +276,12 @@ BAD = {
         "dx must have the dtype of x, float64, got",
     ),
     "dgamma": (lambda: bn.jvp(X, SAVED, dgamma=ONES[:2]), ValueError, r"dgamma must have shape \(3,\), got \(2,\)"),
-    "dadd of nothing": (lambda: bn.jvp(X, SAVED, dadd=X), ValueError, "dadd must be None where forward added nothing"),
-    "through": (lambda: bn.jvp(X, SAVED, through="median"), ValueError, "through must be a name .*got .*median"),
+    "dadd of nothing": (
+        lambda: bn.jvp(X, SAVED, dadd=X),
+        ValueError,
+        "dadd must be None if forward had no add",
+    ),
+    "through": (lambda: bn.jvp(X, SAVED, through="median"), ValueError, "through must be one or more .*got .*median"),
     "sums": (
         lambda: bn.jvp(X, SAVED, sums=np.ones((3, 3))),
         ValueError,
@@ -291,7 +295,7 @@ BAD = {
     "dy": (lambda: bn.double_backward(X, X[:1], SAVED), ValueError, "dy must have the shape of x"),
     "ddgamma": (lambda: bn.double_backward(X, X, SAVED, ddgamma=ONES[:1]), ValueError, "ddgamma must have shape"),
     "ddadd": (lambda: bn.double_backward(X, X, SAVED, ddadd=X), ValueError, "ddadd must be None where"),
-    "need": (lambda: bn.double_backward(X, X, SAVED, need="beta"), ValueError, "need must be a name .*got .*beta"),
+    "need": (lambda: bn.double_backward(X, X, SAVED, need="beta"), ValueError, "need must be one or more .*got .*beta"),
     "second sums": (
         lambda: bn.double_backward(X, X, SAVED, sums=np.ones((2, 3))),
         ValueError,
@@ -334,7 +338,7 @@ def test_a_layer_has_both(rng):
     layer.train()
     layer.statistics, layer.ghost = "batch", 3
     layer(x, add=add)
-    with pytest.raises(RuntimeError, match="only backward is there after renorm or ghost batches"):
+    with pytest.raises(RuntimeError, match="only backward is available after renorm or ghost batches"):
         layer.jvp(dx)
 
 

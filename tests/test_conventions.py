@@ -388,7 +388,7 @@ def test_evaluation_is_that_of_the_formula(rng):
 
 
 def test_a_variance_of_0_where_eps_is_0(layer):
-    told = "eps must be positive where a running variance is 0, as in channel 0, got 0"
+    told = "eps must be positive if a running variance is 0, as in channel 0, got 0"
     with pytest.raises(ValueError, match=told):
         bn.to_state(layer, "torch", eps=0.0)
     with pytest.raises(ValueError, match=told):

@@ -216,8 +216,8 @@ def train(x):
 
 
 OWN_BACKWARD = (
-    "what forward left is for the backward pass of batchnorm and has no items: .* "
-    "give a backward pass of your own the cache of a forward pass of your own"
+    "what forward left is for batchnorm's own backward and has no items: .* "
+    "pair your own backward pass with your own forward pass"
 )
 X, IMAGES, ONES = np.ones((4, 3)), np.ones((2, 3, 4, 5)), np.ones(3)
 TRAIN = {"mode": "train"}
@@ -257,7 +257,7 @@ BAD = {
     "the cache of an own forward pass": (
         lambda: batchnorm_backward(X, (X, ONES, ONES, 1e-5)),
         TypeError,
-        "got tuple; the cache of a forward pass of your own goes into a backward pass of your own",
+        "got tuple; pass the cache of your own forward pass to your own backward pass",
     ),
     "an own backward pass that unpacks": (lambda: own_backward_of_a_tuple(X, train(X)), TypeError, OWN_BACKWARD),
     "an own backward pass that looks up": (lambda: own_backward_of_a_dict(X, train(X)), TypeError, OWN_BACKWARD),

@@ -106,7 +106,7 @@ BAD = {
     "no value": (lambda plan: plan.drift(np.ones((0, 3))), "x must have at least one value per channel, got none"),
     "a mask of moments": (
         lambda plan: plan.drift(bn.Moments.of(np.ones((2, 3))), mask=[True, True]),
-        "mask, lengths and weights go with data, got moments",
+        "mask, lengths and weights must come with data, but x is Moments",
     ),
 }
 

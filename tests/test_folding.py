@@ -259,7 +259,7 @@ def test_pad_is_right_down_to_the_smallest_scale_that_it_takes(dtype, scale):
     assert folded.flushed.any()
     at_the_border = (folded.weight.astype(np.longdouble) @ folded.pad.astype(np.longdouble) + folded.bias)[0]
     assert abs(at_the_border) <= 2 * eps
-    with pytest.raises(ValueError, match="padded must be False where gamma/√"):
+    with pytest.raises(ValueError, match="padded must be False if gamma/√"):
         bn.fold_next(weight, None, *given[:2], np.full(5, scale * 0.99), shift, eps=0.0, padded=True)
 
 
@@ -448,7 +448,7 @@ BAD = {
     "groups with M": (
         lambda: bn.fold(W, None, FOUR, FOUR, layout="HWIM", groups=2),
         ValueError,
-        "groups must be 1 and transposed False where layout has M, .* got groups=2, transposed=False",
+        "groups must be 1 and transposed False if layout has M, .* got groups=2, transposed=False",
     ),
     "M transposed": (
         lambda: bn.fold(W, None, FOUR, FOUR, layout="HWIM", transposed=True),
@@ -458,7 +458,7 @@ BAD = {
     "padded with s = 0": (
         lambda: bn.fold_next(W, None, FOUR, FOUR, [1, 1, 0, 1], FOUR, padded=True),
         ValueError,
-        r"padded must be False where gamma/√\(var \+ eps\) is 0 or nearly, got 0 in channel 2",
+        r"padded must be False if gamma/√\(var \+ eps\) is 0 or close to it, got 0 in channel 2",
     ),
     "padded with s that no weight survives": (
         lambda: bn.fold_next(W, None, FOUR, FOUR, [1, 1, 1, 1e-38], FOUR, padded=True),

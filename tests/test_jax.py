@@ -117,7 +117,7 @@ def test_a_third_derivative_is_refused(rng):
     def loss(x):
         return (forward(x)[0] ** 3).sum()
 
-    with pytest.raises(NotImplementedError, match="first and second derivatives of forward, and no third ones"):
+    with pytest.raises(NotImplementedError, match="first and second derivatives of forward, but no third ones"):
         jax.eval_shape(third, jnp.ones((4, 3)))
 
 

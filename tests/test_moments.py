@@ -434,7 +434,7 @@ BAD = {
     "forward, of nothing": (
         lambda: bn.forward(X, moments=bn.Moments.of(X[:0])),
         ValueError,
-        "moments must be of at least one value, got count = 0",
+        "moments must cover at least one value, got count = 0",
     ),
     "backward, no sums": (lambda: bn.backward(X, SAVED, sums=3), TypeError, "sums must be GradientSums, got int"),
     "backward, other channels": (
@@ -445,12 +445,12 @@ BAD = {
     "backward, sums of a part": (
         lambda: bn.backward(X, SAVED, sums=bn.grad_sums(X[:4], bn.forward(X[:4])[1])),
         ValueError,
-        "sums must be over all values that were normalized, at least 8, got 4",
+        "sums must cover all values that were normalized, at least 8, got 4",
     ),
     "backward, sums of a part with a mask": (
         lambda: bn.backward(X, bn.forward(X, moments=bn.Moments.of(X[:2]))[1], sums=bn.grad_sums(X[:4], MASKED)),
         ValueError,
-        "sums must be over all values that were normalized, at least 8, got 4",
+        "sums must cover all values that were normalized, at least 8, got 4",
     ),
     "sums with a number": (lambda: SUMS.merge(1), TypeError, "other must be GradientSums, got int"),
     "grad_sums, saved": (lambda: bn.grad_sums(X, X), TypeError, "saved must be what forward returned, got ndarray"),

@@ -474,7 +474,7 @@ def test_ways_to_train(tmp_path, way):
 
 
 def test_ways_that_several_ranks_cannot_go(tmp_path):
-    message = "ghost must be None, got 4: SyncBatchNorm makes one batch of the parts that ranks have"
+    message = "ghost must be None, got 4: SyncBatchNorm makes one batch of the ranks' parts"
     with pytest.raises(ValueError, match=message):
         SyncBatchNorm(3, MPI.COMM_SELF, ghost=4)
     layer = SyncBatchNorm(3, MPI.COMM_SELF, renorm=(3, 5))
@@ -483,7 +483,7 @@ def test_ways_that_several_ranks_cannot_go(tmp_path):
     assert repr(layer).endswith("dtype=float32, renorm=(3.0, 5.0), reduce='local')")
     layer.save(tmp_path / "layer")
     assert repr(SyncBatchNorm.load(tmp_path / "layer", comm=MPI.COMM_SELF)) == repr(layer)
-    message_of_sums = "statistics='running' needs reduce='local': nothing is sent in the backward pass"
+    message_of_sums = "statistics='running' needs reduce='local': with fixed statistics the backward pass sends nothing"
     with pytest.raises(ValueError, match=message_of_sums):
         SyncBatchNorm(3, MPI.COMM_SELF, reduce="sum", statistics="running", update=False)
     bn.BatchNorm(3, ghost=4).save(tmp_path / "ghost")

@@ -294,7 +294,7 @@ BAD = {
     "x of wide integers": (
         lambda: PLAN(X.astype(int)),
         TypeError,
-        "x must have dtype .*got int64; uint8 and int8 are taken",
+        "x must have dtype .*got int64; uint8 and int8 are also accepted",
     ),
     "x of bool": (lambda: PLAN(X > 0), TypeError, "x must have dtype .*got bool"),
     "x None": (lambda: PLAN(None), TypeError, "x must have dtype .*got object"),

@@ -570,7 +570,7 @@ def test_what_explains_gradients_takes_no_selection(rng):
     x, dy, *_ = batch(rng, (8, 5, 10), "float32")
     _, saved = bn.forward(x, mask=rng.random((8, 10)) < 0.5)
     for explain in (bn.pathways, bn.moment_gradients, lambda dy, saved: bn.diagnose(dy, dy, saved)):
-        with pytest.raises(ValueError, match="saved must be of a batch whose values all count alike"):
+        with pytest.raises(ValueError, match="saved must be of a batch whose values all count the same"):
             explain(dy, saved)
 
 
@@ -593,7 +593,7 @@ BAD = {
     "a mask that is too short": (
         {"mask": np.ones((4, 4), bool)},
         ValueError,
-        r"or 1 in place of a length, got \(4, 4\)",
+        r"or length 1 along any axis, got \(4, 4\)",
     ),
     "a mask of samples": ({"mask": np.ones(4, bool)}, ValueError, r"mask must have shape \(4, 5\) .*, got \(4,\)"),
     "lengths too many": (
@@ -654,14 +654,14 @@ def test_bad_input(arguments, error, message):
 
 @pytest.mark.once
 def test_lengths_need_sequences():
-    message = r"lengths need x with 3 dimensions, sequences, places and channels, got x of shape \(4, 3\)"
+    message = r"lengths need x with 3 dimensions \(sequences, positions and channels\), got x of shape \(4, 3\)"
     with pytest.raises(ValueError, match=message):
         bn.forward(X[..., 0], lengths=[1, 1, 1, 1])
 
 
 @pytest.mark.once
 def test_moments_and_sums_that_do_not_fit():
-    with pytest.raises(ValueError, match="moments must be of at least one value"):
+    with pytest.raises(ValueError, match="moments must cover at least one value"):
         bn.forward(X, moments=bn.Moments(0, np.zeros(3), np.zeros(3)), mask=MASK)
     _, saved = bn.forward(X, mask=MASK)
     short = bn.GradientSums(saved.count - 1, np.zeros(3), np.zeros(3))

@@ -122,9 +122,9 @@ def members(tmp_path_factory):
 CHANGED = {
     "pickled array": (
         {"weight.npy": npy(np.array([Executed()] * 3, object), allow_pickle=True)},
-        r"'descr': '\|O'.* other than NumPy writes for one number per channel",
+        r"'descr': '\|O'.* unlike the one that NumPy writes for one number per channel",
     ),
-    "pickle": ({"weight.npy": pickle.dumps(Executed())}, "other than version 1.0 of the npy format"),
+    "pickle": ({"weight.npy": pickle.dumps(Executed())}, "unlike version 1.0 of the npy format"),
     "another name": ({"gamma.npy": npy(np.ones(3, np.float32))}, "it holds 'gamma.npy', which is none of"),
     "a name without .npy": ({"weight": npy(np.ones(3, np.float32))}, "it holds 'weight', which is none of"),
     "a name that ends before its end": (
@@ -182,8 +182,8 @@ CHANGED = {
     "header of 10 kB": ({"weight.npy": described(shape="(3,)" + " " * 10_000)}, "a header of .* bytes, more than 256"),
     "header of Python 2": ({"weight.npy": described(shape="(3L,)")}, "other than"),
     "header with more": ({"weight.npy": described(more="'x': 1, ")}, "must be a file"),
-    "version 9": ({"weight.npy": b"\x93NUMPY\x09\x00" + bytes(100)}, "other than version 1.0"),
-    "version 2": ({"weight.npy": npy(np.ones(3, np.float32), version=(2, 0))}, "other than version 1.0"),
+    "version 9": ({"weight.npy": b"\x93NUMPY\x09\x00" + bytes(100)}, "unlike version 1.0"),
+    "version 2": ({"weight.npy": npy(np.ones(3, np.float32), version=(2, 0))}, "unlike version 1.0"),
 }
 
 
@@ -220,7 +220,7 @@ def test_names_twice(members, tmp_path):
             archive.writestr(name, data)
         with pytest.warns(UserWarning, match="Duplicate name"):
             archive.writestr("weight.npy", members["weight.npy"])
-    with pytest.raises(ValueError, match="a name is there twice"):
+    with pytest.raises(ValueError, match="a name appears twice"):
         bn.BatchNorm.load(tmp_path / "twice")
 
 

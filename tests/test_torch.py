@@ -402,7 +402,7 @@ def test_errors_say_what_to_do(monkeypatch):
             module(x)
     with pytest.raises(ValueError, match="activation must be None, 'relu'"):
         BatchNorm1d(3, activation="gelu")
-    with pytest.raises(ValueError, match="running_mean and running_var must be given where training is false"):
+    with pytest.raises(ValueError, match="running_mean and running_var must be given if training is false"):
         batch_norm(torch.ones(2, 3), None, None)
     monkeypatch.setitem(sys.modules, "ml_dtypes", None)
     with pytest.raises(ImportError, match="needs the package ml_dtypes for bfloat16: python -m pip install ml_dtypes"):

@@ -1,9 +1,9 @@
-"""`python -m batchnorm <command>`: a command is a module of this package, imported only when it is asked for.
+"""`python -m batchnorm <command>`: each command is a module of this package, imported only when it is used.
 
 - A command module has `add_arguments(parser)` and `run(arguments, error)`, where `error(message)` refuses an argument
-  as argparse does and `run` returns the exit status. A new command is one more entry of `COMMANDS`.
-- Ctrl-C, a full disk and a closed pipe end a command with one line at most, and with the status 130 or 1. A character
-  that standard output cannot encode is printed as "?".
+  like argparse and `run` returns the exit status. A new command is one more entry in `COMMANDS`.
+- Ctrl-C, a full disk and a closed pipe end a command with at most one line and the status 130 or 1. A character that
+  standard output cannot encode is printed as "?".
 """
 
 import argparse
@@ -17,8 +17,8 @@ from ._version import __version__
 
 COMMANDS = {
     "explain": ("gradient.worked_example", "follow a gradient through four values, by its three pathways"),
-    "diagnose": ("gradient.command", "say what is wrong with a gradient that was derived by hand"),
-    "convert": ("convert", "carry the batch norm layers of a file over to another system's names and eps"),
+    "diagnose": ("gradient.command", "say what is wrong with a hand-derived gradient"),
+    "convert": ("convert", "convert the batch norm layers of a file to another system's names and eps"),
     "profile": ("profile.command", "time forward, backward and inference on the layer shapes of real networks"),
 }
 PROGRAM = "python -m batchnorm"
@@ -42,7 +42,7 @@ def run(argv: Sequence[str]) -> int:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run one command; what can happen to any of them is handled here."""
+    """Run one command, and handle the errors that can happen to any of them."""
     named = " ".join([PROGRAM, *(name for name in argv[:1] if name in COMMANDS)])
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
@@ -56,9 +56,9 @@ def main(argv: Sequence[str]) -> int:
         print(f"{named}: interrupted", file=sys.stderr)
         return 130
     except OSError as problem:
-        if problem.filename is not None:  # of a file, not of standard output
+        if problem.filename is not None:  # the error is of a file, not of standard output
             raise
-        # Python flushes once more when it ends.
+        # Python flushes once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if not isinstance(problem, BrokenPipeError):
             print(f"{named}: cannot write to standard output: {problem.strerror}", file=sys.stderr)

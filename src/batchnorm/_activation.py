@@ -1,12 +1,12 @@
-"""y = act(pre) after the normalization: how it is named, and what of it the kernels are told.
+"""y = act(pre) after the normalization: the names of activations, and the limits that the kernels take.
 
 Decisions:
 
-- All activations are one: low, or slope·pre where there is a slope, for pre <= low; high for pre >= high; else pre.
-  There the activation is *closed*: act′ is slope or 0. NaN is nowhere closed.
-- At its bounds an activation is closed: relu′(0) = 0. So is what each framework does for ReLU.
-- Where nothing is added, the kernels see from x where it is closed, with the operations that made y. After an addition
-  they note it, in one bit per value.
+- All activations are one function: low, or slope·pre if there is a slope, for pre <= low; high for pre >= high; else
+  pre. At pre <= low and pre >= high the activation is *closed*: act′ is slope or 0. At NaN it is not closed.
+- At its bounds an activation is closed: relu′(0) = 0, as in every framework.
+- Without `add`, the kernels recompute from x where it is closed, with the operations that made y. With `add`, they
+  store it, in one bit per value.
 """
 
 import math
@@ -18,10 +18,10 @@ from . import _arrays
 from ._kernels import Bits, Limits
 
 Activation = Literal["relu"] | tuple[Literal["leaky_relu"], float] | tuple[Literal["clip"], float, float]
-"""The type of `activation=`."""
+"""The type of the argument `activation`."""
 
 _SPARE = 3
-"""Bytes after the bits, because the kernels read so many together."""
+"""Padding after the bits, because the kernels read this many bytes at once."""
 
 
 def as_limits(activation: Activation | None) -> Limits | None:
@@ -48,7 +48,7 @@ def as_limits(activation: Activation | None) -> Limits | None:
 
 
 def activation_of(limits: Limits | None) -> Activation | None:
-    """What `as_limits` was given."""
+    """The inverse of `as_limits`: the activation with these limits."""
     if limits is None:
         return None
     low, high, slope = limits

@@ -1,9 +1,9 @@
-"""What an array must be, and how it is seen by the kernels.
+"""What an array must be, and how the kernels see it.
 
 Everything is checked here before anything is written, and every message says which argument, what was wanted and what
-came. An array that is dense in memory is used where it lies, whatever the order of its axes: its axes are put in the
-order of its memory, and the result gets the same order. Only other arrays (gaps, negative strides, foreign byte order,
-misaligned) are copied.
+came. An array that is dense in memory is used in place, whatever the order of its axes: they are put in memory order,
+and the result gets the same order. Only other arrays (gaps, negative strides, foreign byte order, misaligned) are
+copied.
 """
 
 import math
@@ -24,14 +24,14 @@ if np.lib.NumpyVersion(np.__version__) < "1.26.0":
 
 Array = NDArray[np.floating[Any]]
 MaybeNone: TypeAlias = Any
-"""None only where the caller chose so, which type checkers cannot know: they ask for no check of it, as in typeshed."""
+"""None only if the caller chose so, which type checkers cannot know: `Any` asks for no check, as in typeshed."""
 
 if TYPE_CHECKING:
-    from typing_extensions import TypeVar  # which type checkers bring with them
+    from typing_extensions import TypeVar  # type checkers bring it along
 else:
 
     def TypeVar(name, *, default, **how):  # noqa: ARG001, N802
-        """Without the default, which Python has from 3.13 on, and only type checkers need."""
+        """A TypeVar without the default, which only type checkers need and Python has from 3.13 on."""
         return typing.TypeVar(name, **how)
 
 
@@ -43,7 +43,7 @@ _UINT16 = np.dtype(np.uint16)
 _FLOAT32 = np.dtype(np.float32)
 _FLOAT64 = np.dtype(np.float64)
 _known = {_FLOAT32, _FLOAT64, np.dtype(np.float16)}
-"""Types that need no conversion; bfloat16 joins them when it is first seen."""
+"""Types that need no conversion; bfloat16 is added when it is first seen."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,47 +55,47 @@ class Layout:
     view: tuple[int, int, int]
     order: tuple[int, ...] | None
     values: int
-    """Per channel."""
+    """The number of values per channel."""
 
     def fits(self, array: Array) -> bool:
-        """Whether the array lies in memory as this layout says."""
+        """Whether the array has this memory layout."""
         flags = array.flags if self.order is None else array.transpose(self.order).flags
         return flags.c_contiguous and flags.aligned
 
     def copy(self, array: Array, dtype: np.dtype[Any] | None = None) -> Array:
-        """A copy that fits."""
+        """A copy that fits this layout."""
         copy = self.empty(array.dtype if dtype is None else dtype)
         copy[...] = array
         return copy
 
     def bring(self, array: Array) -> Array:
-        """An array of this shape that fits, a copy where this one does not."""
+        """The array, or a copy if it does not fit this layout."""
         return array if self.fits(array) else self.copy(array)
 
     def lying(self, array: Array) -> Array:
-        """An array that fits, with its axes in the order of memory, and the bits of 16-bit values as integers."""
+        """A fitting array with its axes in memory order, and the bits of 16-bit values as integers."""
         if array.itemsize == 2:
             array = array.view(_UINT16)
         return array if self.order is None else array.transpose(self.order)
 
     def seen(self, array: Array) -> Array:
-        """The same as (N, C, S)."""
+        """The same as a view of shape (N, C, S)."""
         return self.lying(array).reshape(self.view)
 
     def empty(self, dtype: np.dtype[Any]) -> Array:
-        """A new array of this shape and order in memory."""
+        """A new array of this shape and memory order."""
         if self.order is None:
             return np.empty(self.shape, dtype)
         inverse = sorted(range(len(self.order)), key=self.order.__getitem__)
         return np.empty([self.shape[axis] for axis in self.order], dtype).transpose(inverse)
 
     def room(self, out: Array, dtype: np.dtype[Any]) -> Array:
-        """Where a kernel can write a result: `out` if it fits, else a new array."""
+        """An array for a kernel's result: `out` if it fits, else a new one."""
         return out if self.fits(out) else self.empty(dtype)
 
 
 def deliver(result: Array, out: Array) -> Array:
-    """The result where the caller wants it."""
+    """Copy the result to `out`, unless it is there already, and return `out`."""
     if out is not result:
         np.copyto(out, result)
     return out
@@ -103,7 +103,7 @@ def deliver(result: Array, out: Array) -> Array:
 
 @lru_cache(maxsize=256)
 def layout_of(shape: tuple[int, ...], axis: int, order: tuple[int, ...] | None = None) -> Layout:
-    """The layout of an array whose axes lie in memory in that order."""
+    """The layout of an array whose axes have this memory order."""
     if len(shape) < 2:
         raise ValueError(f"x must have at least 2 dimensions, got shape {shape}")
     if not -len(shape) <= axis < len(shape):
@@ -116,9 +116,9 @@ def layout_of(shape: tuple[int, ...], axis: int, order: tuple[int, ...] | None =
 
 
 def as_float(value: ArrayLike, name: str, integers: bool = False) -> Array:
-    """The argument as an ndarray of native floats of 16, 32 or 64 bits, without a copy where it is one.
+    """The argument as an ndarray of native floats of 16, 32 or 64 bits, without a copy if it is one.
 
-    Integers and booleans, where they are taken, become float64, as in NumPy's own arithmetic.
+    If `integers` is true, integers and booleans become float64, as in NumPy's own arithmetic.
     """
     if type(value) is np.ndarray and value.dtype in _known:
         return value
@@ -126,7 +126,7 @@ def as_float(value: ArrayLike, name: str, integers: bool = False) -> Array:
     if integers and array.dtype.kind in "iub":
         return array.astype(np.float64)
     if array.dtype.kind == "V" and array.dtype.name == "bfloat16" and array.dtype.itemsize == 2:
-        _known.add(array.dtype)  # of a package like ml_dtypes, which need not be imported here
+        _known.add(array.dtype)  # from a package like ml_dtypes, which need not be imported here
         return array
     if array.dtype.kind != "f" or array.dtype.itemsize not in (2, 4, 8):
         hint = way_to_floats(value, name) if array.dtype == object else ""
@@ -137,12 +137,12 @@ def as_float(value: ArrayLike, name: str, integers: bool = False) -> Array:
 
 
 def precision_of(array: Array) -> float:
-    """The distance from 1 to the next number of the array's type."""
+    """The distance from 1 to the next larger number of the array's type."""
     return float(np.finfo(array.dtype).eps) if array.dtype.kind == "f" else 2.0**-7  # bfloat16
 
 
 def lay_out(x: Array, axis: int) -> tuple[Array, Layout]:
-    """Find the (N, C, S) view of x; a copy of x where it has none."""
+    """Find the (N, C, S) view of x, or of a copy if x has none."""
     if type(axis) is not int:
         axis = as_index(axis, "axis")
     flags = x.flags
@@ -159,7 +159,7 @@ def as_dtype(dtype: DTypeLike, name: str) -> np.dtype[Any]:
 
 
 def check_channels(shape: tuple[int, ...], axis: int, channels: int) -> None:
-    """x must have so many channels."""
+    """Check that x has this many channels."""
     if not -len(shape) <= axis < len(shape) or shape[axis] != channels:
         other = -1 if axis == 1 else 1
         hint = f"; axis={other}?" if len(shape) > 1 and shape[other] == channels else ""
@@ -179,7 +179,7 @@ def as_like(value: ArrayLike, name: str, shape: tuple[int, ...], dtype: np.dtype
 def as_channels(value: ArrayLike, name: str, channels: int, layout: Layout | None = None) -> Array:
     """The argument as an array with one number per channel; integers become float64."""
     if type(value) is np.ndarray and (value.dtype is _FLOAT32 or value.dtype is _FLOAT64):
-        array: Array = value  # as nearly always, without a call
+        array: Array = value  # the usual case, without a call
     else:
         array = as_float(value, name, True)
     if array.shape != (channels,):
@@ -188,11 +188,11 @@ def as_channels(value: ArrayLike, name: str, channels: int, layout: Layout | Non
 
 
 def _other_axis(array: Array, layout: Layout | None) -> str:
-    """A question, where the numbers fit the channels along another axis than the one that was named."""
+    """A question for the error message, if the numbers fit the channels along another axis."""
     if layout is None or array.ndim != 1 or array.size not in layout.shape:
         return ""
     axis = -1 if layout.shape[-1] == array.size else layout.shape.index(array.size)
-    return f"; x of shape {layout.shape} has {array.size} along another axis than {layout.axis}: axis={axis}?"
+    return f"; x of shape {layout.shape} has length {array.size} along axis {axis}: axis={axis}?"
 
 
 def as_index(value: Any, name: str) -> int:
@@ -229,7 +229,7 @@ def as_momentum(momentum: float, weighs: str = "new batch") -> float:
 
 
 def check_out(out: Any, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
-    """`out` must be able to hold the result."""
+    """Check that `out` can hold the result."""
     if not isinstance(out, np.ndarray):
         raise TypeError(f"out must be a numpy array, got {type(out).__name__}")
     if out.shape != shape:
@@ -241,12 +241,12 @@ def check_out(out: Any, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
 
 
 def _is_elsewhere(base: Any, out: Array) -> bool:
-    """Whether the owner of a view's memory is known, and not `out`, which owns its own."""
+    """Whether the owner of a view's memory is known and is not `out`, which owns its own."""
     return type(base) is np.ndarray and base is not out and bool(base.flags.owndata)
 
 
 def check_overlap(out: Array, inputs: Mapping[str, Any], may_be_same: Collection[str] = ()) -> None:
-    """`out` must not share memory with an input, unless it is that very input and the result is written in step."""
+    """Check that `out` shares memory with no input, unless it is an input that may be overwritten in step."""
     owner = out.flags.owndata
     for name, array in inputs.items():
         if array is None or (owner and array is not out and (array.flags.owndata or _is_elsewhere(array.base, out))):

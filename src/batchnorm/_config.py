@@ -1,4 +1,4 @@
-"""What was built, what was chosen, and why: the first thing to ask for when somebody reports a problem."""
+"""What was built, what was chosen, and why: the first thing to ask for in a problem report."""
 
 import sys
 from typing import Any, Literal, overload
@@ -9,7 +9,7 @@ from . import _kernels, _threads
 from ._kernels import runtime
 from ._version import __version__
 
-_UNSAFE_FORKS = "a child of a thread that is not the main one has to end with os._exit (OpenMP runtime before 5.0)"
+_UNSAFE_FORKS = "a child forked by a thread other than the main one must end with os._exit (OpenMP runtime before 5.0)"
 
 
 @overload
@@ -17,7 +17,7 @@ def show_config(mode: Literal["stdout"] = ...) -> None: ...
 @overload
 def show_config(mode: Literal["dicts"]) -> dict[str, Any]: ...
 def show_config(mode: str = "stdout") -> dict[str, Any] | None:
-    """Show kernel level, threads and what decided them, OpenMP and versions.
+    """Show the kernel level, the threads and what decided them, OpenMP and versions.
 
     Parameters
     ----------
@@ -27,7 +27,7 @@ def show_config(mode: str = "stdout") -> dict[str, Any] | None:
     Raises
     ------
     ValueError
-        If `mode` is another word.
+        If `mode` is another string.
 
     Examples
     --------

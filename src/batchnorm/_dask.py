@@ -1,11 +1,11 @@
-"""A dask array, worked on piece by piece where its chunks are.
+"""A dask array, processed piece by piece on the workers that hold its chunks.
 
 Decisions:
 
-- Dask is imported only where a dask array came.
-- Samples are cut anew, so that each piece begins with a block of the stream: what comes out does not depend on the
-  chunks. Only the rest of such a block goes from one worker to another, and only results come back.
-- Chunks along other axes are refused: putting them together could move all of the data.
+- Dask is imported only if a dask array is passed.
+- Samples are cut anew, so that each piece begins at a block of the stream and the result does not depend on the chunks.
+  Only the rest of a block moves from one worker to another, and only results come back.
+- Chunks along other axes are refused: joining them could move all of the data.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ Result = TypeVar("Result")
 
 
 def array_in(value: Any) -> Any:
-    """The dask array that the object is, or holds as one of xarray does; None where there is none."""
+    """The dask array that the object is, or that an xarray object holds; None if there is none."""
     if hasattr(value, "to_dask_array"):
         raise TypeError("a data frame of Dask must come as an array: pass x.to_dask_array(lengths=True)")
     for array in (value, getattr(value, "data", None)):
@@ -25,7 +25,7 @@ def array_in(value: Any) -> Any:
 
 
 def check_chunks(array: Any, sample: int) -> None:
-    """The array must be cut along its samples alone, at places that are known."""
+    """Check that the array is cut along its samples alone, into chunks of known sizes."""
     if any(length != length for length in array.shape):
         raise ValueError("a dask array must have chunks of known sizes: pass x.compute_chunk_sizes()")
     others = {axis: -1 for axis, pieces in enumerate(array.numblocks) if pieces > 1 and axis != sample}
@@ -37,7 +37,7 @@ def check_chunks(array: Any, sample: int) -> None:
 
 
 def of_pieces(array: Any, sample: int, rows: int, function: Callable[..., Result], *arguments: Any) -> list[Result]:
-    """function(piece, *arguments) of all pieces in their order; each piece begins at a multiple of `rows` samples."""
+    """function(piece, *arguments) for all pieces in order; each begins at a multiple of `rows` samples."""
     import dask
 
     whole_blocks = max(1, array.chunksize[sample] // rows)

@@ -1,4 +1,4 @@
-"""Optional packages, asked for by name where they are used and nowhere else."""
+"""Optional packages, imported by name only where they are used."""
 
 import importlib
 import re
@@ -10,7 +10,7 @@ Item = TypeVar("Item")
 
 
 def require(module: str, command: str) -> Any:
-    """Import a module, or end the command with a sentence that says what installs it."""
+    """Import a module, or end the command with a message that says how to install it."""
     try:
         return importlib.import_module(module)
     except ImportError:
@@ -20,8 +20,8 @@ def require(module: str, command: str) -> Any:
 
 
 def requirements(package: str, extra: str) -> str:
-    """What to ask pip for: the requirements of the extra that lists the package; without such an extra, its name."""
-    from importlib import metadata  # here, because it costs a third of the import of this package
+    """What pip should install: the requirements of the extra that lists the package, or else its name."""
+    from importlib import metadata  # here, because it takes a third as long as importing this package
 
     try:
         declared = metadata.requires("batchnorm") or []
@@ -34,7 +34,7 @@ def requirements(package: str, extra: str) -> str:
 
 
 def with_progress(items: Iterable[Item], description: str) -> Iterable[Item]:
-    """The items, with a bar on standard error if that is a terminal, they have a length, and rich is there."""
+    """The items, with a bar on standard error if it is a terminal, they have a length, and rich is installed."""
     if not isinstance(items, Sized) or not sys.stderr.isatty():
         return items
     try:

@@ -1,11 +1,11 @@
-"""Arrays of other libraries, read as NumPy's.
+"""Arrays of other libraries, read as NumPy arrays.
 
 Decisions:
 
-- No library is imported. An object is asked for what it has: `__array__` or a buffer, or else `__dlpack__`, which says
-  less clearly what is wrong. Its memory is used where it lies, if its own library allows that.
-- Nothing is lost silently. A gradient, a mask, and the way from a device to the processor's memory are refused, with
-  the call that gives them up.
+- No library is imported. An object is read through `__array__` or a buffer, or else through `__dlpack__`, whose errors
+  are less clear. Its memory is used in place if its own library allows that.
+- Nothing is lost silently. An array that would lose its gradient or mask, or must be copied from a device, is refused,
+  with the call that does so explicitly.
 """
 
 from typing import Any
@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 _READABLE = {1, 3, 11}
-"""DLPack's numbers of the processor's own memory, also where CUDA or ROCm have pinned it."""
+"""DLPack's device numbers of the processor's own memory, including memory pinned by CUDA or ROCm."""
 
 _WAYS = {
     "toarray": "toarray()",  # sparse matrices of SciPy
@@ -22,16 +22,16 @@ _WAYS = {
     "with_columns": "cast(polars.Float32)",  # its other frames
     "astype": "astype(np.float32)",  # frames of pandas
 }
-"""What gives floats, by an attribute that the object has."""
+"""The call that returns floats, by an attribute that the object has."""
 
 
 def as_array(value: Any, name: str) -> NDArray[Any]:
-    """The argument as an ndarray of any type, without a copy where its memory can be read."""
+    """The argument as an ndarray of any type, without a copy if its memory can be read."""
     if type(value) is np.ndarray:
         return value
     if isinstance(value, np.ndarray) and np.ma.isMaskedArray(value):
         raise TypeError(
-            f"{name} must not be a masked array: pass {name}.filled(value), or {name}.data and in mask= where it counts"
+            f"{name} must not be a masked array: pass {name}.filled(value), or {name}.data, and mask= where it counts"
         )
     if getattr(value, "requires_grad", False) is True:
         raise TypeError(f"{name} must not require grad, which would be lost: pass {name}.detach()")
@@ -51,14 +51,14 @@ def as_array(value: Any, name: str) -> NDArray[Any]:
 
 
 def _is_on_device(value: Any) -> bool:
-    """Whether the object names a device whose memory the processor does not read."""
+    """Whether the object names a device whose memory the processor cannot read."""
     try:
         device, _ = value.__dlpack_device__()
-    except Exception:  # there is none, or several, or no memory: reading it says so better
+    except Exception:  # no device, several, or no memory: reading the object gives a better error
         return False
     return device not in _READABLE
 
 
 def way_to_floats(value: Any, name: str) -> str:
-    """What to do with an object whose values are Python objects for NumPy."""
+    """The hint for an object whose values NumPy would read as Python objects."""
     return next((f": pass {name}.{way}" for attribute, way in _WAYS.items() if hasattr(value, attribute)), "")

@@ -1,6 +1,6 @@
-"""Keyword arguments that the type of a result does not depend on, for the overloads of the functions named here.
+"""Keyword arguments that do not affect the type of a result, for the overloads of the functions named here.
 
-An overload is about x, `need` and `out`. It takes the others by `**how: Unpack[…]`, so they do not stand in every one.
+An overload names x, `need` and `out`. It takes the rest as `**how: Unpack[…]`, so that overloads need not repeat them.
 """
 
 from typing import TypedDict

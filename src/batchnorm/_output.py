@@ -1,15 +1,15 @@
-"""Files that commands write: refused before there is anything to write, and what their options have in common."""
+"""Output files of commands: paths are checked before there is anything to write."""
 
 import argparse
 import os
 from pathlib import Path
 
 PICTURES = (".png", ".pdf", ".svg")
-"""What a plot can be."""
+"""The file formats of plots."""
 
 
 def file(text: str) -> Path:
-    """An argument that names a file to be written."""
+    """A command line argument that names a file to write."""
     path = Path(text)
     if path.is_dir() or not path.parent.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
         raise argparse.ArgumentTypeError(
@@ -19,7 +19,7 @@ def file(text: str) -> Path:
 
 
 def picture(text: str) -> Path:
-    """An argument that names a picture to be drawn."""
+    """A command line argument that names a picture to draw."""
     if Path(text).suffix.lower() not in PICTURES:
         raise argparse.ArgumentTypeError(f"must end in {' or '.join(PICTURES)}, got {text!r}")
     return file(text)

@@ -2,13 +2,13 @@
 
 Decisions:
 
-- They are the same for all channels, so they have one entry per *place*, which is one of the values of every channel.
-  The kernels read them in the order of memory of x.
-- All of them are copied: `backward` reads them again, and they are small beside x.
-- A mask without False, and lengths that are all full, are none: so they give the bits of the call without them.
-- Lengths stay lengths where the places of a sequence follow each other in memory; elsewhere they become a mask.
-- Weights are scaled by a power of two, which changes no digit, so that the largest is between a half and one: sums of
-  float32 cannot overflow then.
+- They are the same for all channels, so they have one entry per *place*: one position of x without its channel axis.
+  The kernels read them in the memory order of x.
+- All of them are copied: `backward` reads them again, and they are small compared to x.
+- A mask without False, or lengths that are all full, are dropped, so the bits are those of the call without them.
+- Lengths stay lengths if the places of a sequence follow each other in memory; otherwise they become a mask.
+- Weights are scaled by a power of two, which changes no digit, so that the largest is between a half and one: sums in
+  float32 then cannot overflow.
 """
 
 import math
@@ -24,14 +24,14 @@ from ._foreign import as_array
 from ._kernels import Chosen, per_channel
 
 _ROOM = 16
-"""Places after the last one, because the kernels load whole vectors."""
+"""Padding after the last place, because the kernels load whole vectors."""
 
 _MOST_EXPONENT = 498
-"""Of two in the largest weight, so that sums of squares stay within float64."""
+"""Largest exponent of two, positive or negative, of the largest weight: sums of squares then stay within float64."""
 
 
 class Tally(NamedTuple):
-    """How many values per channel count; the sum of their weights and of the squares of these, which may be 1 each."""
+    """The number of values per channel that count, the sum of their weights and the sum of their squared weights."""
 
     values: int
     weight: float
@@ -39,23 +39,23 @@ class Tally(NamedTuple):
 
     @classmethod
     def of_all(cls, values: int) -> "Tally":
-        """Of values without weights."""
+        """The tally of values without weights, which count as 1 each."""
         return cls(values, values, values)
 
     def merged(self, other: "Tally") -> "Tally":
         return Tally(self.values + other.values, self.weight + other.weight, self.squares + other.squares)
 
     def divisor(self, ddof: float = 1) -> float:
-        """What Σw(x − μ)² is divided by: W − ddof·Σw²/W, so n − ddof without weights."""
+        """The divisor of Σw(x − μ)²: W − ddof·Σw²/W, or n − ddof without weights."""
         return self.weight - ddof * (self.squares / self.weight) if self.weight else 0
 
     def correction(self) -> float:
-        """The unbiased variance over the biased one."""
+        """The unbiased variance divided by the biased one."""
         return self.weight / self.divisor()
 
     @property
     def has_spread(self) -> bool:
-        """Whether there is an unbiased variance."""
+        """Whether the unbiased variance exists."""
         return self.values > 1 and self.divisor() > 0
 
 
@@ -71,15 +71,15 @@ class Selection:
     exponent: int = 0
 
     def chosen(self, fill: float = 0.0) -> Chosen:
-        """What the kernels take."""
+        """The argument of the kernels."""
         return self.mask, self.lengths, self.period, self.weights, fill
 
     def scaled(self, weight: float) -> float:
-        """Σw in the unit of these weights."""
+        """Σw, in the unit of these weights."""
         return math.ldexp(weight, -self.exponent)
 
     def normalized(self, layout: Layout) -> int:
-        """How many values per channel are normalized: a weight of 0 is not a mask."""
+        """The number of values per channel that are normalized: a weight of 0 is not a mask."""
         return layout.values if self.weights is not None else self.tally.values
 
     def blank(self, array: Array, layout: Layout) -> None:
@@ -109,7 +109,7 @@ def as_places(value: NDArray[Any], name: str, layout: Layout) -> NDArray[Any]:
         shape = shape[:axis] + shape[axis + 1 :]
     if len(shape) != ndim - 1 or any(own not in (1, wanted) for own, wanted in zip(shape, others, strict=True)):
         one = (*layout.shape[:axis], 1, *layout.shape[axis + 1 :])
-        raise ValueError(f"{name} must have shape {others} or {one}, or 1 in place of a length, got {value.shape}")
+        raise ValueError(f"{name} must have shape {others} or {one}, or length 1 along any axis, got {value.shape}")
     return np.broadcast_to(value.reshape(shape), others)
 
 
@@ -124,7 +124,7 @@ def as_lengths(lengths: ArrayLike, layout: Layout) -> NDArray[np.intp]:
     array, others = as_array(lengths, "lengths"), _others(layout)
     if len(others) != 2:
         raise ValueError(
-            f"lengths need x with 3 dimensions, sequences, places and channels, got x of shape {layout.shape}"
+            f"lengths need x with 3 dimensions (sequences, positions and channels), got x of shape {layout.shape}"
         )
     if array.dtype.kind not in "iu":
         raise TypeError(f"lengths must be integers, got dtype {array.dtype}")
@@ -144,7 +144,7 @@ def as_weights(weights: ArrayLike) -> NDArray[np.float64]:
 
 
 def _in_memory_order(places: NDArray[Any], layout: Layout) -> NDArray[Any]:
-    """A copy with one entry per place, in the order in which x lies in memory, and room after them."""
+    """A copy with one entry per place, in the memory order of x, and padding after them."""
     if layout.order is not None:
         places = places.transpose([i - (i > layout.axis) for i in layout.order if i != layout.axis])
     copy = np.zeros(layout.values + _ROOM, places.dtype)
@@ -153,7 +153,7 @@ def _in_memory_order(places: NDArray[Any], layout: Layout) -> NDArray[Any]:
 
 
 def by_sample(name: str, value: ArrayLike, layout: Layout) -> NDArray[Any]:
-    """A mask, lengths or weights with one row per sample, the first axis of x besides that of the channels."""
+    """A mask, lengths or weights with one row per sample; samples are the first axis of x but the channel axis."""
     if name == "lengths":
         return as_lengths(value, layout)
     return as_places(as_mask(value) if name == "mask" else as_weights(value), name, layout)
@@ -203,7 +203,7 @@ def selection_of(
     lengths: ArrayLike | None = None,
     weights: ArrayLike | None = None,
 ) -> Selection | None:
-    """What the arguments of a call select from x; None where all of it counts alike."""
+    """The selection that a call's arguments make from x; None if all values count alike."""
     check_one_of_three(mask, lengths, weights)
     if mask is not None:
         return _of_mask(as_places(as_mask(mask), "mask", layout), layout)

@@ -4,8 +4,8 @@ Decisions:
 
 - The arrays that a user sees are views of the block as long as the layer lives, so an optimizer may hold them. Nothing
   is rebound: new values are copied into the block.
-- New values are prepared elsewhere, and one assignment to a memoryview copies them. It holds the GIL for all of the
-  copy, unlike NumPy's own: signal handlers, other threads and forks come before it or after it.
+- New values are prepared elsewhere, and one assignment to a memoryview copies them. Unlike NumPy's assignment, it holds
+  the GIL during the whole copy: signal handlers, other threads and forks run before it or after it.
 - The lock is for threads that read before they write, and for Python without a GIL. A signal handler may use the layer
   while its own thread holds the lock, so the lock is reentrant.
 """
@@ -20,7 +20,7 @@ from . import _threads
 from ._arrays import Array
 
 ARRAYS = ("running_mean", "running_var", "gamma", "beta")
-"""In the order of the block, after the counter."""
+"""The arrays in the order of the block, after the counter."""
 
 _COUNTER = struct.Struct("=q")
 MOST_BATCHES = 2**62
@@ -28,7 +28,7 @@ MOST_BATCHES = 2**62
 
 
 class State:
-    """The block, and its arrays by name; None where the layer has no such array."""
+    """The block, and its arrays by name; None if the layer has no such array."""
 
     __slots__ = (
         "_arrays",
@@ -68,7 +68,7 @@ class State:
         return _restored, (self._rows.shape[1], block.dtype, self.names, block)
 
     def copy(self) -> "State":
-        """A state of its own with these values."""
+        """An independent state with the same values."""
         _, arguments = self.__reduce__()
         return _restored(*arguments)
 
@@ -79,7 +79,7 @@ class State:
 
     @property
     def counter(self) -> int:
-        """Batches that the running statistics have followed."""
+        """The number of batches that have moved the running statistics."""
         counter: int = _COUNTER.unpack_from(self._block.data)[0]
         return counter
 
@@ -114,7 +114,7 @@ class State:
             self._block.data[:] = new.data
 
     def following(self) -> tuple[int, Array, Array, Array]:
-        """The counter, and a copy of counter and running statistics with the arrays in it, to be moved for `follow`."""
+        """The counter, a copy of counter and running statistics, and its arrays, to be moved and given to `follow`."""
         moved = self._statistics.copy()
         middle = self._first + self._rows.shape[1]
         return _COUNTER.unpack_from(self._statistics_bytes)[0], moved, moved[self._first : middle], moved[middle:]

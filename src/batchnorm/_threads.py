@@ -1,12 +1,12 @@
-"""How many threads, and why.
+"""How many threads a call uses, and why.
 
-`num_threads=` of a call, else `set_num_threads`, else BATCHNORM_NUM_THREADS, else OMP_NUM_THREADS, else the smaller of
-the processors this process may run on and its cgroup's quota. A limit set through threadpoolctl is obeyed by all but
-the first. Results have the same bits for every number of threads, so each of these rules is about speed alone.
+The number is `num_threads=` of the call, else `set_num_threads`, else BATCHNORM_NUM_THREADS, else OMP_NUM_THREADS, else
+the smaller of the processors this process may run on and its cgroup's quota. All but the first obey a limit set through
+threadpoolctl. Results have the same bits for any number of threads, so these rules only affect speed.
 
 Small work runs serially, because waking a team costs more than it saves. A child forked after threads were used runs
-serially, because the threads of its parent do not exist in it and OpenMP would wait for them for ever. Where
-OMP_STACKSIZE gives OpenMP's threads less than the kernels need, calls run serially too.
+serially, because its parent's threads do not exist in it and OpenMP would wait for them forever. Calls also run
+serially if OMP_STACKSIZE gives OpenMP's threads a smaller stack than the kernels need.
 """
 
 import contextlib
@@ -22,10 +22,10 @@ from . import _arrays
 from ._kernels import runtime
 
 SERIAL_VALUES = 65_536
-"""Arrays with fewer values are worked on by the calling thread (measured: bench/README.md)."""
+"""The calling thread alone processes arrays with fewer values (measured: bench/README.md)."""
 
 STACK = 96 << 10
-"""Bytes of stack that are enough for a thread in the kernels at any level."""
+"""Bytes of stack that suffice for a thread in the kernels at any level."""
 
 _MOST = 4096
 """The most threads of a call: libgomp keeps a record of each on the stack of the caller."""
@@ -35,7 +35,7 @@ _locks: "weakref.WeakSet[threading.RLock]" = weakref.WeakSet()
 
 
 def new_lock() -> "threading.RLock":
-    """A reentrant lock. It is open in a forked child, even if another thread held it, which does not exist there."""
+    """A reentrant lock, which is open in a forked child even if a thread of the parent held it."""
     lock = threading.RLock()
     _locks.add(lock)
     return lock
@@ -61,15 +61,15 @@ def _checked(num_threads: int) -> int:
 
 
 def _environment(name: str) -> int | None:
-    """A whole positive number in a variable; OMP_NUM_THREADS may be a list, whose first number counts."""
-    with contextlib.suppress(ValueError):  # also of more digits than Python reads
+    """A positive integer in a variable; OMP_NUM_THREADS may be a list, whose first number counts."""
+    with contextlib.suppress(ValueError):  # also for more digits than Python converts
         count = int(os.environ.get(name, "").split(",")[0])
         return min(count, _MOST) if count > 0 else None
     return None
 
 
 def _small_stacks() -> bool:
-    """Whether OMP_STACKSIZE, in kilobytes where it names no unit, is less than the kernels need."""
+    """Whether OMP_STACKSIZE, in kilobytes if it names no unit, is less than the kernels need."""
     found = re.fullmatch(r"\s*(\d{1,18})\s*([bkmg]?)\s*", os.environ.get("OMP_STACKSIZE", "").lower(), re.ASCII)
     return found is not None and int(found[1]) << 10 * "bkmg".index(found[2] or "k") < STACK
 
@@ -83,7 +83,7 @@ def _read(*path: str) -> str | None:
 
 
 def _quota(root: str = "/sys/fs/cgroup", membership: str = "/proc/self/cgroup") -> int | None:
-    """Processors that the cgroup's quota pays for, rounded up: the smallest on the way up the hierarchy."""
+    """Processors that the cgroup's quota allows, rounded up: the smallest quota on the way up the hierarchy."""
     found = []
     for line in (_read(membership) or "").splitlines():
         _, _, rest = line.partition(":")
@@ -107,7 +107,7 @@ def _folder_quota(folder: str) -> float | None:
     return None
 
 
-# Like OpenMP, the environment and the quota are read once; the rest is asked for on every call.
+# The environment and the quota are read once, as in OpenMP; everything else is read on every call.
 _asked: int | None = None
 _named_at_import = _environment("BATCHNORM_NUM_THREADS")
 _omp_named_at_import = _environment("OMP_NUM_THREADS") is not None
@@ -117,7 +117,7 @@ _quota_at_import = _quota() if sys.platform == "linux" else None
 
 
 def decide() -> tuple[int, str]:
-    """Threads of a call that does not name them, and what decided."""
+    """The threads of a call that does not name a number, and the rule that decided."""
     openmp = runtime.max_threads()
     if runtime.openmp() == 0:
         return 1, "serial build"
@@ -141,7 +141,7 @@ def decide() -> tuple[int, str]:
 
 
 def considered() -> dict[str, int | None]:
-    """What every rule of `decide` says, in their order; None where it says nothing."""
+    """The number that each rule of `decide` gives, in their order; None if it gives none."""
     return {
         "set_num_threads": _asked,
         "BATCHNORM_NUM_THREADS": _named_at_import,
@@ -152,7 +152,7 @@ def considered() -> dict[str, int | None]:
 
 
 def threads_for(values: int, num_threads: int | None) -> int:
-    """Threads of a call on an array with this many values."""
+    """The threads of a call on an array with this many values."""
     if num_threads is not None:
         num_threads = _checked(num_threads)
     if values < SERIAL_VALUES or _small_stacks_at_import or runtime.forked():
@@ -161,13 +161,12 @@ def threads_for(values: int, num_threads: int | None) -> int:
 
 
 def set_num_threads(num_threads: int | None) -> None:
-    """Set the default number of threads, of calls without `num_threads=`, in the whole process.
+    """Set the default number of threads in the whole process, for calls without `num_threads=`.
 
     Parameters
     ----------
     num_threads : int or None
-        1 to 4096. Results do not depend on it, only their speed does. None returns to the number that the environment
-        or the processors decide.
+        1 to 4096. It affects speed, not results. None restores the number given by the environment or the processors.
 
     Raises
     ------
@@ -194,8 +193,9 @@ def set_num_threads(num_threads: int | None) -> None:
 def num_threads(count: int | None) -> Iterator[None]:
     """Set the default number of threads for a `with` block, or for a decorated function.
 
-    It is `set_num_threads` with a way back: the number holds for all threads of the process, not for the one that
-    enters the block. For one thread alone, use `num_threads=` of a call, or `threadpoolctl.threadpool_limits`.
+    It is `set_num_threads` and restores the old number at the end. The number applies to all threads of the process,
+    not only to the one that enters the block. For one thread alone, use `num_threads=` of a call, or
+    `threadpoolctl.threadpool_limits`.
 
     Parameters
     ----------
@@ -205,7 +205,7 @@ def num_threads(count: int | None) -> Iterator[None]:
     Raises
     ------
     TypeError, ValueError
-        As `set_num_threads`.
+        As for `set_num_threads`.
 
     Examples
     --------
@@ -223,7 +223,7 @@ def num_threads(count: int | None) -> Iterator[None]:
 
 
 def get_num_threads() -> int:
-    """Threads of a call that does not name a number and is large enough to use them.
+    """The number of threads of a call that does not name a number and is large enough to use them.
 
     Examples
     --------

@@ -1,12 +1,12 @@
-"""In which order parts are merged: one tree, whether one process has all parts or every rank has its own.
+"""The order in which parts are merged: one tree, whether one process has all parts or each rank has its own.
 
 Decisions:
 
-- Addition of floats depends on its order. So the order depends on the number of parts alone.
+- The sum of floats depends on the order of addition, so this order depends only on the number of parts.
 - It is that of recursive doubling: part 0 with 1, 2 with 3, …, then pairs of pairs, and so on. Ranks that exchange with
   one partner after another, and a process that merges the parts of all, get the same bits.
-- Doubling needs a power of two. Of another number the leading parts are paired first until one is left, so neighbours
-  stay neighbours, and the order of parts is kept.
+- Doubling needs a power of two. For any other number, leading parts are paired first until a power of two is left, so
+  neighbours stay neighbours and parts keep their order.
 """
 
 from functools import lru_cache
@@ -17,19 +17,19 @@ def _doublings(parts: int) -> int:
 
 
 def leading_pairs(parts: int) -> int:
-    """How many pairs of parts, 0 with 1, 2 with 3, …, are merged before the doubling."""
+    """The number of pairs of parts, 0 with 1, 2 with 3, …, that are merged before the doubling."""
     return parts - (1 << _doublings(parts))
 
 
 def _part(place: int, parts: int) -> int:
-    """What is left then: the first part at each place, of which there is a power of two."""
+    """The part at each of the places that are left after that, a power of two of them."""
     paired = leading_pairs(parts)
     return 2 * place if place < paired else place + paired
 
 
 @lru_cache(maxsize=16)
 def merges(parts: int) -> tuple[tuple[int, int], ...]:
-    """(lower, upper), in which order an upper part is merged into a lower one; at last part 0 is the whole."""
+    """Pairs (lower, upper) in merging order: the upper part is merged into the lower; at the end part 0 has all."""
     order = [(2 * i, 2 * i + 1) for i in range(leading_pairs(parts))]
     left = [_part(place, parts) for place in range(1 << _doublings(parts))]
     while len(left) > 1:
@@ -40,7 +40,7 @@ def merges(parts: int) -> tuple[tuple[int, int], ...]:
 
 @lru_cache(maxsize=16)
 def partners(part: int, parts: int) -> tuple[int, ...]:
-    """With which one a part that is left is merged, one after the other, if all of them are to be the whole."""
+    """The partners of a remaining part, one after the other, if every remaining part is to become the whole."""
     paired = leading_pairs(parts)
     place = part // 2 if part < 2 * paired else part - paired
     return tuple(_part(place ^ 1 << turn, parts) for turn in range(_doublings(parts)))

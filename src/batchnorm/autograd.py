@@ -2,10 +2,10 @@
 
 Decisions:
 
-- Statistics are taken once, from the value behind all tracing, and every derivative works on what `forward` saved.
+- Statistics are computed once, from the value without tracing, and every derivative uses what `forward` saved.
 - The derivative along a direction of x is `backward` of that direction, because the Jacobian is symmetric. Along a
-  direction of gamma it is that times x̂, which is batch norm again, calculated anew. So only `backward` needs
-  derivatives of its own.
+  direction of gamma it is that direction times x̂, computed by another batch norm. So only `backward` needs derivatives
+  of its own.
 - Those of `backward` are `double_backward`, in both modes: second derivatives are symmetric. There are no third ones.
 """
 
@@ -31,7 +31,7 @@ except ImportError as _error:
 
 
 def batch_norm(x: Any, gamma: Any, beta: Any, axis: int = 1, eps: float = 1e-5) -> Any:
-    """y = gamma·(x − mean)/√(var + eps) + beta, differentiable by autograd up to twice, in both modes.
+    """y = gamma·(x − mean)/√(var + eps) + beta, differentiable by autograd once or twice, in both modes.
 
     Parameters
     ----------
@@ -47,14 +47,14 @@ def batch_norm(x: Any, gamma: Any, beta: Any, axis: int = 1, eps: float = 1e-5) 
     Returns
     -------
     ndarray
-        Of x's shape and dtype, with the bits of `forward`.
+        With x's shape and dtype, and the bits of `forward`.
 
     Raises
     ------
     TypeError, ValueError
-        As `forward`.
+        As for `forward`.
     ImportError
-        By the import of this module, if autograd is missing.
+        On import of this module, if autograd is missing.
 
     Examples
     --------
@@ -74,7 +74,7 @@ def _y(x: Array, gamma: Array, beta: Array, y: Array, saved: Saved) -> Array:
 
 
 def _like_x(dy: Array, saved: Saved) -> Array:
-    """autograd makes float64 of what it adds up."""
+    """dy in the dtype of x, because autograd adds gradients up in float64."""
     return np.asarray(dy, saved.x.dtype)
 
 

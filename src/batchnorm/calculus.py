@@ -2,13 +2,13 @@
 
 Decisions:
 
-- No kernel of their own. A tangent of y is γ·rstd·ẋ plus a multiple of x − μ plus a constant, per channel, and so is
-  what `backward` writes: P, the projection in both, is its own transpose. The gradient of dx has one array more, which
-  comes in as a residual.
-- Everything between the passes over memory is a few float64 numbers per channel, in `_moved`,
-  `_combination` and `_Second`: there stands each formula once.
-- `through=` switches the paths through mean and variance off, as in `backward`. Without both the statistics are fixed.
-- 16-bit floats are worked on in float32, because what goes from one pass to the next would lose its digits.
+- They need no kernels of their own. Per channel, a tangent of y is γ·rstd·ẋ plus a multiple of x − μ plus a constant.
+  The output of `backward` has the same form, because P, the projection in both, is its own transpose. The gradient of
+  dx has one array more, which the kernel adds as a residual.
+- Between passes over memory there are only a few float64 numbers per channel. `_moved`, `_combination` and `_Second`
+  compute them, with each formula written once.
+- `through=` switches off the paths through mean and variance, as in `backward`. Without both, statistics are fixed.
+- 16-bit floats are computed in float32, because intermediate results between passes would lose digits.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ _SECOND_NEED: tuple[_SecondNeedName, ...] = ("dy", "x", "gamma")
 
 
 class Tangents(NamedTuple, Generic[Float_co]):
-    """Derivatives along a direction: of y, of x's shape and dtype, and of mean and var, float64 of shape (C,)."""
+    """Derivatives along a direction: of y, with x's shape and dtype, and of mean and var, float64 of shape (C,)."""
 
     dy: NDArray[Float_co]
     dmean: Numbers
@@ -60,7 +60,7 @@ class Tangents(NamedTuple, Generic[Float_co]):
 
 
 class SecondGradients(NamedTuple, Generic[Gradient_co]):
-    """Gradients with respect to dy, x and gamma; None where not asked for, or where there was no gamma."""
+    """Gradients with respect to dy, x and gamma; None if not requested or if there was no gamma."""
 
     dy: Gradient_co
     x: Gradient_co
@@ -68,7 +68,7 @@ class SecondGradients(NamedTuple, Generic[Gradient_co]):
 
 
 class _Channels(NamedTuple):
-    """What is known of the channels of a batch; `mean` and `variance` are 1 where the path through them counts."""
+    """The channels of a batch; `mean` and `variance` are 1 if the path through them counts, else 0."""
 
     n: float  # with weights, their sum
     gamma: Numbers
@@ -84,7 +84,7 @@ class _Channels(NamedTuple):
 
 
 def _moved(sums: Numbers, channels: _Channels, dmean: Numbers | None, dvar: Numbers | None) -> tuple[Numbers, Numbers]:
-    """μ̇ and σ̇², with what they move by besides."""
+    """μ̇ and σ̇², including the given dmean and dvar."""
     n, _, _, mean, variance = channels
     moved_mean, moved_var = mean * sums[0] / n, variance * 2 * sums[1] / n
     return (
@@ -104,7 +104,7 @@ def _combination(
 
 
 class _Second(NamedTuple):
-    """g_x = of_dy·dy + weight·(of_ddx·ddx + slope·(x − μ) + offset), with a weight of 1 where there are none."""
+    """g_x = of_dy·dy + weight·(of_ddx·ddx + slope·(x − μ) + offset), with weight 1 if there are no weights."""
 
     gamma: Numbers
     of_dy: Numbers
@@ -127,7 +127,7 @@ class _Second(NamedTuple):
 
 
 class _Passes:
-    """The passes over the values of one batch, without its activation; arrays lie in memory as x does."""
+    """The passes over the values of one batch, without its activation; arrays have the memory layout of x."""
 
     def __init__(self, saved: Saved, num_threads: int | None) -> None:
         x, self._layout = saved.x, saved._layout
@@ -148,18 +148,18 @@ class _Passes:
         return by_place
 
     def like_x(self, value: ArrayLike, name: str) -> Array:
-        """The argument where and as the kernels read it."""
+        """The argument in the layout and type that the kernels read."""
         array = _arrays.as_like(value, name, self._layout.shape, self._given)
         return self._layout.copy(array, self._x.dtype) if self._given != self._x.dtype else self._layout.bring(array)
 
     def room(self, out: Array | None = None) -> Array:
-        """Where a pass can write: `out` if it fits, else new memory."""
+        """An array for the result of a pass: `out` if it fits, else new memory."""
         if out is None or out.dtype != self._x.dtype:
             return self._layout.empty(self._x.dtype)
         return self._layout.room(out, self._x.dtype)
 
     def weighted(self, array: Array, out: Array | None = None) -> Array:
-        """The array times the weight of each place, in units of `unit`: a copy or `out`, or itself without weights."""
+        """The array times its weights, in units of `unit`, as a copy or in `out`; unchanged without weights."""
         if self.weights is None:
             return array
         out = self._layout.copy(array) if out is None else out
@@ -172,7 +172,7 @@ class _Passes:
         return self.unit * self.sums(self.weighted(array))
 
     def sums(self, array: Array, x: Array | None = None) -> Numbers:
-        """Σarray and Σarray·(x − μ); of another x, Σarray·x."""
+        """Σarray and Σarray·(x − μ), or Σarray·x for another x."""
         table = np.zeros((GRADIENT_ROWS, self._layout.view[1]))
         statistics = self._statistics if x is None else np.zeros_like(self._statistics)
         if array.size:
@@ -194,7 +194,7 @@ class _Passes:
     def projected(
         self, array: Array, paths: int, n: float, besides: tuple[Numbers, Numbers] | None, out: Array
     ) -> tuple[Array, Numbers]:
-        """γ·rstd·P(array) + slope·(x − μ) + offset, and the sums of array, tile by tile while it is in cache."""
+        """γ·rstd·P(array) + slope·(x − μ) + offset, and the sums of array, tile by tile within the cache."""
         table = np.empty((GRADIENT_ROWS, self._layout.view[1]))
         if besides is not None:
             slope, offset = besides
@@ -215,7 +215,7 @@ class _Passes:
             functional.normalize(array, out, self._layout, statistics, self._threads, after, self._chosen)
 
     def finished(self, result: Array, out: Array | None = None) -> Array:
-        """In the type of x, and where the caller wants it."""
+        """The result in the type of x, in `out` if it is given."""
         if result.dtype != self._given:
             result = self._layout.copy(result, self._given)
         return result if out is None else _arrays.deliver(result, out)
@@ -241,12 +241,12 @@ def check(
     added: Mapping[str, ArrayLike | None],
     out: Array | None = None,
 ) -> None:
-    """Refuse what `jvp` and `double_backward` refuse, by the names of their arguments."""
+    """Raise the errors of `jvp` and `double_backward`, with the names of their arguments."""
     _check_saved(saved)
     x, layout = saved.x, saved._layout
     given = {name: value for name, value in added.items() if value is not None}
     if given and not saved._added:
-        raise ValueError(f"{next(iter(given))} must be None where forward added nothing")
+        raise ValueError(f"{next(iter(given))} must be None if forward had no add")
     arrays = {"x": x}
     for name, value in (*like_x.items(), *given.items()):
         arrays[name] = _arrays.as_like(value, name, layout.shape, x.dtype)
@@ -266,7 +266,7 @@ def _check_sums(sums: Numbers, rows: int, channels: int) -> Numbers:
 def tangent_sums(dx: ArrayLike, saved: Saved, *, num_threads: int | None = None) -> Numbers:
     """The sums that `jvp` needs, Σẋ and Σẋ·(x − μ) per channel; with weights, Σwẋ and Σwẋ·(x − μ).
 
-    Add up those of the parts of a batch, whose `saved` come from `forward(..., moments=)`, and give them to
+    For a batch in parts, call `forward(..., moments=)` for each part, add up their sums and pass them to
     `jvp(..., sums=)`.
 
     Parameters
@@ -276,7 +276,7 @@ def tangent_sums(dx: ArrayLike, saved: Saved, *, num_threads: int | None = None)
     saved : Saved
         From `forward`.
     num_threads : int, optional
-        Threads for this call. Its results do not depend on it.
+        Threads for this call. The result does not depend on it.
 
     Returns
     -------
@@ -285,7 +285,7 @@ def tangent_sums(dx: ArrayLike, saved: Saved, *, num_threads: int | None = None)
     Raises
     ------
     TypeError, ValueError
-        As `jvp`.
+        As for `jvp`.
 
     Examples
     --------
@@ -317,8 +317,8 @@ def jvp(
     """The derivative of `forward` along a direction: ẏ = γ·rstd·(ẋ − μ̇ − ½·rstd·x̂·σ̇²) + γ̇·x̂ + β̇.
 
     The moments move by μ̇ = Σẋ/n and σ̇² = 2·Σ(x − μ)ẋ/n, so ẏ = γ·rstd·P(ẋ) + γ̇·x̂ + β̇ with
-    P(v) = v − Σv/n − x̂·Σv·x̂/n. It is the same P as in dx = γ·rstd·P(dy): the Jacobian is symmetric. After an
-    activation ẏ is multiplied by act′.
+    P(v) = v − Σv/n − x̂·Σv·x̂/n. This P is that of dx = γ·rstd·P(dy): the Jacobian is symmetric. With an activation, ẏ
+    is multiplied by act′.
 
     Parameters
     ----------
@@ -329,18 +329,18 @@ def jvp(
     dgamma, dbeta : array_like, shape (C,), optional
         Directions of gamma and beta; 0 where None.
     dmean, dvar : array_like, shape (C,), optional
-        What the moments move by besides, where they are no functions of x. With `through=()` it is all that they move.
+        Directions of the moments, besides how they move with x. With `through=()` the moments move by these alone.
     dadd : array_like, optional
-        The direction of what was added, of x's shape and dtype.
+        The direction of `add`, of x's shape and dtype.
     through : {"mean", "variance"} or collection of them, optional
         The statistics that move with x, both by default. `through=()` is for fixed statistics: `forward` with
         `moments=Moments(1, mean, var)` has the bits of `inference`.
     sums : ndarray of float64, shape (2, C), optional
-        `tangent_sums` over all values that the statistics are of, in place of those of dx alone.
+        `tangent_sums` over all values in the statistics, instead of those of dx alone.
     out : ndarray, optional
-        Where to write ẏ; of x's shape and dtype. `out=dx` is allowed, other overlaps are not.
+        Where to write ẏ: an array of x's shape and dtype. `out=dx` is allowed, other overlaps are not.
     num_threads : int, optional
-        Threads for this call. Its results do not depend on it.
+        Threads for this call. The result does not depend on it.
 
     Returns
     -------
@@ -350,9 +350,9 @@ def jvp(
     Raises
     ------
     TypeError
-        If `saved` is not from `forward`, or an array has another dtype than x.
+        If `saved` is not from `forward`, or the dtype of an array differs from x's.
     ValueError
-        If a shape, `through`, `sums` or `out` does not fit, or there is `dadd` and nothing was added.
+        If a shape, `through`, `sums` or `out` is invalid, or `dadd` is given but `forward` had no `add`.
 
     See Also
     --------
@@ -400,8 +400,8 @@ def jvp(
 def second_sums(ddx: ArrayLike, dy: ArrayLike, saved: Saved, *, num_threads: int | None = None) -> Numbers:
     """The sums that `double_backward` needs: Σu, Σu·(x − μ), Σdy, Σdy·(x − μ) and Σu·dy per channel, with u for ddx.
 
-    With weights the first two are Σwu and Σwu·(x − μ). Add up those of the parts of a batch, whose `saved` come from
-    `forward(..., moments=)`, and give them to `double_backward(..., sums=)`.
+    With weights the first two are Σwu and Σwu·(x − μ). For a batch in parts, call `forward(..., moments=)` for each
+    part, add up their sums and pass them to `double_backward(..., sums=)`.
 
     Parameters
     ----------
@@ -410,7 +410,7 @@ def second_sums(ddx: ArrayLike, dy: ArrayLike, saved: Saved, *, num_threads: int
     saved : Saved
         From `forward`.
     num_threads : int, optional
-        Threads for this call. Its results do not depend on it.
+        Threads for this call. The result does not depend on it.
 
     Returns
     -------
@@ -419,7 +419,7 @@ def second_sums(ddx: ArrayLike, dy: ArrayLike, saved: Saved, *, num_threads: int
     Raises
     ------
     TypeError, ValueError
-        As `double_backward`.
+        As for `double_backward`.
 
     Examples
     --------
@@ -490,30 +490,30 @@ def double_backward(
     ddadd : array_like, optional
         The upstream gradient of dadd, of x's shape and dtype.
     through : {"mean", "variance"} or collection of them, optional
-        As given to `backward`; `through=()` for fixed statistics.
+        As given to `backward`; `through=()` means fixed statistics.
     need : {"dy", "x", "gamma"} or collection of them, optional
         The gradients to compute, all by default; the others are None.
     sums : ndarray of float64, shape (5, C), optional
-        `second_sums` over all values that the statistics are of, in place of those of ddx and dy alone.
+        `second_sums` over all values in the statistics, instead of those of ddx and dy alone.
     num_threads : int, optional
-        Threads for this call. Its results do not depend on it.
+        Threads for this call. The result does not depend on it.
 
     Returns
     -------
     SecondGradients
-        A named tuple (dy, x, gamma): the first two like x, the last like gamma and None where there is none. There is
-        no gradient of beta: it only decides where an activation is closed.
+        A named tuple (dy, x, gamma). The first two have x's shape and dtype, the last has gamma's, or is None if there
+        was no gamma. Beta has no gradient: it only decides where an activation is closed.
 
     Raises
     ------
     TypeError
-        If `saved` is not from `forward`, or an array has another dtype than x.
+        If `saved` is not from `forward`, or the dtype of an array differs from x's.
     ValueError
-        If a shape, `through`, `need` or `sums` does not fit, or there is `ddadd` and nothing was added.
+        If a shape, `through`, `need` or `sums` is invalid, or `ddadd` is given but `forward` had no `add`.
 
     Notes
     -----
-    After an activation dy·act′ takes the place of dy, and g_dy is multiplied by act′; act″ is 0.
+    With an activation, dy·act′ replaces dy, and g_dy is multiplied by act′; act″ is 0.
 
     References
     ----------

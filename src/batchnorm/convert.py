@@ -1,14 +1,14 @@
-"""`python -m batchnorm convert`: the batch norm layers of a file in another system's conventions.
+"""`python -m batchnorm convert`: convert the batch norm layers of a file to another system's conventions.
 
 Decisions:
 
-- A layer is found by its names alone. All other arrays stay as they are, and so do their names and their layouts: what
-  else a network needs, such as other convolution weights, is not this command's.
-- Everything is converted before anything is written, and the file is written in one step (`state_file`). So OUT may be
-  IN. A layer that cannot be converted ends the command with its path.
+- A layer is found by its names alone. All other arrays keep their values, names and layouts: whatever else a network
+  needs, such as other convolution weights, is beyond this command.
+- Everything is converted before anything is written, and the file is written in one step (`state_file`), so OUT may be
+  IN. If a layer cannot be converted, the command ends and names its path.
 - Files are npz without pickle, or safetensors, whose metadata is kept. Converted arrays are float32 or float64:
-  statistics of 16 bits do not come back as 16 bits.
-- A file has neither eps nor momentum. What was assumed is printed, with what the other layers have to be made with.
+  16-bit statistics do not stay 16-bit.
+- A file contains neither eps nor momentum. The command prints what it assumed, and the arguments for the new layers.
 """
 
 import argparse
@@ -30,14 +30,14 @@ from .layer import BatchNorm
 
 SUFFIXES = (".npz", ".safetensors")
 TINY = 1e-4
-"""If no |gamma| of a layer is larger, that is remarked."""
+"""A layer is remarked on if no |gamma| is larger than this."""
 
 Arrays = dict[str, NDArray[Any]]
 
 
 @dataclass(frozen=True)
 class Converted:
-    """A layer on its way, and what is to be said of it."""
+    """A converted layer, and the remarks on it."""
 
     path: str
     layer: BatchNorm
@@ -58,8 +58,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             metavar="SYSTEM",
             help="; ".join(CONVENTIONS),
         )
-    parser.add_argument("--from-eps", type=_eps, metavar="EPS", help="of the layers in IN (default: their system's)")
-    parser.add_argument("--eps", type=_eps, help="of the layers that will load OUT (default: their system's)")
+    parser.add_argument("--from-eps", type=_eps, metavar="EPS", help="eps of IN's layers (default: their system's)")
+    parser.add_argument("--eps", type=_eps, help="eps of the layers that will load OUT (default: their system's)")
     parser.add_argument("--prefix", default="", metavar="PATH", help="convert the layers at or below this path only")
     parser.add_argument("--dry-run", action="store_true", help="print the table and write nothing")
 
@@ -79,7 +79,7 @@ def run(arguments: argparse.Namespace, error: Callable[[str], NoReturn]) -> int:
     except (TypeError, ValueError) as problem:
         error(str(problem))
     except OSError as problem:
-        file = problem.filename or arguments.target  # a full disk names no file
+        file = problem.filename or arguments.target  # the error of a full disk names no file
         raise SystemExit(f"python -m batchnorm convert: {file}: {problem.strerror}") from None
     _print_table(layers)
     others = sum(result.get(name) is array for name, array in found.items())
@@ -100,12 +100,12 @@ def converted(
     eps: float | None = None,
     prefix: str = "",
 ) -> tuple[Arrays, list[Converted]]:
-    """All arrays of a network with its layers in the target's convention, and what was done to each layer.
+    """All arrays of a network, with its layers in the target's convention, and what was done to each layer.
 
     Raises
     ------
     TypeError, ValueError
-        If there is no layer, one cannot be converted, or a new name is already there.
+        If there is no layer, one cannot be converted, or a new name already exists.
     """
     names.by_canonical(found)
     below = names.canonical(prefix.strip("/."))
@@ -194,7 +194,7 @@ def _names_of(path: str, system: Convention, there: Mapping[str, Any]) -> list[s
 
 
 def _joined_for(target: Convention, source: Convention, path: str) -> str:
-    """The path with the target's separator."""
+    """The path, joined with the target's separator."""
     if target.running_mean.startswith("{}."):
         return path.replace("/", ".")
     return path.replace(".", "/") if source.running_mean.startswith("{}.") else path
@@ -212,7 +212,7 @@ def _change(before: NDArray[Any], after: NDArray[Any]) -> float:
 
 
 def _remarks(layer: BatchNorm, of_layer: Arrays, system: Convention) -> tuple[str, ...]:
-    """What a user will want to know of a layer."""
+    """Remarks on a layer for the user."""
     mean, var, gamma = layer.running_mean, layer.running_var, layer.gamma
     assert mean is not None
     assert var is not None
@@ -239,7 +239,7 @@ def _print_table(layers: list[Converted]) -> None:
 
 
 def _print_conventions(source: Convention, target: Convention, arguments: Any, layer: BatchNorm) -> None:
-    """What was assumed, and what is needed now."""
+    """Print what was assumed, and what the new layers need."""
     from_eps = source.eps if arguments.from_eps is None else arguments.from_eps
     eps = target.eps if arguments.eps is None else arguments.eps
     was = f"{source.eps_argument or 'eps'}={from_eps:g}, {source.momentum_argument or 'momentum'}={source.momentum:g}"

@@ -1,20 +1,20 @@
-"""The functions of Stanford's CS231n batch normalization assignment by their names, on the compiled kernels.
+"""The functions of Stanford's CS231n batch normalization assignment, under their names, on the compiled kernels.
 
     from batchnorm.cs231n import batchnorm_forward, batchnorm_backward, batchnorm_backward_alt
     from batchnorm.cs231n import spatial_batchnorm_forward, spatial_batchnorm_backward
 
-Import these in place of your own, and everything around them runs as before: same arguments, same `bn_param`, same
-results. That course differs from the rest of this package in these points:
+Import these instead of your own, and everything around them runs as before: same arguments, same `bn_param`, same
+results. The course differs from the rest of this package:
 
-- Running statistics are created at zero, the variance too, on the first call, and live in `bn_param`.
+- Running statistics live in `bn_param`. The first call creates them as zeros, the variance too.
 - Its momentum, 0.9, is the weight of the OLD value: running ← momentum·running + (1 − momentum)·batch.
-- The running variance takes the biased variance of the batch.
+- The running variance follows the biased variance of the batch.
 - `mode` is "train" or "test"; in test mode there is no cache.
-- Integers are taken everywhere and become float64, as in NumPy's own arithmetic.
+- Integers are accepted everywhere and become float64, as in NumPy's own arithmetic.
 - Treat `cache` as opaque: it is what `batchnorm.forward` calls `saved`. Take both passes from here, or neither.
 
-The course has two backward passes, one along the graph and one simplified on paper. They compute the same, and there
-is one kernel; `batchnorm.pathways` has the terms of the graph.
+The course has two backward passes, one along the graph and one simplified on paper. They compute the same, so here
+they share one kernel; `batchnorm.pathways` returns the terms of the graph.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ def batchnorm_forward(
 ) -> tuple[Array, Cache]:
     """y = gamma·(x − μ)/√(σ² + eps) + beta for x of shape (N, D).
 
-    In mode "train" μ and σ² are those of the batch, Σx/N and Σ(x − μ)²/N, and the running statistics are moved,
-    running ← momentum·running + (1 − momentum)·batch; in mode "test" they are the running statistics.
+    In mode "train" μ and σ² are those of the batch, Σx/N and Σ(x − μ)²/N, and the running statistics move:
+    running ← momentum·running + (1 − momentum)·batch. In mode "test" μ and σ² are the running statistics.
 
     Parameters
     ----------
     x : array_like, shape (N, D)
-        Of floats; integers become float64.
+        Floats; integers become float64.
     gamma, beta : array_like, shape (D,)
     bn_param : dict
         "mode": "train" or "test". "eps": 1e-5 if missing. "momentum": the weight of the OLD value, 0.9 if missing.
-        "running_mean", "running_var": of shape (D,), zeros if missing; in mode "train" new arrays are put there.
+        "running_mean", "running_var": shape (D,), zeros if missing; mode "train" stores new arrays there.
 
     Returns
     -------
@@ -60,9 +60,9 @@ def batchnorm_forward(
     KeyError
         If `bn_param` has no "mode".
     TypeError
-        If an array is not of numbers.
+        If an array is not numeric.
     ValueError
-        If a shape or an entry of `bn_param` does not fit. Nothing is changed then.
+        If a shape or an entry of `bn_param` is invalid. Nothing is changed then.
 
     References
     ----------
@@ -95,7 +95,7 @@ def batchnorm_backward(dout: ArrayLike, cache: Cache) -> Gradients[Array]:
     Raises
     ------
     TypeError, ValueError
-        If `cache` is not from mode "train", or dout does not fit.
+        If `cache` is not from mode "train", or dout has a wrong shape or dtype.
 
     Examples
     --------
@@ -108,18 +108,18 @@ def batchnorm_backward(dout: ArrayLike, cache: Cache) -> Gradients[Array]:
     if not isinstance(cache, Saved):
         raise TypeError(
             "cache must be what the forward pass of batchnorm.cs231n returned in mode 'train', "
-            f"got {type(cache).__name__}; the cache of a forward pass of your own goes into a backward pass of your own"
+            f"got {type(cache).__name__}; pass the cache of your own forward pass to your own backward pass"
         )
     return functional.backward(_arrays.as_float(dout, "dout", integers=True), cache)
 
 
 def batchnorm_backward_alt(dout: ArrayLike, cache: Cache) -> Gradients[Array]:
-    """The same as `batchnorm_backward`; the assignment's name for the simplified derivation.
+    """The same as `batchnorm_backward`, under the assignment's name for the simplified derivation.
 
     Parameters
     ----------
     dout, cache
-        As of `batchnorm_backward`.
+        As in `batchnorm_backward`.
     """
     return batchnorm_backward(dout, cache)
 
@@ -127,15 +127,15 @@ def batchnorm_backward_alt(dout: ArrayLike, cache: Cache) -> Gradients[Array]:
 def spatial_batchnorm_forward(
     x: ArrayLike, gamma: ArrayLike, beta: ArrayLike, bn_param: MutableMapping[str, Any]
 ) -> tuple[Array, Cache]:
-    """`batchnorm_forward` for x of shape (N, C, H, W): the statistics of a channel are taken over N, H and W.
+    """`batchnorm_forward` for x of shape (N, C, H, W): the statistics of a channel are over N, H and W.
 
     Parameters
     ----------
     x : array_like, shape (N, C, H, W)
-        Of floats; integers become float64.
+        Floats; integers become float64.
     gamma, beta : array_like, shape (C,)
     bn_param : dict
-        As for `batchnorm_forward`, the running statistics of shape (C,).
+        As for `batchnorm_forward`, with running statistics of shape (C,).
 
     Returns
     -------
@@ -145,7 +145,7 @@ def spatial_batchnorm_forward(
     Raises
     ------
     KeyError, TypeError, ValueError
-        As `batchnorm_forward`.
+        As for `batchnorm_forward`.
 
     Examples
     --------

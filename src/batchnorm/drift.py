@@ -2,11 +2,11 @@
 
 Decisions:
 
-- Each channel is compared as one normal distribution with another. That is exact in what it says of mean and variance,
-  and says nothing of the shape.
-- There are no p-values: the values of a channel, neighbouring pixels above all, depend on each other, so any test that
+- Each channel is compared as one normal distribution with another. This is exact for mean and variance, and says
+  nothing about the shape.
+- There are no p-values: the values of a channel depend on each other, especially neighbouring pixels, so any test that
   counts them finds a difference.
-- A hint names a usual mistake where the numbers look like it: statistics that were never trained, data scaled by 255,
+- A hint names a common mistake if the numbers look like it: statistics that were never trained, data scaled by 255,
   channels in another order.
 """
 
@@ -22,19 +22,19 @@ from .moments import Moments
 Numbers = NDArray[np.float64]
 
 _SHOWN = 10
-"""Channels in the table."""
+"""The number of channels in the table."""
 _FEW = 4
-"""Up to so many channels all orders are tried."""
+"""The most channels for which all orders are tried."""
 _BYTE = 255.0
 _ABOUT = 4.0
-"""A factor between what is taken for the same."""
+"""Numbers within this factor are considered the same."""
 _NOTABLE = 0.05
-"""A divergence that another order of channels may explain."""
+"""The least divergence for which a hint suggests another order of channels."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Drift:
-    """How the moments m, v of data differ from a plan's μ, σ²; `str()` of it is a table of the worst channels.
+    """How the moments m, v of data differ from a plan's μ, σ²; `str()` gives a table of the worst channels.
 
     Attributes
     ----------
@@ -46,11 +46,11 @@ class Drift:
         ½(ratio + shift² − 1 − ln ratio), in nats: for eps = 0 the Kullback–Leibler divergence of the normal
         distribution of the data from that of the plan. It is 0 where nothing has moved.
     hints : tuple of str
-        Usual mistakes that the numbers look like.
+        Common mistakes that would explain the numbers.
     data : Moments
-        Of the data.
+        The moments of the data.
     mean, std : ndarray of float64, shape (C,)
-        Of the plan.
+        Mean and standard deviation of the plan.
     """
 
     shift: Numbers
@@ -67,7 +67,7 @@ class Drift:
         Parameters
         ----------
         k : int, default 5
-            How many.
+            The number of channels.
         """
         return np.argsort(np.where(np.isnan(self.kl), -np.inf, -self.kl), kind="stable")[:k]
 
@@ -84,12 +84,12 @@ class Drift:
         return "\n".join([*rows, *(f"hint: {hint}" for hint in self.hints)])
 
     def plot(self, path: str | os.PathLike[str]) -> None:
-        """Draw shift and ratio of every channel into a file, by matplotlib.
+        """Draw shift and ratio of every channel into a file, with matplotlib.
 
         Parameters
         ----------
         path : path-like
-            Of the picture. Its suffix says what it is, such as PNG, PDF or SVG.
+            The picture. Its suffix chooses the format, such as PNG, PDF or SVG.
         """
         from matplotlib.figure import Figure
 
@@ -149,7 +149,7 @@ def drift(data: Moments, mean: Numbers, var: Numbers, eps: float) -> Drift:
 
 
 def _better_order(data: Moments, mean: Numbers, var: Numbers, eps: float) -> tuple[int, ...] | None:
-    """The order of a few channels in which the data fit at least twice as well as in their own."""
+    """An order of a few channels in which the data fit at least twice as well as in their own order."""
     if not 2 <= len(mean) <= _FEW:
         return None
     total = {}

@@ -2,11 +2,11 @@
 
 Decisions:
 
-- Everything is calculated in float64 and rounded once, to the dtype of weight or bias. (torch rounds s first.)
-- The axes of weight are named by letters, as in einsum. From them come the input and the output channel of every
-  weight, as integers that broadcast to weight's shape. So there is one formula for all layers, layouts and groups.
+- Everything is computed in float64 and rounded once, to the dtype of weight or bias. (torch rounds s first.)
+- Letters name the axes of weight, as in einsum. They give the input and output channel of every weight, as integers
+  that broadcast to weight's shape. So one formula serves all layers, layouts and groups.
 - Subnormal numbers become 0 and are counted, because processors are slow with them. Those of float16 stay: they are
-  ordinary numbers in float32, which float16 is calculated in.
+  normal numbers in float32, in which float16 is computed.
 - NaN and infinities in the arguments pass through. A finite number that the dtype cannot hold is an error.
 """
 
@@ -32,18 +32,18 @@ BFLOAT16_BITS = 8
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Folded(Generic[Float]):
-    """What `fold` and `fold_next` return. `weight, bias = folded` unpacks the first two.
+    """The result of `fold` and `fold_next`; `weight, bias = folded` unpacks the first two attributes.
 
     Attributes
     ----------
     weight : ndarray
-        Of the shape, dtype and order in memory of the given one.
+        With the shape, dtype and memory order of the given weight.
     bias : ndarray, shape (output channels,)
-        Of the dtype of the given one, or of weight's where there was none.
+        With the dtype of the given bias, or of weight if there was none.
     flushed : ndarray of int, shape (output channels,)
-        How many weights of that channel became 0 because they were too small for the dtype; usually 0.
+        Number of weights per channel that became 0 because they were too small for the dtype; usually 0.
     pad : ndarray, shape (input channels,), or None
-        What to pad x with, of weight's dtype; None where `padded` was not asked for.
+        The values to pad x with, in weight's dtype; None without `padded`.
     """
 
     weight: NDArray[Float]
@@ -62,9 +62,9 @@ class _Channels(NamedTuple):
     """The channel of every weight; broadcasts to its shape."""
     total: int
     shape: tuple[int, ...]
-    """Of weight."""
+    """The shape of weight."""
     source: str
-    """Where the total comes from, for messages."""
+    """Where the total comes from, for error messages."""
 
     def numbers(self, value: ArrayLike | None, name: str, default: float = 0.0) -> NDArray[np.float64]:
         """The argument with one number per channel, in float64."""
@@ -79,7 +79,7 @@ class _Channels(NamedTuple):
         return array.astype(np.float64)
 
     def sums(self, values: NDArray[Any]) -> NDArray[np.float64]:
-        """Sums over the weights of each channel, in the order of the axes, wherever they lie in memory."""
+        """Sums over the weights of each channel, in the order of the axes, whatever their memory order."""
         channel = np.broadcast_to(self.of_weight, values.shape)
         return np.bincount(channel.ravel(), values.ravel(), self.total).astype(np.float64)
 
@@ -108,7 +108,7 @@ def _channels_of(weight: Array, layout: str, groups: int, transposed: bool) -> t
     source = f"weight of shape {weight.shape} with layout={layout!r}, groups={groups}"
     if outer == "M" and (groups != 1 or transposed):
         raise ValueError(
-            "groups must be 1 and transposed False where layout has M, with which every input channel is a group; "
+            "groups must be 1 and transposed False if layout has M, which makes every input channel a group; "
             f"got groups={groups}, transposed={transposed}"
         )
     if groups < 1 or (outer == "O" and weight.shape[axes[divided]] % groups):
@@ -150,7 +150,7 @@ def _batch_norm(
 
 
 def _least(dtype: np.dtype[Any]) -> float:
-    """The smallest positive number that is stored."""
+    """The smallest positive number that is not flushed to 0."""
     if dtype == np.float16:
         return 2.0**-24
     return float(np.finfo(dtype if dtype.kind == "f" else np.float32).tiny)  # bfloat16 has the exponents of float32
@@ -159,7 +159,7 @@ def _least(dtype: np.dtype[Any]) -> float:
 def _stored(
     values: NDArray[np.float64], dtype: np.dtype[Any], name: str, finite: NDArray[np.bool_], channel: NDArray[np.intp]
 ) -> Array:
-    """Rounded once, and 0 where that is subnormal; an error where it overflows although the arguments are finite."""
+    """The values rounded once, subnormals as 0; an error if one overflows although the arguments are finite."""
     rounded = values
     if dtype != np.float16:
         rounded = np.where(abs(values) < _least(dtype), 0.0, values)
@@ -183,7 +183,7 @@ def _folded(
     outputs: _Channels,
     pad: Array | None = None,
 ) -> Folded[Any]:
-    """W' = W·s, with s of the channel that is normalized, and b' as it was worked out."""
+    """W' = W·s, with s of the normalized channel, and b' as given."""
     channel = normalized.of_weight
     scale = norm.scale[channel]
     finite = np.isfinite(weight) & norm.finite[channel]
@@ -196,14 +196,14 @@ def _folded(
 
 
 def _padding(dtype: np.dtype[Any], norm: _BatchNorm) -> Array:
-    """p = −t/s, which the batch norm makes 0 of."""
+    """p = −t/s, which the batch norm turns into 0."""
     shift = norm.of(0.0)
-    # Below this p is so large that p times what the dtype cannot hold of W·s is not small beside W·t.
+    # Below this limit p is so large that p times the rounding error of W·s is not small beside W·t.
     least = _least(dtype) / _arrays.precision_of(np.empty(0, dtype))
     lost = np.flatnonzero((abs(norm.scale) < least) & (shift != 0))
     if lost.size:
         raise ValueError(
-            f"padded must be False where gamma/√(var + eps) is 0 or nearly, got {norm.scale[lost[0]]:.7g} in channel "
+            f"padded must be False if gamma/√(var + eps) is 0 or close to it, got {norm.scale[lost[0]]:.7g} in channel "
             f"{lost[0]}: no value of x becomes 0 there"
         )
     pad = np.divide(-shift, norm.scale, out=np.zeros_like(shift), where=shift != 0)
@@ -245,13 +245,13 @@ def fold(
 ) -> Folded[Any]:
     """Fold a batch norm into the layer before it: W' = W·s along the output channels, b' = (b − mean)·s + beta.
 
-    s = gamma/√(var + eps). The layer with W' and b' gives what batch norm makes of the layer with W and b, whatever its
-    stride, dilation and padding. The layer is linear: a convolution, transposed or not, or a dense layer.
+    s = gamma/√(var + eps). The layer with W' and b' computes the same as the layer with W and b followed by batch norm,
+    for any stride, dilation and padding. The layer must be linear: a convolution, transposed or not, or a dense layer.
 
     Parameters
     ----------
     weight : array_like of float64, float32, float16 or bfloat16
-        Axes as `layout` says.
+        Axes as named by `layout`.
     bias : array_like, shape (output channels,), or None
         0 where None. Integers become float64.
     mean, var : array_like, shape (output channels,)
@@ -259,14 +259,14 @@ def fold(
     gamma, beta : array_like, shape (output channels,), optional
         Scale and shift; 1 and 0 where None. Integers become float64.
     layout : str, optional
-        A letter for each axis of weight: O for output channels, I for input channels, M in place of O for the outputs
-        of each input channel of a depthwise convolution (output i·M + m), any other capital letter, or "..." for any
-        number of axes, for the rest. By default PyTorch's: "OI...", and "IO..." with `transposed`. Keras and Flax have
-        "HWIO" and "IO", and Keras "HWIM" (depthwise) and "HWOI" (transposed).
+        A letter for each axis of weight: O for output channels and I for input channels. For a depthwise convolution, M
+        instead of O stands for the outputs of each input channel (output i·M + m). Other capital letters name other
+        axes, and "..." any number of them. The default is PyTorch's: "OI...", and "IO..." with `transposed`. Keras and
+        Flax use "HWIO" and "IO"; Keras also uses "HWIM" (depthwise) and "HWOI" (transposed).
     groups : int, default 1
-        Groups of channels. I is then the input channels of a group, or with `transposed` O the output channels of one.
+        Groups of channels. I then counts the input channels of one group; with `transposed`, O the output channels.
     transposed : bool, default False
-        Whether it is a transposed convolution; only matters to the default layout and with groups.
+        Whether it is a transposed convolution; matters only for the default layout and with groups.
     eps : float, default 1e-5
         Added to the variance, under the root; finite, at least 0. A channel with var + eps = 0 gets W' = 0 and
         b' = beta.
@@ -274,19 +274,19 @@ def fold(
     Returns
     -------
     Folded
-        `weight, bias = fold(...)` takes what is usually needed. Nothing is changed in place.
+        `weight, bias = fold(...)` unpacks it. Nothing is changed in place.
 
     Raises
     ------
     TypeError
-        If a dtype does not fit.
+        If a dtype is not supported.
     ValueError
-        If `layout`, `groups`, a shape, `eps` or a variance does not fit, or a finite result does not fit its dtype.
+        If `layout`, `groups`, a shape, `eps` or a variance is invalid, or a finite result overflows its dtype.
 
     Notes
     -----
-    Calculated in float64 and rounded once. Subnormal results become 0, except those of float16, which are ordinary
-    numbers in float32 arithmetic; `Folded.flushed` counts the weights.
+    Computed in float64 and rounded once. Subnormal results become 0, except in float16, where they are normal numbers
+    for float32 arithmetic; `Folded.flushed` counts the weights that became 0.
 
     References
     ----------
@@ -349,13 +349,13 @@ def fold_next(
 ) -> Folded[Any]:
     """Fold a batch norm into the layer after it: W'[o, i] = W[o, i]·s_i, b'[o] = b[o] + ΣW[o, i, k]·t_i over i and k.
 
-    s = gamma/√(var + eps) and t = beta − mean·s. The layer with W' and b' makes of x, the input of batch norm, what the
-    layer with W and b makes of its output. That is exact without padding, and with padding that repeats values of x
-    (reflect, replicate, circular). Padding the output with 0 is padding x with p = −t/s, the value that batch norm
-    turns into 0. `padded` gives p as `Folded.pad`: pad channel i of x with p_i in place of 0, or the border is wrong.
+    s = gamma/√(var + eps) and t = beta − mean·s. The layer with W' and b' on x computes the same as batch norm on x
+    followed by the layer with W and b. This is exact without padding, and with padding that repeats values of x
+    (reflect, replicate, circular). If the layer pads with 0, x must be padded with p = −t/s, the value that batch norm
+    turns into 0. `padded` returns p as `Folded.pad`: pad channel i of x with p_i instead of 0, or the border is wrong.
 
-    There is no `transposed`: at different places the outputs of a transposed convolution see different taps of its
-    kernel, so t adds different sums to them, which no bias can do.
+    There is no `transposed`: the outputs of a transposed convolution see different taps of its kernel at different
+    positions, so t adds different sums to them, which no bias can do.
 
     Parameters
     ----------
@@ -368,7 +368,7 @@ def fold_next(
     gamma, beta : array_like, shape (input channels,), optional
         Scale and shift; 1 and 0 where None. Integers become float64.
     groups : int, default 1
-        Groups of channels; I is then the input channels of a group.
+        Groups of channels; I then counts the input channels of one group.
     padded : bool, default False
         Whether the layer pads its input with 0.
 
@@ -380,14 +380,14 @@ def fold_next(
     Raises
     ------
     TypeError
-        If a dtype does not fit.
+        If a dtype is not supported.
     ValueError
-        As `fold`. With `padded` also if s is 0, or too close to 0 for the dtype, in a channel whose t is not: there is
-        no p.
+        As for `fold`. With `padded` also if s is 0, or too close to 0 for the dtype, in a channel whose t is not 0:
+        then p does not exist.
 
     Notes
     -----
-    As of `fold`.
+    As for `fold`.
 
     References
     ----------

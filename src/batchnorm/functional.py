@@ -1,13 +1,13 @@
 """Batch normalization as functions: they check, allocate and call a kernel; the arithmetic is in the kernels.
 
-Frameworks differ in each of these conventions:
+Frameworks differ in their conventions. Here:
 
 - `axis=1` is the channel axis, as in PyTorch and ONNX; channels-last arrays take `axis=-1`.
 - The batch is normalized with the biased variance Σ(x−μ)²/n, and `eps` is added to the variance, under the root.
 - `momentum` is the weight of the *new* batch in the running statistics (PyTorch's direction, not that of Keras, Flax
   and ONNX). The running variance is unbiased, Σ(x−μ)²/(n−1), by default.
-- Statistics have dtype float64 for any x. y and dx have x's dtype, dgamma and dbeta those of gamma and beta.
-  float16 and bfloat16 are calculated in float32, and rounded once more where they are stored.
+- Statistics have dtype float64 for any x. y and dx have the dtype of x; dgamma and dbeta have those of gamma and beta.
+  float16 and bfloat16 are computed in float32 and rounded once more when they are stored.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 After = tuple[Limits | None, Array | None, Bits | None]
 """What follows the normalization: an activation, what is added before it, and bits for where it is closed."""
 
-# One name or several. A tuple is a collection, but mypy understands ("dx",) only where tuples are named.
+# One name or several. A tuple is a collection, but mypy accepts ("dx",) only where the type names tuples.
 _ThroughName = Literal["mean", "variance"]
 _NeedName = Literal["dx", "dgamma", "dbeta", "dadd"]
 _InferenceNeedName = Literal[_NeedName, "dmean", "dvar"]
@@ -77,9 +77,9 @@ class _Gradients(NamedTuple, Generic[Gradient_co]):
 
 
 class Gradients(_Gradients[Gradient_co]):
-    """Gradients with respect to x, gamma and beta; None where not asked for or where there is no such parameter.
+    """Gradients with respect to x, gamma and beta; None if not requested or if there is no such parameter.
 
-    The attribute `dadd` is the one with respect to `add`.
+    The attribute `dadd` is the gradient with respect to `add`.
     """
 
     dadd: Array | MaybeNone = None
@@ -100,7 +100,7 @@ class Gradients(_Gradients[Gradient_co]):
 
 
 class InferenceGradients(Gradients[Gradient_co]):
-    """`Gradients` with two more attributes, with respect to the fixed mean and var; None where not asked for."""
+    """`Gradients` and those with respect to the fixed mean and var, `dmean` and `dvar`; None if not requested."""
 
     dmean: Array | MaybeNone = None
     dvar: Array | MaybeNone = None
@@ -112,19 +112,18 @@ class InferenceGradients(Gradients[Gradient_co]):
 class Saved(Generic[Float_co]):
     """What `forward` leaves for `backward`: a reference to x (not a copy) and a few float64 numbers per channel.
 
-    After an addition and an activation there is also one bit per value. x must not change until `backward` has run. Its
-    values are not checked; its shape, strides and dtype are checked whenever x is used. The object itself cannot be
-    changed.
+    With both `add` and `activation` it also holds one bit per value. x must not change until `backward` has run. Its
+    shape, strides and dtype are checked whenever it is used; its values are not. The object is read-only.
 
     Attributes
     ----------
     x : ndarray
-        The input. ValueError if it no longer has the shape, strides and dtype that `forward` saw.
+        The input. Raises ValueError if it no longer has the shape, strides and dtype that `forward` saw.
     axis : int
         The channel axis, at least 0.
     eps : float
     count : int
-        n, the number of values per channel that the statistics are of; with weights, of those whose weight is not 0.
+        n, the number of values per channel in the statistics; with weights, only those whose weight is not 0.
     mean, var, rstd : ndarray of float64, shape (C,)
         Batch mean μ, biased variance σ² and 1/√(σ² + eps). Read-only.
     gamma : ndarray of float64, shape (C,)
@@ -205,7 +204,7 @@ class Saved(Generic[Float_co]):
 
     @property
     def _tally(self) -> Tally:
-        """What the statistics are of: by default all values of x."""
+        """The values in the statistics: by default all values of x."""
         return Tally.of_all(self._layout.values) if self._counted is None else self._counted
 
     @property
@@ -213,7 +212,7 @@ class Saved(Generic[Float_co]):
         return _activation.activation_of(self._limits)
 
     def _row(self, row: int) -> NDArray[np.float64]:
-        self._statistics.flags.writeable = False  # or a view could be made writeable again
+        self._statistics.flags.writeable = False  # otherwise a view could be made writeable again
         array: NDArray[np.float64] = self._statistics[row]
         return array
 
@@ -238,10 +237,10 @@ class Saved(Generic[Float_co]):
         return self._row(MEAN_LOW)
 
     def __getitem__(self, item: object) -> NoReturn:
-        """Refuse to be unpacked, as a backward pass of one's own would do."""
+        """Refuse to be unpacked, which a hand-written backward pass would try."""
         raise TypeError(
-            "what forward left is for the backward pass of batchnorm and has no items: take x, mean, var, rstd and "
-            "gamma from its attributes, or give a backward pass of your own the cache of a forward pass of your own"
+            "what forward left is for batchnorm's own backward and has no items: read its attributes x, mean, var, "
+            "rstd and gamma, or pair your own backward pass with your own forward pass"
         )
 
     def __repr__(self) -> str:
@@ -250,7 +249,7 @@ class Saved(Generic[Float_co]):
 
 
 def _restored(x: Array, eps: float, layout: Layout, *rest: Any) -> Saved:
-    """A copy of what `forward` left; pickle may have put the axes of x into another order in memory."""
+    """A copy of what `forward` left; pickle may have changed the memory order of x."""
     return Saved(layout.bring(x), eps, layout, *rest)
 
 
@@ -259,7 +258,7 @@ def _chosen(selection: Selection | None, fill: float = 0.0) -> Chosen | None:
 
 
 def _normalized(layout: Layout, selection: Selection | None) -> int:
-    """Values per channel that are normalized."""
+    """The number of values per channel that are normalized."""
     return layout.values if selection is None else selection.normalized(layout)
 
 
@@ -268,12 +267,12 @@ def as_names(names: Any, argument: str, known: tuple[str, ...]) -> Collection[An
     if isinstance(names, str):
         names = (names,)
     if not isinstance(names, Collection) or any(name not in known for name in names):
-        raise ValueError(f"{argument} must be a name or a collection of names out of {known}, got {names!r}")
+        raise ValueError(f"{argument} must be one or more of the names {known}, got {names!r}")
     return names
 
 
 def like_x(dy: ArrayLike, saved: Saved) -> Array:
-    """dy as an array, which must be like x."""
+    """dy as an array; it must have x's shape and dtype."""
     shape, dtype = saved._layout.shape, saved._dtypes[0]
     if type(dy) is np.ndarray and dy.dtype is dtype and dy.shape == shape:
         return dy
@@ -318,66 +317,67 @@ def forward(
     """Normalize with the statistics of this batch: y = gamma·(x − μ)/√(σ² + eps) + beta.
 
     μ = Σx/n and σ² = Σ(x − μ)²/n over all axes but the channel axis, with n values per channel. σ² is the
-    biased variance. In the same pass over x, `add` and `activation` make it y = act(gamma·(x − μ)/√(σ² + eps) + beta +
-    add).
+    biased variance. With `add` and `activation`, the same pass over x computes
+    y = act(gamma·(x − μ)/√(σ² + eps) + beta + add).
 
     Parameters
     ----------
     x : array_like of float64, float32, float16 or bfloat16, at least 2-D
-        Channels along `axis`. Channels-last memory, Fortran order and other dense arrangements are used without a copy.
+        Channels along `axis`. Channels-last, Fortran order and other dense layouts are used without a copy.
     gamma, beta : array_like, shape (C,), optional
         Scale and shift; 1 and 0 where None. Integers become float64.
     axis : int, default 1
         The channel axis.
     eps : float, default 1e-5
-        Added to the variance, under the root; finite, at least 0. With eps = 0 a channel without spread gives beta.
+        Added to the variance, under the root; finite, at least 0. With eps = 0, a constant channel gives beta.
     moments : Moments, optional
-        Statistics to normalize with in place of x's own: those of a larger batch that x is a part of (`Moments.of`
-        each part, added up), or of any other set of values. With the moments of x itself, and without weights, y is the
-        same, bit for bit.
+        Statistics to normalize with instead of x's own: those of a larger batch that contains x (`Moments.of` each
+        part, added up), or of any other set of values. With the moments of x itself and no weights, y is the same, bit
+        for bit.
     mask : array_like of bool, optional
-        True where x counts: of x's shape with 1 at the channel axis, or without that axis; other lengths may be 1 too.
-        Where it is False x is not looked at, y is `fill`, and in `backward` dy is not looked at and dx is 0.
+        True where x counts. Its shape is that of x with length 1 along the channel axis, or without that axis; other
+        axes may have length 1 too. Where it is False, x and dy have no effect, y is `fill` and dx is 0.
     lengths : array_like of int, shape (N,), optional
-        The same for sequences, x with three dimensions: of sequence i the first lengths[i] places count. Sequences lie
-        along the first axis besides that of the channels, their places along the other one.
+        A mask for sequences, for x with three dimensions: the first lengths[i] positions of sequence i count. Of the
+        two axes besides the channel axis, sequences lie along the first and positions along the second.
     weights : array_like, optional
         How much each value counts in the statistics, at least 0; shapes as for `mask`. With W = Σw, μ = Σwx/W and
-        σ² = Σw(x − μ)²/W. A weight of 0 is not a mask: the value is normalized, and its dy counts. At most one of
-        `mask`, `lengths` and `weights` can be given.
+        σ² = Σw(x − μ)²/W. A weight of 0 is not a mask: the value is still normalized, and its dy counts. Give at most
+        one of `mask`, `lengths` and `weights`.
     fill : float, default 0
-        What y is where x does not count.
+        The value of y where x does not count.
     activation : "relu", ("leaky_relu", slope) or ("clip", low, high), optional
         act(v) is max(v, 0), v where v > 0 else slope·v, or v between the bounds low < high. NaN stays NaN.
     add : array_like, optional
         A residual, of x's shape and dtype, added before the activation.
     out : ndarray, optional
-        Where to write y; of x's shape and dtype. `out=add` is allowed, other overlaps with the inputs are not.
+        Where to write y: an array of x's shape and dtype. `out=add` is allowed, other overlaps with inputs are not.
     num_threads : int, optional
-        Threads for this call. Its results do not depend on it.
+        Threads for this call. The result does not depend on it.
 
     Returns
     -------
     y : ndarray
-        Of x's shape, dtype and order in memory.
+        With x's shape, dtype and memory order.
     saved : Saved
         For `backward` and `update_running`; holds x itself.
 
     Raises
     ------
     TypeError
-        If x has another dtype, or another argument is not of numbers.
+        If x has an unsupported dtype, or another argument is not numeric.
     ValueError
-        If a shape, `axis`, `eps`, `moments`, `mask`, `lengths`, `weights` or `activation` does not fit, all weights are
+        If a shape, `axis`, `eps`, `moments`, `mask`, `lengths`, `weights` or `activation` is invalid, all weights are
         0, or `out` is read-only or overlaps an input. Nothing is written then.
 
     Notes
     -----
-    float64 is calculated in float64, all else in float32; 16-bit results are rounded once more, to infinity where they
-    are too large, as in NumPy. Sums are shifted by a value near the mean, gathered in float64
-    and merged in a fixed order: the same input gives the same bits for any number of threads on any processor. Equal
-    values in a channel give var = 0 and y = beta exactly. A channel that holds NaN or infinity becomes NaN; the others
-    are not affected. An empty batch gives an empty y and statistics of 0; so is a batch that is masked as a whole.
+    float64 is computed in float64, everything else in float32. 16-bit results are rounded once more; those that are
+    too large become infinity, as in NumPy. Sums are taken of x minus a value near the mean, accumulated in float64 and
+    merged in a fixed order: the same input gives the same bits for any number of threads on any processor. Equal
+    values in a channel give var = 0 and y = beta exactly. A channel that contains NaN or infinity becomes NaN; the
+    others are not affected. An empty batch gives an empty y and statistics of 0. A batch whose values are all masked
+    has statistics of 0 too.
 
     References
     ----------
@@ -431,7 +431,7 @@ def forward(
     if selection is not None:
         counted = selection.tally
         if moments is None and weights is not None and x.itemsize == 2:
-            moments = moments_of(x, layout, selection, threads)  # which takes them of a copy
+            moments = moments_of(x, layout, selection, threads)  # from a float32 copy
         elif moments is None or weights is None:
             chosen = selection.chosen(_arrays.as_number(fill, "fill"))
     if moments is not None:
@@ -454,7 +454,7 @@ def forward(
 
 
 def coefficients_of(statistics: NDArray[np.float64], kernels: Kernels) -> tuple[NDArray[np.float64], bool]:
-    """What the kernels calculate y with, and whether all of it fits their type."""
+    """The coefficients from which the kernels compute y, and whether all of them fit the kernels' type."""
     table = np.empty((COEFFICIENT_ROWS, statistics.shape[1]))
     return table, kernels.coefficients(statistics, table)
 
@@ -468,7 +468,7 @@ def normalize(
     after: After,
     chosen: Chosen | None = None,
 ) -> None:
-    """y with statistics that are known."""
+    """Write y, computed with known statistics."""
     kernels = _kernels.of_type[x.dtype.char]
     table, fit = coefficients_of(statistics, kernels)
     kernels.normalize(layout.lying(x), layout.lying(y), layout.view, table, fit, threads, *after, chosen)
@@ -477,7 +477,7 @@ def normalize(
 def _after(
     activation: Activation | None, add: ArrayLike | None, x: Array, layout: Layout, noted: bool = True
 ) -> tuple[Array | None, After]:
-    """The residual, and what the kernels take: limits, residual and where to note that the activation is closed."""
+    """The residual, and the kernels' arguments: limits, residual and the bits for where the activation is closed."""
     limits = _activation.as_limits(activation)
     if add is None:
         return None, (limits, None, None)
@@ -492,7 +492,7 @@ def _check_moments(moments: Moments, layout: Layout, selection: Selection | None
     if moments.mean.size != layout.view[1]:
         raise ValueError(f"moments must have {layout.view[1]} channels, got {moments.mean.size}")
     if moments.count == 0 and _normalized(layout, selection):
-        raise ValueError("moments must be of at least one value, got count = 0")
+        raise ValueError("moments must cover at least one value, got count = 0")
 
 
 @overload
@@ -530,13 +530,13 @@ def backward(
     """Gradients of `forward`: dx = gamma·rstd·(dy − dbeta/n − xhat·dgamma/n), where dy stands for dy·act′.
 
     dbeta = Σdy and dgamma = Σdy·xhat over all axes but the channel axis, with xhat = (x − μ)·rstd and
-    rstd = 1/√(σ² + eps). The gradient goes through the batch's mean and variance too: it is the sum of a direct path,
-    dy·gamma·rstd, one through the mean, −gamma·rstd·dbeta/n, and one through the variance,
+    rstd = 1/√(σ² + eps). The gradient also passes through the batch's mean and variance: it is the sum of a direct
+    path, dy·gamma·rstd, a path through the mean, −gamma·rstd·dbeta/n, and a path through the variance,
     −gamma·rstd·xhat·dgamma/n.
 
-    After an activation dy·act′ takes the place of dy everywhere. For ReLU act′ is 0 where its argument is at most 0,
-    else 1; for leaky ReLU it is the slope there; for clip it is 0 at and beyond both bounds. What `forward` added has
-    the gradient dadd = dy·act′.
+    With an activation, dy·act′ replaces dy everywhere. Where its argument is at most 0, act′ is 0 for ReLU and the
+    slope for leaky ReLU; for clip it is 0 at and beyond both bounds; elsewhere it is 1. The gradient with respect to
+    `add` is dadd = dy·act′.
 
     Parameters
     ----------
@@ -545,40 +545,40 @@ def backward(
     saved : Saved
         From `forward`.
     through : {"mean", "variance"} or collection of them, optional
-        The statistics through which the gradient goes, both by default. `through="mean"` treats the variance as a
-        constant. `through=()` treats both as constants and leaves the direct path.
+        The statistics through which the gradient passes, both by default. `through="mean"` treats the variance as a
+        constant. `through=()` treats both as constants, which leaves the direct path.
     dmean, dvar : array_like, shape (C,), optional
-        Upstream gradients of `saved.mean` and `saved.var` themselves, where a loss depends on them. They add
+        Upstream gradients of `saved.mean` and `saved.var`, for a loss that depends on them directly. They add
         dmean/n + dvar·2(x − μ)/n to dx, whatever `through` is.
     sums : GradientSums, optional
-        Sums over all values that were normalized with the `moments` given to `forward`, in place of those of dy alone:
+        Sums over all values that were normalized with the `moments` given to `forward`, instead of those of dy alone:
         `grad_sums` of each part, added up. dgamma and dbeta are then those of all parts.
     need : {"dx", "dgamma", "dbeta", "dadd"} or collection of them, optional
         The gradients to compute, all by default; the others are None.
     out : ndarray, optional
-        Where to write dx; of x's shape and dtype. `out=dy` is allowed, other overlaps are not.
+        Where to write dx: an array of x's shape and dtype. `out=dy` is allowed, other overlaps are not.
     num_threads : int, optional
-        Threads for this call. Its results do not depend on it.
+        Threads for this call. The result does not depend on it.
 
     Returns
     -------
     Gradients
-        A named tuple (dx, dgamma, dbeta) with the attribute dadd. dx and dadd have x's dtype and order in memory;
-        dgamma and dbeta have the dtypes of gamma and beta. Those of arguments that were None are None.
+        A named tuple (dx, dgamma, dbeta) with the attribute dadd. dx and dadd have x's dtype and memory order;
+        dgamma and dbeta have the dtypes of gamma and beta. The gradient of an argument that was None is None.
 
     Raises
     ------
     TypeError
-        If `saved` is not from `forward`, or dy has another dtype than x.
+        If `saved` is not from `forward`, or the dtype of dy differs from x's.
     ValueError
-        If dy has another shape than x, `through` or `need` hold another name, dmean or dvar have another shape, `sums`
-        are over fewer values than the statistics, or `out` does not fit. Nothing is written then.
+        If the shape of dy, dmean or dvar is wrong, `through` or `need` contains an unknown name, `sums` covers fewer
+        values than the statistics, or `out` is invalid. Nothing is written then.
 
     Notes
     -----
-    Every value of x is treated as one of the n values of the statistics, so it has a share in the paths through them.
-    A value has no share if `forward` was given the `moments` of other values. Its dx is that of the direct path,
-    `through=()`. dgamma and dbeta are right for all values.
+    Every value of x is treated as one of the n values in the statistics, so its dx includes the paths through them.
+    If `forward` was given the `moments` of other values, those paths do not exist: use `through=()`, the direct path.
+    dgamma and dbeta are right in both cases.
 
     References
     ----------
@@ -596,13 +596,13 @@ def backward(
     >>> bn.backward(dy, saved, need="dbeta").dbeta
     array([1.])
 
-    With the statistics of some samples, the others have the direct path alone:
+    Where only some samples are in the statistics, the others have the direct path alone:
 
     >>> mask = np.array([True, True, False])
     >>> y, saved = bn.forward(x, moments=bn.Moments.of(x[mask]))
     >>> dx = np.where(mask[:, None], bn.backward(dy, saved).dx, bn.backward(dy, saved, through=()).dx)
 
-    With a loss of μ alone, every value of x counts 1/n:
+    If the loss is μ itself, the gradient of every value of x is 1/n:
 
     >>> y, saved = bn.forward(x)
     >>> bn.backward(np.zeros((3, 1)), saved, dmean=[1.0]).dx.ravel().round(3)
@@ -636,18 +636,18 @@ def _check_sums(sums: GradientSums, saved: Saved) -> None:
         raise ValueError(f"sums must have {saved._layout.view[1]} channels, got {sums.sum_dy.size}")
     wanted = max(saved.count, _normalized(saved._layout, saved._selection))
     if sums.count < wanted:
-        raise ValueError(f"sums must be over all values that were normalized, at least {wanted}, got {sums.count}")
+        raise ValueError(f"sums must cover all values that were normalized, at least {wanted}, got {sums.count}")
 
 
 def _check_out(out: Array, need: Collection[str], x: Array, dy: Array) -> None:
     if "dx" not in need:
-        raise ValueError(f"out is where dx goes, but need does not name it: {need!r}")
+        raise ValueError(f"out is for dx, so need must contain 'dx', got {need!r}")
     _arrays.check_out(out, x.shape, x.dtype)
     _arrays.check_overlap(out, {"x": x, "dy": dy}, ("dy",))
 
 
 def check_backward(dy: ArrayLike, saved: Saved, need: Collection[str], out: Array | None) -> None:
-    """Refuse what `backward` would refuse."""
+    """Raise the errors that `backward` would raise for these arguments."""
     need, dy = as_names(need, "need", (*NEED, "dadd")), like_x(dy, saved)
     if out is not None:
         _check_out(out, need, saved.x, dy)
@@ -663,7 +663,7 @@ def _backward(
     num_threads: int | None,
     summed: bool = False,
 ) -> Gradients:
-    """The gradients that are needed; the table, which may hold the sums, gets all gradients per channel."""
+    """The requested gradients; the table, which may already hold the sums, gets every gradient per channel."""
     x, layout, statistics, selection = saved._unchanged_x(), saved._layout, saved._statistics, saved._selection
     dtype, gamma_dtype, beta_dtype = saved._dtypes
     dy, size = like_x(dy, saved), x.size
@@ -690,7 +690,7 @@ def _backward(
     kernels = _kernels.of_type[x.dtype.char]
     views = layout.seen(layout.bring(dy)), layout.seen(x)
     if not size and not summed:
-        table[...] = 0  # the sums over nothing
+        table[...] = 0  # sums over no values
         summed = True
     if summed:
         per_channel.channel_gradients(statistics, table, dgamma, dbeta)
@@ -702,14 +702,14 @@ def _backward(
         kernels.backward(*views, layout.seen(dx), statistics, table, dgamma, dbeta, paths, n, threads, limits, chosen)
     if dx is not None and out is not None:
         dx = _arrays.deliver(dx, out)
-    gradients = tuple.__new__(Gradients, (dx, dgamma, dbeta))  # in half the time of Gradients(…)
+    gradients = tuple.__new__(Gradients, (dx, dgamma, dbeta))  # takes half as long as Gradients(…)
     if wanted:
         gradients.dadd = dadd
     return gradients
 
 
 def _pass_back(dy: Array, closed: Bits, limits: Limits, layout: Layout, threads: int) -> Array:
-    """dy·act′, where it has been noted where the activation is closed."""
+    """dy·act′, from the bits that say where the activation is closed."""
     passed = layout.empty(dy.dtype)
     if dy.size:
         kernels = _kernels.of_type[dy.dtype.char]
@@ -720,7 +720,7 @@ def _pass_back(dy: Array, closed: Bits, limits: Limits, layout: Layout, threads:
 def _closed_at(
     x: Array, layout: Layout, statistics: NDArray[np.float64], limits: Limits, add: Array | None, threads: int
 ) -> Bits:
-    """Where the activation is closed, from a forward pass with statistics that are known."""
+    """Where the activation is closed, from a forward pass with known statistics."""
     closed = _activation.empty_bits(x.size)
     if x.size:
         normalize(x, layout.empty(x.dtype), layout, statistics, threads, (limits, add, closed))
@@ -728,7 +728,7 @@ def _closed_at(
 
 
 def before_addition(dy: Array, saved: Saved, threads: int | None = None) -> tuple[Array, Saved]:
-    """dadd = dy·act′, and what is saved of the normalization alone; both as they are where nothing was added."""
+    """dadd = dy·act′, and `saved` for the normalization alone; both unchanged if nothing was added."""
     if not saved._added:
         return dy, saved
     layout, limits, closed = saved._layout, saved._limits, saved._closed
@@ -742,7 +742,7 @@ def before_addition(dy: Array, saved: Saved, threads: int | None = None) -> tupl
 
 
 def upstream(dy: ArrayLike, saved: Saved) -> Array:
-    """The gradient of what is normalized: dy·act′."""
+    """The gradient with respect to the normalized values: dy·act′."""
     dy, layout, limits, closed = like_x(dy, saved), saved._layout, saved._limits, saved._closed
     if limits is None:
         return dy
@@ -755,8 +755,8 @@ def upstream(dy: ArrayLike, saved: Saved) -> Array:
 def grad_sums(dy: ArrayLike, saved: Saved, *, num_threads: int | None = None) -> GradientSums:
     """The sums that `backward` needs, Σdy and Σdy·(x − μ) over all axes but the channel axis.
 
-    Add up the sums of the parts of a batch, and give them to `backward(dy, saved, sums=...)`. With the sums of dy alone
-    it gives the same as without them, bit for bit.
+    Add up the sums of all parts of a batch and pass them to `backward(dy, saved, sums=...)`. With the sums of dy alone,
+    `backward` gives the same bits as without them.
 
     Parameters
     ----------
@@ -765,7 +765,7 @@ def grad_sums(dy: ArrayLike, saved: Saved, *, num_threads: int | None = None) ->
     saved : Saved
         From `forward`.
     num_threads : int, optional
-        Threads for this call. Its results do not depend on it.
+        Threads for this call. The result does not depend on it.
 
     Returns
     -------
@@ -774,7 +774,7 @@ def grad_sums(dy: ArrayLike, saved: Saved, *, num_threads: int | None = None) ->
     Raises
     ------
     TypeError, ValueError
-        As `backward`.
+        As for `backward`.
 
     Examples
     --------
@@ -804,7 +804,7 @@ def grad_sums(dy: ArrayLike, saved: Saved, *, num_threads: int | None = None) ->
 
 
 def own_parameters(sums: GradientSums, saved: Saved) -> tuple[Array | None, Array | None]:
-    """dgamma and dbeta over the values that were summed, which may be a part of those that the statistics are of."""
+    """dgamma and dbeta over the summed values, which may be only some of those in the statistics."""
     channels = saved._layout.view[1]
     table = np.empty((GRADIENT_ROWS, channels))
     table[SUM_DY : SUM_DY_XMU + 1] = sums._table
@@ -825,13 +825,13 @@ def update_running(
     """Move the running statistics towards this batch, in place: r ← (1 − momentum)·r + momentum·batch.
 
     `momentum` is the weight of the NEW batch, as in PyTorch; in Keras, Flax and ONNX it is that of the old value.
-    The variance that is mixed in is σ²·n/(n − 1), the unbiased one, as in PyTorch and the paper, unless `unbiased` is
-    false. With weights the factor is W/(W − Σw²/W), as of `np.cov(aweights=)`. An empty batch changes nothing.
+    The batch contributes its unbiased variance σ²·n/(n − 1), as in PyTorch and the paper, unless `unbiased` is false.
+    With weights the factor is W/(W − Σw²/W), as in `np.cov(aweights=)`. An empty batch changes nothing.
 
     Parameters
     ----------
     running_mean, running_var : ndarray of float32 or float64, shape (C,)
-        Changed in place; both have the same dtype. Calculated in float64 and rounded once.
+        Changed in place; both must have the same dtype. The update is computed in float64 and rounded once.
     saved : Saved
         From `forward`.
     momentum : float, default 0.1
@@ -844,7 +844,7 @@ def update_running(
     TypeError
         If an argument has the wrong type or dtype.
     ValueError
-        If a shape or `momentum` does not fit, an array is read-only, both share memory, or n = 1 with `unbiased`.
+        If a shape or `momentum` is invalid, an array is read-only, the two share memory, or n = 1 with `unbiased`.
         Nothing is written then.
 
     References
@@ -903,7 +903,7 @@ def table_of(
     channels: int,
     layout: Layout | None = None,
 ) -> tuple[NDArray[np.float64], dict[str, Any]]:
-    """The table of given statistics and parameters, and the arrays that it was filled from."""
+    """The table of given statistics and parameters, and the arrays that filled it."""
     mean = _arrays.as_channels(mean, "mean", channels, layout)
     var = _arrays.as_channels(var, "var", channels, layout)
     gamma = None if gamma is None else _arrays.as_channels(gamma, "gamma", channels, layout)
@@ -925,7 +925,7 @@ def _fixed_statistics(
     axis: int,
     eps: float,
 ) -> tuple[Array, Layout, NDArray[np.float64], dict[str, Any]]:
-    """x, its layout, and the table of given statistics and parameters, with the arrays that all came from."""
+    """x, its layout, the table of given statistics and parameters, and the arrays that they came from."""
     array = _arrays.as_float(x, "x")
     x, layout = _arrays.lay_out(array, axis)
     statistics, given = table_of(mean, var, gamma, beta, eps, layout.view[1], layout)
@@ -988,21 +988,21 @@ def inference(
     mask, lengths, fill, activation, add
         As in `forward`.
     out : ndarray, optional
-        Where to write y; of x's shape and dtype. `out=x` and `out=add` are allowed, other overlaps are not.
+        Where to write y: an array of x's shape and dtype. `out=x` and `out=add` are allowed, other overlaps are not.
     num_threads : int, optional
-        Threads for this call. Its results do not depend on it.
+        Threads for this call. The result does not depend on it.
 
     Returns
     -------
     ndarray
-        Of x's shape, dtype and order in memory.
+        With x's shape, dtype and memory order.
 
     Raises
     ------
     TypeError
-        If x has another dtype, or another argument is not of numbers.
+        If x has an unsupported dtype, or another argument is not numeric.
     ValueError
-        If a shape, `axis`, `eps`, a variance, `mask`, `lengths` or `out` does not fit. Nothing is written then.
+        If a shape, `axis`, `eps`, a variance, `mask`, `lengths` or `out` is invalid. Nothing is written then.
 
     References
     ----------
@@ -1101,32 +1101,32 @@ def inference_backward(
     """Gradients of `inference`: dx = dy·gamma·rstd, because the statistics do not depend on x.
 
     dbeta = Σdy and dgamma = Σdy·(x − mean)·rstd over all axes but the channel axis, with rstd = 1/√(var + eps). The
-    statistics have gradients too: dmean = −gamma·rstd·dbeta and dvar = −½·gamma·rstd²·dgamma. After an activation
-    dy·act′ takes the place of dy everywhere, as in `backward`.
+    statistics have gradients too: dmean = −gamma·rstd·dbeta and dvar = −½·gamma·rstd²·dgamma. With an activation,
+    dy·act′ replaces dy everywhere, as in `backward`.
 
     Parameters
     ----------
     dy : array_like
         Upstream gradient, of x's shape and dtype.
     x, mean, var, gamma, beta, axis, eps, mask, lengths, activation, add
-        As given to `inference`. beta and add matter only to an activation.
+        As given to `inference`. beta and add matter only with an activation.
     need : {"dx", "dgamma", "dbeta", "dadd", "dmean", "dvar"} or collection of them, optional
-        The gradients to compute, the first three by default, and dadd where there is `add`; the others are None.
+        The gradients to compute, by default the first three, and dadd if there is `add`; the others are None.
     out : ndarray, optional
-        Where to write dx; of x's shape and dtype. `out=dy` is allowed, other overlaps are not.
+        Where to write dx: an array of x's shape and dtype. `out=dy` is allowed, other overlaps are not.
     num_threads : int, optional
-        Threads for this call. Its results do not depend on it.
+        Threads for this call. The result does not depend on it.
 
     Returns
     -------
     InferenceGradients
-        A named tuple (dx, dgamma, dbeta) with the attributes dadd, dmean and dvar. dgamma and dbeta have gamma's dtype;
-        where gamma is None, x's, but at least float32. dmean and dvar have those of mean and var.
+        A named tuple (dx, dgamma, dbeta) with the attributes dadd, dmean and dvar. dgamma and dbeta have gamma's dtype,
+        or, if gamma is None, x's dtype but at least float32. dmean and dvar have the dtypes of mean and var.
 
     Raises
     ------
     TypeError, ValueError
-        As `inference` and `backward`.
+        As for `inference` and `backward`.
 
     Examples
     --------

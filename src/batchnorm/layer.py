@@ -2,15 +2,15 @@
 
 Decisions:
 
-- No arithmetic of its own.
-- State changes in one step, after everything that can fail has been done: an exception, also that of a signal, leaves
-  parameters, running statistics and the counter as they were, or all of them new.
-- The arrays of a layer are the same objects as long as it lives. What is assigned to them is copied into them, in the
-  layer's dtype.
-- Threads that share a layer take turns at copying its O(C) numbers: batches are worked on at the same time.
-- Evaluation keeps no x unless asked to, because `backward` usually follows training alone.
-- Training with the running statistics is evaluation, and goes its way; other ways of training are in `training`.
-- `save` writes only what `load` takes, so a diverged layer does not replace the file of a sound one.
+- The layer does no arithmetic itself.
+- State changes in one step, after everything that can fail. An exception, even one raised by a signal handler, leaves
+  parameters, running statistics and the counter all old or all new.
+- A layer's arrays stay the same objects as long as it lives. An assignment copies values into them, in the layer's
+  dtype.
+- Threads that share a layer take turns to copy its O(C) numbers, but work on their batches at the same time.
+- Evaluation keeps no x unless asked to, because `backward` usually follows only training.
+- Training with the running statistics uses the code of evaluation; other ways of training are in `training`.
+- `save` writes only what `load` accepts, so a diverged layer does not replace the file of a sound one.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ from .training import Ghosts, Renormed, Statistics, Way
 if TYPE_CHECKING:
     from . import _keywords
 
-# What a file says of a layer besides its state. A missing momentum means None; what follows `float_bits` is there only
-# where it is not the default. An activation is written as (low, high, slope), renorm as (rmax, dmax).
+# The settings in a file. A missing momentum means None; the names after `float_bits` are written only if they differ
+# from the default. An activation is written as (low, high, slope), renorm as (rmax, dmax).
 _SETTINGS: dict[str, type[np.generic]] = {
     "num_features": np.int64,
     "axis": np.int64,
@@ -57,7 +57,7 @@ _SETTINGS: dict[str, type[np.generic]] = {
 }
 _OPTIONAL = ("momentum", "has_bias", "unbiased", "update", "ghost", "trains_with_running")
 
-# PyTorch's names of the arrays, in its order.
+# PyTorch's names for the arrays, in its order.
 _NAMES = {"weight": "gamma", "bias": "beta", "running_mean": "running_mean", "running_var": "running_var"}
 _IN_A_FILE = (*_SETTINGS, *_NAMES, "num_batches_tracked", "activation", "renorm")
 
@@ -68,7 +68,7 @@ _OVERWRITTEN = "backward needs x and add, but the last call wrote y over one of 
 
 
 def _settings(found: Mapping[str, Array]) -> dict[str, Any]:
-    """Arguments of the constructor from what a file holds, checked before anything is made of that size."""
+    """The constructor's arguments from a file's arrays, checked before anything of that size is allocated."""
     settings: dict[str, Any] = {}
     for name, dtype in _SETTINGS.items():
         if name in found:
@@ -110,7 +110,7 @@ def _settings(found: Mapping[str, Array]) -> dict[str, Any]:
 
 
 class _Array:
-    """One of the layer's arrays, always the same object: what is assigned is copied into it."""
+    """One of the layer's arrays, always the same object: an assignment copies values into it."""
 
     def __set_name__(self, owner: type, name: str) -> None:
         self._name = name
@@ -137,7 +137,7 @@ _Value = TypeVar("_Value")
 
 
 class _Setting(Generic[_Value]):
-    """A part of the way in which the layer trains: what is assigned is checked together with the other parts."""
+    """One setting of the way in which the layer trains: an assignment is checked together with the other settings."""
 
     def __set_name__(self, owner: type, name: str) -> None:
         self._name = name
@@ -173,60 +173,60 @@ class BatchNorm:
         Added to the variance, under the root.
     momentum : float or None, default 0.1
         Weight of the NEW batch in the running statistics, as in PyTorch (in Keras and Flax it is that of the old
-        value). None keeps the cumulative mean of all batches.
+        value). With None the running statistics are the cumulative mean over all batches.
     affine : bool, default True
-        Whether there are gamma (created as 1) and beta (as 0).
+        Whether there are gamma (initially 1) and beta (initially 0).
     bias : bool, default True
         False leaves beta out.
     track_running_stats : bool, default True
-        Whether there are running_mean (created as 0), running_var (as 1) and num_batches_tracked. Without them
-        evaluation uses the statistics of the batch too. Set to False later, it stops their updates, as in PyTorch.
+        Whether there are running_mean (initially 0), running_var (initially 1) and num_batches_tracked. Without them
+        evaluation uses the statistics of the batch too. Setting it to False later stops their updates, as in PyTorch.
     unbiased : bool, default True
-        Whether the running variance takes the unbiased variance of a batch, n/(n − 1) times the one it is normalized
-        with, as in PyTorch. Keras, Flax and ONNX take the biased one.
+        Whether the running variance follows the unbiased variance of each batch, n/(n − 1) times the one that
+        normalizes it, as in PyTorch. Keras, Flax and ONNX use the biased one.
     activation : "relu", ("leaky_relu", slope) or ("clip", low, high), optional
-        What follows the normalization, in the same pass over x; see `forward`.
+        Activation after the normalization, in the same pass over x; see `forward`.
     statistics : {"batch", "running"}, default "batch"
-        What training normalizes with: the statistics of each batch, or the running ones as in evaluation.
+        The statistics that training normalizes with: those of each batch, or the running ones as in evaluation.
     update : bool, default True
         Whether training moves the running statistics. `statistics="running", update=False` is a frozen layer: y and
         all gradients are those of evaluation.
     renorm : (rmax, dmax), optional
         Batch renormalization: training corrects xhat towards that of evaluation, y = gamma·(xhat·ρ + d) + beta with
         ρ = σ_batch/σ limited to 1/rmax … rmax and d = (μ_batch − μ)/σ limited to ±dmax, where μ = running_mean and
-        σ = √(running_var + eps) before they follow the batch. ρ and d are constants for the gradient. (1, 0) is plain
+        σ = √(running_var + eps) before this batch moves them. The gradient treats ρ and d as constants. (1, 0) is plain
         batch normalization.
     ghost : int, optional
-        Ghost batches: training cuts a batch into ⌈N/ghost⌉ nearly equal parts along the first axis besides that of the
-        channels, and normalizes each by itself. The running statistics follow the whole batch.
+        Ghost batches: training cuts a batch of N samples into ⌈N/ghost⌉ nearly equal parts along the first axis that is
+        not the channel axis, and normalizes each part by itself. The running statistics follow the whole batch.
     dtype : float32 or float64, default float32
-        Of parameters, their gradients and running statistics. x may have another one, also float16 or bfloat16.
+        Dtype of the parameters, their gradients and the running statistics. x may have another, also 16-bit, dtype.
 
     Attributes
     ----------
     gamma, beta, running_mean, running_var : ndarray of shape (C,), or None
         The same objects as long as the layer lives. `layer.gamma = values` copies values into gamma, converted to the
-        layer's dtype; another shape or None is refused.
+        layer's dtype; it raises an error for a wrong shape or None.
     num_batches_tracked : int
     momentum, activation, statistics, update, renorm, ghost
-        As given; they may be changed later.
+        As given; they can be changed later.
     training : bool
     keep_input : bool
         Whether evaluation keeps x for `backward`; see `eval`.
     dgamma, dbeta : ndarray of shape (C,), or None
-        Set, not added to, by `backward`.
+        Set by `backward`, which does not accumulate them.
     dadd : ndarray, or None
-        The gradient of what the last call added; set by `backward`.
+        Gradient with respect to the `add` of the last call; set by `backward`.
 
     Notes
     -----
-    `backward` needs the x of the call before it. In training the layer keeps a reference to it, not a copy: x must not
-    change until then. Training needs more than one value per channel. An empty batch gives an empty y and zero
-    gradients, and leaves running statistics and counter alone.
+    `backward` needs the x of the last call. In training the layer keeps a reference to it, not a copy, so x must not
+    change before `backward`. Training needs more than one value per channel. An empty batch gives an empty y and zero
+    gradients, and does not change the running statistics or the counter.
 
-    A pickle or a copy of a layer has its state and settings, and no batch.
+    A pickle or a copy of a layer holds its state and settings, but no batch.
 
-    docs/variants.md explains `statistics`, `update`, `renorm` and `ghost`. All four are for training alone.
+    docs/variants.md explains `statistics`, `update`, `renorm` and `ghost`. All four apply only in training.
 
     References
     ----------
@@ -340,7 +340,7 @@ class BatchNorm:
 
     @property
     def activation(self) -> Activation | None:
-        """What follows the normalization."""
+        """The activation after the normalization."""
         return self._activation
 
     @activation.setter
@@ -352,7 +352,7 @@ class BatchNorm:
 
     @property
     def num_batches_tracked(self) -> int:
-        """Batches that the running statistics have followed."""
+        """The number of batches that have moved the running statistics."""
         return self._state.counter
 
     @num_batches_tracked.setter
@@ -360,7 +360,7 @@ class BatchNorm:
         self._state.counter = self._checked_counter(value)
 
     def train(self, mode: bool = True) -> Self:
-        """Use the statistics of each batch and follow them. Returns the layer.
+        """Switch to training: normalize with the statistics of each batch and follow them. Returns the layer.
 
         Parameters
         ----------
@@ -372,14 +372,14 @@ class BatchNorm:
         return self
 
     def eval(self, *, keep_input: bool = False) -> Self:
-        """Use the running statistics. Returns the layer.
+        """Switch to evaluation: normalize with the running statistics. Returns the layer.
 
         Parameters
         ----------
         keep_input : bool, default False
-            Keep a reference to each x, so that `backward` can follow, for gradients with respect to the input.
-            Otherwise x is free after the call. For a layer that is frozen inside of a network that is trained, see
-            `statistics` and `update`.
+            Keep a reference to each x, so that `backward` can compute gradients with respect to the input.
+            Otherwise x is released after the call. For a frozen layer inside a network in training, see `statistics`
+            and `update`.
 
         Examples
         --------
@@ -394,7 +394,7 @@ class BatchNorm:
         return self
 
     def reset_running_stats(self) -> None:
-        """Set running_mean to 0, running_var to 1 and num_batches_tracked to 0, where the layer has them."""
+        """Set running_mean to 0, running_var to 1 and num_batches_tracked to 0, if the layer has them."""
         state = self._state
         with state.lock:
             if state.running_mean is not None:
@@ -426,20 +426,20 @@ class BatchNorm:
         out: Array | None = None,
         num_threads: int | None = None,
     ) -> Array:
-        """Normalize x, and in training move the running statistics.
+        """Normalize x, and move the running statistics in training.
 
         Parameters
         ----------
         x : array_like of float64, float32, float16 or bfloat16
             With `num_features` channels along `axis`.
         mask, lengths, weights, fill, add, out, num_threads
-            As in `forward` and `inference`. In evaluation weights change nothing, because the statistics are there.
+            As in `forward` and `inference`. In evaluation weights change nothing, because the statistics are given.
 
         Raises
         ------
         TypeError, ValueError
-            As `forward` and `inference`; ValueError also if one value per channel counts where its own statistics are
-            needed. Then the layer is as it was.
+            As for `forward` and `inference`; ValueError also if statistics of the batch are needed but only one value
+            per channel counts. The layer is unchanged then.
         """
         selects: dict[str, Any] = {"mask": mask, "lengths": lengths, "weights": weights}
         fixed = self._fixed
@@ -449,7 +449,7 @@ class BatchNorm:
         _arrays.check_channels(x.shape, self.axis, self.num_features)
         training.check_spread(x.shape, x.dtype, self.axis, selects)
         if fixed:
-            moments = Moments.of(x, self.axis, num_threads=num_threads, **selects)  # before y is written over x
+            moments = Moments.of(x, self.axis, num_threads=num_threads, **selects)  # before y can overwrite x
             y = self._normalize_by_running(x, selects, fill, add, out, num_threads)
             self._follow(training.statistics_of(moments, self.eps), moments._tally)
             return y
@@ -496,7 +496,7 @@ class BatchNorm:
         out: Array | None,
         num_threads: int | None,
     ) -> Array:
-        """y with the running statistics; keeps what `backward` needs, in training and where asked to."""
+        """y with the running statistics; keeps what `backward` needs in training, or if asked to."""
         mean, var, gamma, beta = self._state.snapshot()
         keeps = self.training or self.keep_input
         if keeps:
@@ -540,7 +540,7 @@ class BatchNorm:
                 state.follow(batches + 1, moved)
 
     def _keep(self, kept: Saved | Renormed | Ghosts) -> None:
-        """After a batch was normalized by its own statistics: follow them, and keep what `backward` needs."""
+        """Follow the statistics of a batch that was normalized by them, and keep what `backward` needs."""
         saved = kept if isinstance(kept, Saved) else kept.saved
         if self._follows:
             self._follow(saved._statistics, saved._tally)
@@ -590,26 +590,26 @@ class BatchNorm:
         out: Array | None = None,
         num_threads: int | None = None,
     ) -> Array | None:
-        """Gradient of the last call; sets `dgamma` and `dbeta`, and `dadd` where it added something.
+        """Gradients of the last call: returns dx and sets `dgamma` and `dbeta`, and `dadd` if the call had `add`.
 
         Parameters
         ----------
         dy : array_like
-            Upstream gradient, of the shape and dtype of the last x.
+            Upstream gradient, with the shape and dtype of the last x.
         need, out, num_threads
             As in `batchnorm.backward`.
 
         Returns
         -------
-        dx : ndarray, or None where `need` does not name it
+        dx : ndarray, or None if `need` does not name it
 
         Raises
         ------
         RuntimeError
-            If the layer has not been called yet, or its last call was in evaluation without `keep_input` or wrote y
+            If the layer has not been called yet, or its last call was in evaluation without `keep_input`, or wrote y
             over x.
         TypeError, ValueError
-            As `batchnorm.backward`.
+            As for `batchnorm.backward`.
         """
         kept = self._kept
         if isinstance(kept, str):
@@ -655,7 +655,7 @@ class BatchNorm:
         Parameters
         ----------
         dx, dgamma, dbeta, dadd, out, num_threads
-            As of `batchnorm.jvp`.
+            As in `batchnorm.jvp`.
 
         Returns
         -------
@@ -664,11 +664,11 @@ class BatchNorm:
         Raises
         ------
         RuntimeError
-            As `backward`, and after renorm or ghost batches.
+            As for `backward`, and after renorm or ghost batches.
         TypeError, ValueError
-            As `batchnorm.jvp`.
+            As for `batchnorm.jvp`.
         """
-        from . import calculus  # here, because few layers are asked for it
+        from . import calculus  # here, because few programs need it
 
         saved, through = self._last()
 
@@ -712,7 +712,7 @@ class BatchNorm:
         Parameters
         ----------
         ddx, dy, ddgamma, ddbeta, ddadd, num_threads
-            As of `batchnorm.double_backward`.
+            As in `batchnorm.double_backward`.
 
         Returns
         -------
@@ -721,9 +721,9 @@ class BatchNorm:
         Raises
         ------
         RuntimeError
-            As `backward`, and after renorm or ghost batches.
+            As for `backward`, and after renorm or ghost batches.
         TypeError, ValueError
-            As `batchnorm.double_backward`.
+            As for `batchnorm.double_backward`.
         """
         from . import calculus
 
@@ -748,7 +748,7 @@ class BatchNorm:
         )
 
     def _over_all(self, own: Callable[[], Numbers], rows: int) -> Numbers | None:
-        """Sums over all that was normalized together; None where that is this layer's x alone."""
+        """Sums over everything that was normalized together; None if that is only this layer's x."""
         del own, rows
         return None
 
@@ -760,7 +760,7 @@ class BatchNorm:
         if isinstance(kept, Saved):
             return kept, ("mean", "variance")
         if not isinstance(kept, dict):
-            raise RuntimeError("only backward is there after renorm or ghost batches")
+            raise RuntimeError("only backward is available after renorm or ghost batches")
         given = dict(kept)
         moments = Moments(1, given.pop("mean"), given.pop("var"))
         return functional.forward(**given, moments=moments)[1], ()
@@ -777,13 +777,13 @@ class BatchNorm:
     ) -> None:
         """Set the running statistics to those of a data set: running_mean ← μ, running_var ← Σ(x − μ)²/(n − 1).
 
-        Unlike the moving average that training leaves, these are the statistics of all of the data for one set of
-        weights, as the paper uses them for inference. `num_batches_tracked` stays.
+        Unlike the moving average from training, these are the statistics of all of the data for one set of network
+        weights, as the paper uses them for inference. `num_batches_tracked` does not change.
 
         Parameters
         ----------
         batches : iterable of array_like
-            What the layer is given, batch by batch; see `population`.
+            The inputs of the layer, batch by batch; see `population`.
         mask, lengths, weights, progress, num_threads
             As in `population`.
 
@@ -792,8 +792,8 @@ class BatchNorm:
         RuntimeError
             If the layer has no running statistics.
         TypeError, ValueError
-            As `population`; ValueError also if there are not `num_features` channels or fewer than two values per
-            channel. Then the layer is as it was.
+            As for `population`; ValueError also if the number of channels is not `num_features`, or there are fewer
+            than two values per channel. The layer is unchanged then.
 
         References
         ----------
@@ -848,19 +848,19 @@ class BatchNorm:
         return state
 
     def load_state_dict(self, state: Mapping[str, ArrayLike]) -> None:
-        """Take over a state, after all of it has been checked.
+        """Copy a state into the layer, after checking all of it.
 
         Parameters
         ----------
         state : mapping
-            The names of `state_dict`, no more and no fewer, with the layer's shapes. Values are copied, and converted
-            to the layer's dtype as PyTorch does it, also from float16 and integers. `num_batches_tracked` is 0 where
-            it is missing, as in the files of old versions of PyTorch.
+            Exactly the names of `state_dict`, with the layer's shapes. Values are copied and converted to the layer's
+            dtype, as in PyTorch; float16 and integers are accepted too. `num_batches_tracked` may be missing, as in
+            files of old versions of PyTorch, and is then 0.
 
         Raises
         ------
         ValueError
-            If another name is missing or unknown, a shape differs, a value is not finite in the layer's dtype, a
+            If another name is missing or unknown, a shape differs, a value is not finite in the layer's dtype, or a
             variance or the counter is negative.
         TypeError
             If values are not real numbers.
@@ -879,11 +879,11 @@ class BatchNorm:
         self._kept = _NOT_CALLED
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the settings and the state of the layer to an npz file, in which nothing is executable.
+        """Write the settings and the state of the layer to an npz file, which contains nothing executable.
 
-        Only what `load` takes is written: a layer whose values are no longer finite does not replace the file of a good
-        one (`state_dict` and pickle keep such values). The file appears in one step: if it is interrupted anywhere, an
-        old file of that name stays as it was. `np.load` reads the file.
+        Only what `load` accepts is written, so a layer whose values are no longer finite does not replace the file of a
+        good one (`state_dict` and pickle keep such values). The file appears in one step: if `save` is interrupted, an
+        old file of that name is unchanged. `np.load` reads the file.
 
         Parameters
         ----------
@@ -893,8 +893,7 @@ class BatchNorm:
         Raises
         ------
         TypeError, ValueError
-            If `load` would refuse the layer, or there is something at the path that is not a regular file. No file is
-            touched then.
+            If `load` would refuse the layer, or the path exists and is not a regular file. No file is touched then.
         OSError
             If the file cannot be written.
 
@@ -926,8 +925,8 @@ class BatchNorm:
                 found["renorm"] = np.array(self.renorm)
             BatchNorm._restored(found)
         except (TypeError, ValueError) as error:
-            raise type(error)(f"the layer must be one that load takes: {error}; no file was written") from None
-        # Here, because zip files cost an import more than all of this package.
+            raise type(error)(f"the layer must be one that load accepts: {error}; no file was written") from None
+        # Here, because importing zipfile takes longer than importing all of this package.
         from . import state_file
 
         state_file.write(path, found)
@@ -944,12 +943,12 @@ class BatchNorm:
         max_bytes : int, default 268435456
             The most data to read.
         **arguments
-            Arguments that a derived class has besides those of this one, such as `comm` of `SyncBatchNorm`.
+            Further arguments of a derived class, such as `comm` of `SyncBatchNorm`.
 
         Raises
         ------
         ValueError
-            If the file is larger or truncated, or holds anything but a layer: pickled objects, other names, dtypes
+            If the file is larger or truncated, or holds anything but a layer: pickled objects, wrong names, dtypes
             or shapes, values that are not finite, a negative variance.
         OSError
             If it cannot be read.
@@ -957,7 +956,7 @@ class BatchNorm:
         See Also
         --------
         save : with an example.
-        load_state_dict : takes the mapping that `safetensors.numpy.load_file` returns, too.
+        load_state_dict : accepts, for example, the mapping that `safetensors.numpy.load_file` returns.
         """
         from . import state_file
 

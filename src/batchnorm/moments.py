@@ -2,13 +2,13 @@
 
 Decisions:
 
-- The mean is a pair, `mean + mean_low`, as in the kernels: near a large mean one float64 would cost float64 data its
-  last digits, and that mean is subtracted from every value later.
+- The mean is a pair, `mean + mean_low`, as in the kernels. It is subtracted from every value later: if it is large, a
+  single float64 would cost float64 data their last digits.
 - The only arithmetic here is addition: the kernels make the numbers and merge them.
 - Objects are immutable: a merge is a new object, so the caller alone decides the order of merging.
-- `population` cuts its stream anew, into blocks that depend on the shape of a sample alone. The same samples in the
-  same order give the same bits, however they came: also from the workers of Dask, which send the moments of blocks.
-- Parts and futures are taken in the order in which they are given, not in that of their arrival.
+- `population` cuts its stream anew, into blocks whose size depends only on the shape of a sample. The same samples in
+  the same order give the same bits, however they arrive, even from Dask's workers, which send the moments of blocks.
+- Parts and futures are merged in the order in which they are given, not in the order of arrival.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ BLOCK_VALUES = 1 << 20
 
 
 def _as_data(value: ArrayLike, name: str) -> Array:
-    """The argument as `np.mean` takes it: also of integers, which become float64, and of one channel alone."""
+    """The argument as `np.mean` takes it: integers become float64, and a 1-D array is one channel."""
     array = _arrays.as_float(value, name, integers=True)
     return array if array.ndim > 1 else array.reshape(-1, 1)
 
 
 class _Mergeable:
-    """A tally and a table with one column per channel, of some of the values; `+` is `merge`, and `sum` adds up."""
+    """A tally and a table with one column per channel, over some of the values; `+` is `merge`, and `sum` works."""
 
     __slots__ = ("_table", "_tally")
 
@@ -51,7 +51,7 @@ class _Mergeable:
 
     @classmethod
     def _made(cls, tally: Tally, rows: ArrayLike) -> Self:
-        """The object of numbers that need no check."""
+        """The object with these numbers, which need no check."""
         made = cls.__new__(cls)
         _Mergeable.__init__(made, tally, rows)
         return made
@@ -74,11 +74,11 @@ class _Mergeable:
         return self.merge(other) if type(other) is type(self) else NotImplemented
 
     def __radd__(self, other: object) -> Self:
-        """0 + self, with which `sum` begins."""
+        """0 + self, the first addition of `sum`."""
         return self if type(other) is int and other == 0 else NotImplemented
 
     def merge(self, other: Self) -> Self:
-        """The object of both parts together, like `+`.
+        """The object for both parts together, like `+`.
 
         Parameters
         ----------
@@ -89,13 +89,13 @@ class _Mergeable:
         TypeError
             If `other` is of another type.
         ValueError
-            If it has another number of channels.
+            If `other` has a different number of channels.
         """
         raise NotImplementedError
 
     @classmethod
     def merge_all(cls, parts: Iterable[Self]) -> Self:
-        """The object of many parts together, at least one, merged in pairs as several ranks would do it.
+        """The object for all parts together, merged in pairs, in the same order as over several ranks.
 
         The leading parts are paired, 0 with 1, 2 with 3, …, until a power of two is left; then neighbours are merged,
         then pairs of neighbours, and so on.
@@ -116,9 +116,9 @@ class _Mergeable:
 class Moments(_Mergeable):
     """Count, mean μ = Σx/n and m2 = Σ(x − μ)² of each channel, with n values per channel; merged with `+`.
 
-    Two parts a and b of the data have together n = n_a + n_b, μ = μ_a + δ·n_b/n and m2 = m2_a + m2_b + δ²·n_a·n_b/n,
-    where δ = μ_b − μ_a. A part may have any size, also 0. Of values with weights, μ = Σwx/W and m2 = Σw(x − μ)² with
-    W = Σw, and W takes the place of n.
+    Two parts a and b of the data together have n = n_a + n_b, μ = μ_a + δ·n_b/n and m2 = m2_a + m2_b + δ²·n_a·n_b/n,
+    where δ = μ_b − μ_a. A part may have any size, even 0. For values with weights, μ = Σwx/W and m2 = Σw(x − μ)² with
+    W = Σw, and W replaces n.
 
     Parameters
     ----------
@@ -127,9 +127,9 @@ class Moments(_Mergeable):
     mean, m2 : array_like, shape (C,)
         m2 is not negative.
     mean_low : array_like, shape (C,), optional
-        Low-order part of μ: the mean is mean + mean_low. 0 where None.
+        Low-order part of μ: the mean is mean + mean_low. None means 0.
     weight, weight_squares : float, optional
-        Σw and Σw² of values with weights; n where None, as for weights of 1.
+        Σw and Σw² for values with weights. None means n, as for weights of 1.
 
     Attributes
     ----------
@@ -142,13 +142,13 @@ class Moments(_Mergeable):
     Raises
     ------
     TypeError
-        If `count` is not an integer or an array is not of numbers.
+        If `count` is not an integer or an array is not numeric.
     ValueError
         If `count`, a weight or a value of m2 is negative, or shapes differ.
 
     See Also
     --------
-    population : of a data set that does not fit into memory.
+    population : the moments of a data set that does not fit into memory.
     forward : `moments=` normalizes with merged statistics.
 
     References
@@ -207,19 +207,19 @@ class Moments(_Mergeable):
         weights: ArrayLike | None = None,
         num_threads: int | None = None,
     ) -> Moments:
-        """The moments of the channels of x, by the compiled kernel: those that `forward` normalizes with.
+        """The moments of each channel of x, the same as those that `forward` normalizes with.
 
         Parameters
         ----------
         x : array_like of floats, integers or booleans
-            Channels along `axis`. A 1-D array of n values is taken as (n, 1), the values of one channel. Integers and
-            booleans become float64, as in `np.mean`.
+            Channels along `axis`. A 1-D array of n values is one channel, like shape (n, 1). Integers and booleans
+            become float64, as in `np.mean`.
         axis : int, default 1
             The channel axis.
         mask, lengths, weights : array_like, optional
             Which values count, or how much; see `forward`.
         num_threads : int, optional
-            Threads for this call. Its results do not depend on it.
+            Threads for this call. The result does not depend on it.
 
         Returns
         -------
@@ -228,7 +228,7 @@ class Moments(_Mergeable):
         Raises
         ------
         TypeError, ValueError
-            As `forward`.
+            As for `forward`.
 
         Examples
         --------
@@ -263,9 +263,9 @@ class Moments(_Mergeable):
         return self._tally.squares
 
     def var(self, ddof: int = 0) -> Numbers:
-        """m2/(n − ddof): the biased variance for 0, the unbiased one for 1; 0 for an empty count.
+        """m2/(n − ddof): the biased variance for ddof = 0, the unbiased one for ddof = 1; 0 if there are no data.
 
-        With weights it is m2/(W − ddof·Σw²/W), as of `np.cov(aweights=)`.
+        With weights it is m2/(W − ddof·Σw²/W), as in `np.cov(aweights=)`.
 
         Parameters
         ----------
@@ -274,7 +274,7 @@ class Moments(_Mergeable):
         Raises
         ------
         ValueError
-            If `ddof` is not less than the count, where there are data.
+            If there are data and `ddof` is not less than the count.
         """
         divisor = self._tally.divisor(ddof)
         if self.weight and not (0 <= ddof < self.count and divisor > 0):
@@ -282,17 +282,17 @@ class Moments(_Mergeable):
         return self.m2 / (divisor if self.weight else 1)
 
     def std(self, ddof: int = 0) -> Numbers:
-        """The root of `var`.
+        """The standard deviation, √var.
 
         Parameters
         ----------
         ddof : int, default 0
-            As of `var`.
+            As in `var`.
         """
         return np.sqrt(self.var(ddof))
 
     def merge(self, other: Self) -> Self:
-        """The moments of both parts together, by Chan's rule; an empty part leaves the other as it is.
+        """The moments of both parts together, by Chan's rule; an empty part changes nothing.
 
         Parameters
         ----------
@@ -313,24 +313,24 @@ class Moments(_Mergeable):
     def to_bytes(self) -> bytes:
         """count, mean, mean_low and m2, one after the other, as 3C + 1 little-endian float64 numbers.
 
-        With weights, Σw and Σw² follow after the count, so there are 3C + 3.
+        With weights, Σw and Σw² follow the count, which makes 3C + 3 numbers.
         """
         weights = [] if self._tally == Tally.of_all(self.count) else [self.weight, self.weight_squares]
         return np.concatenate([[self.count, *weights], self._table.ravel()]).astype("<f8").tobytes()
 
     @classmethod
     def from_bytes(cls, data: Any) -> Moments:
-        """The object whose `to_bytes` gave the data.
+        """The moments that `to_bytes` turned into these data.
 
         Parameters
         ----------
         data : bytes-like
-            Anything with a buffer.
+            Any object with the buffer protocol.
 
         Raises
         ------
         ValueError
-            If `data` does not hold 3C + 1 or 3C + 3 numbers, or they are no moments.
+            If `data` does not hold 3C + 1 or 3C + 3 numbers, or these are not valid moments.
         """
         numbers = np.frombuffer(data, "<f8")
         if numbers.size % 3 == 2 or numbers.size == 0:
@@ -368,7 +368,7 @@ def moments_of(x: Array, layout: Layout, selection: Selection | None, num_thread
 class GradientSums(_Mergeable):
     """Σdy and Σdy·(x − μ) of each channel over some of its values; merged with `+`.
 
-    dbeta is the first sum, dgamma the second times rstd, and dx needs no more than the two.
+    dbeta is the first sum, dgamma is the second times rstd, and dx needs only these two.
 
     Parameters
     ----------
@@ -412,12 +412,12 @@ class GradientSums(_Mergeable):
 
 
 def block_rows(shape: tuple[int, ...]) -> int:
-    """How many samples of that shape make a block."""
+    """The number of samples of this shape in a block."""
     return max(1, BLOCK_VALUES // max(1, math.prod(shape)))
 
 
 class Part(NamedTuple):
-    """Some samples along axis 0, and what selects from them, along axis 0 too, with its name."""
+    """Some samples along axis 0, and the mask, lengths or weights for them, along axis 0 too, with their name."""
 
     array: Array
     channel: int
@@ -425,7 +425,7 @@ class Part(NamedTuple):
     name: str = ""
 
     def kind(self) -> tuple[Any, ...]:
-        """What may not change within a block."""
+        """Properties that may not change within a block."""
         shape = None if self.selecting is None else self.selecting.shape[1:]
         return self.array.shape[1:], self.array.dtype, self.channel, shape, self.name
 
@@ -434,7 +434,7 @@ class Part(NamedTuple):
         return Part(self.array[start:stop], self.channel, selecting, self.name)
 
     def room(self) -> Part:
-        """A block for such samples."""
+        """An empty block for such samples."""
         rows = block_rows(self.array.shape[1:])
         own = self.selecting
         selecting = None if own is None else np.empty((rows, *own.shape[1:]), own.dtype)
@@ -464,7 +464,7 @@ def _check_nothing_selects(name: str, where: str) -> None:
 
 
 def _samples(batches: Iterable[Any], axis: int, name: str, selecting: Iterable[ArrayLike]) -> Iterator[Part | Moments]:
-    """Each batch with its samples along axis 0, the channel axis, and what selects from it; moments as they are."""
+    """Each batch with samples along axis 0, with its mask, lengths or weights; moments as they are."""
     channels = None
     for batch, selects in _pairs(batches, name, selecting):
         part: Part | Moments
@@ -481,7 +481,7 @@ def _samples(batches: Iterable[Any], axis: int, name: str, selecting: Iterable[A
 
 
 def _pairs(batches: Iterable[Any], name: str, selecting: Iterable[ArrayLike]) -> Iterator[tuple[Any, Any]]:
-    """The batches with what selects from each, of which there must be as many."""
+    """The batches, each with its mask, lengths or weights; there must be one per batch."""
     if not name:
         yield from ((batch, None) for batch in batches)
         return
@@ -493,10 +493,10 @@ def _pairs(batches: Iterable[Any], name: str, selecting: Iterable[ArrayLike]) ->
 
 
 class Stream:
-    """The moments of samples that come in parts, cut anew into blocks that depend on their shape and dtype alone.
+    """The moments of samples that come in parts, cut anew into blocks that depend only on their shape and dtype.
 
-    What does not fill a block is held until it does; a change of shape or dtype ends a block. A copy, and so a pickle,
-    ends it too: it holds moments and no data.
+    Samples are held until they fill a block; a change of shape or dtype ends a block. A copy or a pickle ends it too:
+    it holds moments and no data.
     """
 
     def __init__(self, moments: Moments | None = None) -> None:
@@ -506,7 +506,7 @@ class Stream:
         self._known: Moments | None = None
 
     def add(self, part: Part | Moments, num_threads: int | None = None) -> None:
-        """Samples, or the moments of some, which are a block of their own."""
+        """Add samples, or moments of samples, which form a block of their own."""
         if isinstance(part, Moments):
             self.end(num_threads)
             self._add_block(part)
@@ -536,7 +536,7 @@ class Stream:
         self._ended, self._held, self._filled = self.moments(num_threads), None, 0
 
     def moments(self, num_threads: int | None = None) -> Moments | None:
-        """Of all samples so far; None where there was no part."""
+        """The moments of all samples so far; None if there was no part."""
         if self._held is None:
             return self._ended
         if self._known is None:
@@ -549,7 +549,7 @@ class Stream:
 
 
 class Pending(Protocol):
-    """A future: `result` waits for what it stands for."""
+    """A future: `result` waits for the value and returns it."""
 
     def result(self) -> Any: ...
 
@@ -558,13 +558,13 @@ Batch: TypeAlias = ArrayLike | Moments | Pending
 
 
 def _arrived(batches: Iterable[Any]) -> Iterator[Any]:
-    """The batches, those of futures as soon as it is their turn."""
+    """The batches in order; for a future, its result."""
     for batch in batches:
         yield batch.result() if callable(getattr(batch, "result", None)) else batch
 
 
 def _moments_of_blocks(array: ArrayLike, axis: int, num_threads: int | None) -> list[Moments]:
-    """Those that a stream would merge, of samples that begin with a block."""
+    """The moments that a stream would merge, for samples that begin a block."""
     part = _part_of(array, axis)
     rows = block_rows(part.array.shape[1:])
     blocks = (part.cut(start, start + rows) for start in range(0, max(1, len(part.array)), rows))
@@ -572,7 +572,7 @@ def _moments_of_blocks(array: ArrayLike, axis: int, num_threads: int | None) -> 
 
 
 def _moments_of_dask(array: Any, axis: int, num_threads: int | None) -> Iterator[Moments]:
-    """The same of a dask array, by its workers."""
+    """The same for a dask array, computed by its workers."""
     channel = _arrays.layout_of(array.shape if array.ndim > 1 else (*array.shape, 1), axis).axis
     sample = 0 if channel else 1
     _dask.check_chunks(array, sample)
@@ -592,25 +592,25 @@ def population(
 ) -> Moments:
     """The moments of a data set that comes in batches: μ = Σx/n and Σ(x − μ)², over all of it.
 
-    Unlike an average of the batches' variances, this is the variance of the whole, whatever the batches: the same
-    samples in the same order give the same bits, however they are cut. Memory is that of one batch and one block of a
-    million values.
+    Unlike an average of the batches' variances, this is the variance of the whole data set. The same samples in the
+    same order give the same bits, however they are cut into batches. Memory holds one batch and one block of a million
+    values.
 
     Parameters
     ----------
     batches : iterable of array_like, or dask array
         Arrays that `Moments.of` takes, each with the same number of channels along `axis`: a list, a generator, chunks
-        of a memory-mapped file. All other sizes may differ. Moments of a part of the data may take the place of its
-        batch, and a future, which has `result`, that of what it gives. All are merged in their order, whenever they
-        arrive. The data of a dask array stay with its workers.
+        of a memory-mapped file. All other sizes may differ. A batch may also be the Moments of its data, or a future,
+        whose `result()` returns either. All are merged in the order given, whenever they arrive. The data of a dask
+        array stay with its workers.
     axis : int, default 1
-        The channel axis. Samples are cut along the first other one.
+        The channel axis. Samples lie along the first of the other axes.
     mask, lengths, weights : iterable of array_like, optional
         For each batch, which of its values count, or how much; see `forward`. Not for Moments and dask arrays.
     progress : bool, default True
         Show a bar if standard error is a terminal, `batches` has a length and rich is installed.
     num_threads : int, optional
-        Threads for this call. Its results do not depend on it.
+        Threads for this call. The result does not depend on it.
 
     Returns
     -------
@@ -619,10 +619,10 @@ def population(
     Raises
     ------
     TypeError
-        If a batch is not of numbers.
+        If a batch is not numeric.
     ValueError
-        If there is no batch, or one has a different number of channels from the first, or a mask, lengths or weights
-        do not fit, or a dask array has chunks of unknown sizes or along other axes than the samples.
+        If there is no batch, the number of channels changes, a mask, lengths or weights do not fit, or a dask array
+        has chunks of unknown size or along an axis that is not the sample axis.
 
     References
     ----------

@@ -2,14 +2,14 @@
 
 Decisions:
 
-- What y is calculated with is made together with the plan: a call checks x, looks up where its channels are, and runs
-  one kernel. The bits are those of `inference`.
-- Integers of 8 bits have 256 values, so their y is looked up in a table per channel. It is made when such an x first
-  comes, in float64, and holds the activation too: y is rounded once.
-- Another type than x's is reached by way of the wider of the two, and another order in memory by a copy: each is one
-  more pass over memory, unless x has 8 bits.
-- Nothing that a user sees of a plan can be changed. What it remembers is put in place in one step, so threads may share
-  a plan, and a forked child may use it.
+- The coefficients of y are computed when the plan is made. A call checks x, finds its channels and runs one kernel.
+  The bits are those of `inference`.
+- 8-bit integers have 256 values, so their y is looked up in a table per channel. The first such x makes the table, in
+  float64 and with the activation, so y is rounded once.
+- If the types of x and y differ, y is computed in the wider one; another memory order needs a copy. Each is one more
+  pass over memory, unless x has 8 bits.
+- Users cannot change a plan. What it caches is stored in one step, so threads can share a plan and a forked child can
+  use it.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _FLOAT32 = np.dtype(np.float32)
 _FLOAT64 = np.dtype(np.float64)
 
 _VALUES = {"B": np.arange(256, dtype=np.float64), "b": np.arange(256, dtype=np.uint8).view(np.int8).astype(np.float64)}
-"""The values of uint8 and int8 in the order of a table, by NumPy's character for the type."""
+"""The values of uint8 and int8 in table order, by NumPy's character for the type."""
 
 _MOST_VIEWS = 64
 
@@ -57,9 +57,9 @@ class Plan:
     eps : float, default 1e-5
         Added to the variance, under the root. A channel with var + eps = 0 gives beta.
     activation : "relu", ("leaky_relu", slope) or ("clip", low, high), optional
-        What follows the normalization; see `forward`.
+        Activation after the normalization; see `forward`.
     dtype : dtype, optional
-        Of y: float64, float32, float16 or bfloat16. By default x's, and float32 for integers.
+        Dtype of y: float64, float32, float16 or bfloat16. By default that of x, and float32 for integers.
 
     Attributes
     ----------
@@ -75,20 +75,19 @@ class Plan:
     Raises
     ------
     TypeError
-        If an argument is not of numbers, or dtype is another one.
+        If an argument is not numeric, or `dtype` is not supported.
     ValueError
-        If shapes differ, `eps` or `activation` does not fit, or a variance is negative.
+        If shapes differ, `eps` or `activation` is invalid, or a variance is negative.
 
     See Also
     --------
-    fold : puts the normalization into the weights of the layer before it, which leaves nothing to do.
+    fold : moves the normalization into the weights of the layer before it, so that inference needs no extra step.
 
     Notes
     -----
-    For floats y has the bits of `inference`; for 8-bit integers it is calculated in float64 and rounded once. The bits
-    of one sample do not depend on the other samples of a batch, on the arrangement of x in memory or on the number of
-    threads. A plan cannot be changed. It can be pickled, and threads
-    can share it.
+    For floats y has the bits of `inference`; for 8-bit integers it is computed in float64 and rounded once. The bits
+    of one sample do not depend on the other samples of a batch, on the memory layout of x or on the number of threads.
+    A plan is immutable. It can be pickled, and threads can share it.
 
     References
     ----------
@@ -154,7 +153,7 @@ class Plan:
             self._prepared(char)
 
     def _prepared(self, char: str) -> tuple[Callable[..., None], NDArray[np.float64], bool]:
-        """The kernel of a type, what it calculates with, and whether all of that fits the type."""
+        """The kernel of a type, its coefficients, and whether all of them fit the type."""
         if char not in self._kernels:
             kernels = _kernels.of_type[char]
             self._kernels[char] = kernels.normalize, *coefficients_of(self._statistics, kernels)
@@ -170,9 +169,9 @@ class Plan:
         Parameters
         ----------
         layer : BatchNorm
-            With running statistics. What happens to it later does not reach the plan.
+            A layer with running statistics. Later changes to it do not affect the plan.
         dtype : dtype, optional
-            Of y; see `Plan`.
+            Dtype of y; see `Plan`.
 
         Raises
         ------
@@ -203,14 +202,14 @@ class Plan:
         activation: Activation | None = None,
         dtype: DTypeLike | None = None,
     ) -> Self:
-        """The plan of y = (scale·x − mean)/std: images as a network was trained on them.
+        """The plan of y = (scale·x − mean)/std, which normalizes images as in the training of a network.
 
         With the default scale it is torchvision's `Normalize(mean, std)` after `ToTensor()`.
 
         Parameters
         ----------
         mean, std : array_like, shape (C,)
-            In units of scale·x; std is above 0.
+            In units of scale·x; std must be above 0.
         scale : float, default 1/255
             Above 0.
         axis : int, default -1
@@ -221,7 +220,7 @@ class Plan:
         Raises
         ------
         TypeError, ValueError
-            As `Plan`; ValueError also if a std or `scale` is not finite and above 0.
+            As for `Plan`; ValueError also if a std or `scale` is not finite and above 0.
 
         Examples
         --------
@@ -231,7 +230,7 @@ class Plan:
         >>> plan(image)[0, 0, 0]
         array([0.07406456, 0.20518208, 0.42649236], dtype=float32)
 
-        The same as channels first, (N, C, H, W), in one pass:
+        The same with channels first, (N, C, H, W), in one pass:
 
         >>> plan = bn.Plan.normalizer([0.485, 0.456, 0.406], [0.229, 0.224, 0.225], axis=1)
         >>> plan(image.transpose(0, 3, 1, 2), order="C").flags.c_contiguous
@@ -311,29 +310,29 @@ class Plan:
         x : array_like of float64, float32, float16, bfloat16, uint8 or int8, at least 2-D
             Channels along `axis`.
         out : ndarray, optional
-            Where to write y, in any order of memory. `out=x` and `out=add` are allowed, other overlaps are not.
+            Where to write y, in any memory order. `out=x` and `out=add` are allowed, other overlaps are not.
         add : array_like, optional
             A residual, of y's shape and dtype, added before the activation.
         order : {"K", "C"}, default "K"
-            Of y in memory, where there is no `out`: x's, or C. "C" makes channels first of channels last, where x is
-            a transposed view.
+            Memory order of y if there is no `out`: "K" keeps that of x, "C" is C order. If x is a transposed view of
+            channels-last memory, "C" writes y with channels first.
         num_threads : int, optional
-            Threads for this call. Its results do not depend on it.
+            Threads for this call. The result does not depend on it.
 
         Returns
         -------
         ndarray
-            Of x's shape.
+            With x's shape.
 
         Raises
         ------
         TypeError
-            If x, `add` or `out` has another dtype.
+            If x, `add` or `out` has a wrong dtype.
         ValueError
-            If a shape, `order` or `out` does not fit. Nothing is written then.
+            If a shape, `order` or `out` is invalid. Nothing is written then.
         """
         if type(x) is np.ndarray and out is None and add is None and order == "K" and num_threads is None:
-            # Most calls are like this, and for small x all that follows would take longer than the kernel.
+            # The most common call. For small x, the checks below would take longer than the kernel.
             flags, dtype, view = x.flags, x.dtype, self._small.get(x.shape)
             if view is not None and (dtype is _FLOAT32 or dtype is _FLOAT64) and flags.c_contiguous and flags.aligned:
                 normalize, table, fit = self._kernels["f" if dtype is _FLOAT32 else "d"]
@@ -363,7 +362,7 @@ class Plan:
             self._write(given, y, layout, residual, threads)
         else:
             if residual is not None and np.may_share_memory(residual, y):
-                residual = residual.copy()  # before y is written, to which it is added in a second step
+                residual = residual.copy()  # before y is written: it is added to y in a second step
             if given.itemsize == 1:
                 self._look_up(given, y, layout, target, residual, threads)
             else:
@@ -382,28 +381,28 @@ class Plan:
         plot: str | os.PathLike[str] | None = None,
         num_threads: int | None = None,
     ) -> bn.Drift:
-        """How far data have moved from the plan's statistics: shift, variance ratio and divergence per channel.
+        """Measure how far data have moved from the plan's statistics: shift, variance ratio, divergence per channel.
 
         Parameters
         ----------
         x : array_like, or Moments
-            Data, as `Moments.of` takes them, or their moments, which may be of many batches.
+            Data that `Moments.of` takes, or their moments, for example those of many batches.
         mask, lengths, weights : array_like, optional
             Which values of x count; see `forward`.
         plot : path-like, optional
-            Where to draw shift and ratio of all channels; needs matplotlib.
+            File for a plot of the shift and ratio of all channels; needs matplotlib.
         num_threads : int, optional
-            Threads for this call. Its results do not depend on it.
+            Threads for this call. The result does not depend on it.
 
         Returns
         -------
         Drift
-            `print` it for a table.
+            `print` shows it as a table.
 
         Raises
         ------
         TypeError, ValueError
-            As `Moments.of`; ValueError also if there is another number of channels, or no value.
+            As for `Moments.of`; ValueError also if the number of channels differs, or there is no value.
 
         Examples
         --------
@@ -418,11 +417,11 @@ class Plan:
         >>> plan.drift(x[..., ::-1]).hints
         ('channels taken in the order (2, 1, 0) fit better (BGR for RGB?)',)
         """
-        from .drift import drift  # here, because few plans are asked for it
+        from .drift import drift  # here, because few programs need it
 
         if isinstance(x, Moments):
             if mask is not None or lengths is not None or weights is not None:
-                raise ValueError("mask, lengths and weights go with data, got moments of them")
+                raise ValueError("mask, lengths and weights must come with data, but x is Moments")
             moments = x
         else:
             moments = Moments.of(x, self._axis, mask=mask, lengths=lengths, weights=weights, num_threads=num_threads)
@@ -436,13 +435,13 @@ class Plan:
         return found
 
     def _write(self, x: Array, y: Array, layout: Layout, add: Array | None, threads: int) -> None:
-        """y of x's type and layout, by the kernel."""
+        """Write y of x's type and layout, with the kernel."""
         normalize, table, fit = self._prepared(x.dtype.char)
         residual = None if add is None else layout.lying(layout.bring(add))
         normalize(layout.lying(x), layout.lying(y), layout.view, table, fit, threads, self._limits, residual)
 
     def _write_elsewhere(self, x: Array, y: Array, target: Layout, add: Array | None, threads: int) -> None:
-        """y of another type or layout: by way of the wider type, in place."""
+        """Write y of another type or layout, in place in the wider type."""
         wide = max(x.dtype, y.dtype, _FLOAT32, key=lambda dtype: dtype.itemsize)
         if x.dtype == y.dtype:
             wide = x.dtype
@@ -455,7 +454,7 @@ class Plan:
             np.copyto(y, calculated, casting="same_kind")
 
     def _look_up(self, x: Array, y: Array, layout: Layout, target: Layout, add: Array | None, threads: int) -> None:
-        """y of 8-bit integers, by a table; what is added after that comes with a kernel, like the activation then."""
+        """Write y of 8-bit integers, from a table; with `add`, a kernel then adds it and applies the activation."""
         if not _side_by_side(layout, target):
             x, layout = target.copy(x), target
         table, view = self._table(x.dtype.char, y.dtype, add is None), _common_view(layout, target)
@@ -466,7 +465,7 @@ class Plan:
             Plan(zeros, zeros + 1, axis=self._axis, eps=0.0, activation=self.activation)(y, add=add, out=y)
 
     def _table(self, char: str, dtype: np.dtype[Any], activated: bool) -> Array:
-        """y of each of the 256 values of a channel, calculated in float64."""
+        """y for each of the 256 values of a channel, computed in float64."""
         table = self._tables.get((char, dtype, activated))
         if table is None:
             values = np.repeat(_VALUES[char][:, None], self.num_features, axis=1)
@@ -478,7 +477,7 @@ class Plan:
 
 
 def _as_input(x: ArrayLike) -> Array:
-    """x as native floats, or integers of 8 bits."""
+    """x as native floats or 8-bit integers."""
     if type(x) is np.ndarray and (x.dtype is _FLOAT32 or x.dtype.char in _VALUES):
         return x
     array = as_array(x, "x")
@@ -487,11 +486,11 @@ def _as_input(x: ArrayLike) -> Array:
     try:
         return _arrays.as_float(x, "x")
     except TypeError as error:
-        raise TypeError(f"{error}; uint8 and int8 are taken, too") from None
+        raise TypeError(f"{error}; uint8 and int8 are also accepted") from None
 
 
 def _side_by_side(layout: Layout, target: Layout) -> bool:
-    """Whether the places of both follow each other in the same order."""
+    """Whether the positions of both follow each other in the same order."""
     axes = range(len(layout.shape))
     first, second = ([i for i in one.order or axes if i != one.axis] for one in (layout, target))
     return first == second and (layout.view[2] == target.view[2] or 1 in (layout.view[2], target.view[2]))
@@ -505,7 +504,7 @@ def _common_view(layout: Layout, target: Layout) -> Three:
 
 
 def _strides(layout: Layout, view: Three) -> Three:
-    """Distances in memory of what is side by side in the view."""
+    """Distances in memory between neighbours in the view."""
     _, C, S = view
     return (S * C, 1, C) if layout.view[2] == 1 else (C * S, S, 1)
 

@@ -1,8 +1,8 @@
 """The textbook: batch normalization in plain NumPy, the baseline that everything is profiled and tested against.
 
-Nothing is clever here. The forward pass keeps a cache; the backward pass adds up the three terms through which x
-reaches the loss: directly, through the mean and through the variance. It works in the dtype of x, as people write
-it. NumPy adds float32 values along the first axes one after the other, so a large batch loses digits.
+Nothing is clever here. The forward pass keeps a cache. The backward pass adds up the three paths by which x reaches
+the loss: directly, through the mean and through the variance. It computes in the dtype of x, as people write it. NumPy
+adds float32 values along the first axes one after the other, so a large batch loses digits.
 """
 
 import math
@@ -25,7 +25,7 @@ class Cache(NamedTuple):
 
     @property
     def n(self) -> Any:
-        """Number of values per channel, in the dtype of x."""
+        """The number of values per channel, in the dtype of x."""
         return self.xmu.dtype.type(math.prod(self.xmu.shape[i] for i in self.axes))
 
 
@@ -38,7 +38,7 @@ class MomentGradients(NamedTuple):
 
 
 class Terms(NamedTuple):
-    """The three summands of dx (the one through the mean is the same for a whole channel), dgamma and dbeta."""
+    """The three terms of dx (the one through the mean is constant within a channel), dgamma and dbeta."""
 
     direct: Array
     mean: Array

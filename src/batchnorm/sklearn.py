@@ -1,12 +1,12 @@
-"""`Standardizer`, a transformer for scikit-learn in place of its StandardScaler.
+"""`Standardizer`, a transformer that replaces scikit-learn's StandardScaler.
 
 Decisions:
 
-- Names, attributes and the rule for constant columns are StandardScaler's. What is different: float32 is never copied
-  to float64, `partial_fit` has the same bits however the data are cut, and NaN is refused, because one mask is for all
-  columns.
-- `partial_fit` holds the rows that do not fill a block, at most 2**20 values. They are counted when statistics are
-  asked for. `fit` ends the last block, so nothing is held, and so does a pickle, which never contains data.
+- Names, attributes and the rule for constant columns are StandardScaler's. Unlike it, float32 is never copied to
+  float64, `partial_fit` gives the same bits however the data are cut, and NaN is refused, because a mask here applies
+  to all columns.
+- `partial_fit` holds the rows that do not fill a block, at most 2**20 values. The statistics include them when read.
+  `fit` and a pickle end the last block, so nothing is held, and a pickle never contains data.
 - The mean is a pair of float64 numbers, as in `Moments`, and `transform` uses both.
 - The statistics are properties, so that many small calls of `partial_fit` cost no more than a few large ones.
 """
@@ -35,8 +35,8 @@ _FLOATS = (np.float64, np.float32, np.float16)
 class Standardizer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
     """Standardize columns: `y = (x − mean_)/scale_`, with the mean and standard deviation of the training data.
 
-    It takes the place of StandardScaler. float32 stays float32 and is not copied to float64, and `partial_fit` gives
-    the same bits for the same rows in the same order, however they are cut.
+    It replaces StandardScaler. float32 stays float32 and is not copied to float64, and `partial_fit` gives the same
+    bits for the same rows in the same order, however they are cut.
 
     Parameters
     ----------
@@ -45,33 +45,33 @@ class Standardizer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
     with_std : bool, default True
         Divide by the standard deviation.
     copy : bool, default True
-        False writes y over X where X is a float array.
+        False writes y over X if X is a float array.
     num_threads : int, optional
         Threads for each call. Results do not depend on it.
 
     Attributes
     ----------
     mean_ : ndarray of float64, shape (n_features,), or None
-        None where `with_mean` and `with_std` are False.
+        None if `with_mean` and `with_std` are False.
     var_ : ndarray of float64, shape (n_features,), or None
-        The biased variance; None where `with_std` is False.
+        The biased variance; None if `with_std` is False.
     scale_ : ndarray of float64, shape (n_features,), or None
-        The root of `var_`. It is 1 for a constant column: one with var ≤ n·ε·var + (n·mean·ε)², ε = 2.2e-16, as in
+        The root of `var_`, but 1 for a constant column: one with var ≤ n·ε·var + (n·mean·ε)², ε = 2.2e-16, as in
         StandardScaler.
     n_samples_seen_ : int or float
         n, the number of rows; with weights, their sum.
     n_features_in_ : int
     feature_names_in_ : ndarray of str
-        Where X has column names, all of them strings.
+        Only if X has column names and all of them are strings.
 
     Raises
     ------
     ImportError
-        By the import of this module, if scikit-learn is missing.
+        On import of this module, if scikit-learn is missing.
 
     See Also
     --------
-    batchnorm.population : the same statistics of a stream of batches.
+    batchnorm.population : the same statistics for a stream of batches.
 
     Examples
     --------
@@ -96,13 +96,13 @@ class Standardizer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         self.num_threads = num_threads
 
     def fit(self, X: Any, y: object = None, sample_weight: ArrayLike | None = None) -> Self:
-        """Take the statistics of X, and forget those of earlier data.
+        """Compute the statistics of X, and forget those of earlier data.
 
         Parameters
         ----------
         X : array_like, shape (n_samples, n_features)
-            Floats of 64, 32 or 16 bits stay what they are, all else becomes float64. Sparse X, NaN and infinity are
-            refused.
+            Floats of 64, 32 or 16 bits keep their dtype, everything else becomes float64. Sparse X, NaN and infinity
+            are refused.
         y : ignored
         sample_weight : array_like, shape (n_samples,), optional
             How much each row counts, at least 0: μ = Σwx/Σw, var = Σw(x − μ)²/Σw.
@@ -110,7 +110,7 @@ class Standardizer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         Raises
         ------
         TypeError, ValueError
-            If X or `sample_weight` does not fit.
+            If X or `sample_weight` is invalid.
         """
         part = self._part(X, sample_weight, reset=True)
         if part.selecting is not None and not part.selecting.any():
@@ -127,7 +127,7 @@ class Standardizer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         Parameters
         ----------
         X, y, sample_weight
-            As of `fit`, and with its errors.
+            As in `fit`, with the same errors.
         """
         first = not hasattr(self, "_stream")
         part = self._part(X, sample_weight, reset=first)
@@ -137,32 +137,32 @@ class Standardizer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         return self
 
     def transform(self, X: Any, copy: bool | None = None) -> Any:
-        """`y = (x − mean_)/scale_`, of X's dtype. Far from 0 more digits of the mean are used than `mean_` has.
+        """`y = (x − mean_)/scale_`, in X's dtype, with more digits of the mean than `mean_` has.
 
         Parameters
         ----------
         X : array_like, shape (n_samples, n_features)
         copy : bool, optional
-            In place of the estimator's.
+            Overrides the estimator's `copy`.
         """
         check_is_fitted(self)
         copy = self.copy if copy is None else copy
         X = validate_data(self, X, reset=False, dtype=_FLOATS, force_writeable=not copy)
         moments, zeros = self._moments, np.zeros(self.n_features_in_)
         var = _spread(moments) if self.with_std else zeros + 1
-        if self.with_mean:  # its low-order part by way of beta
+        if self.with_mean:  # beta carries its low-order part
             plan = Plan(moments.mean, var, None, -moments.mean_low / np.sqrt(var), eps=0.0)
         else:
             plan = Plan(zeros, var, eps=0.0)
         return plan(X, out=None if copy else X, num_threads=self.num_threads)
 
     def inverse_transform(self, X: Any, copy: bool | None = None) -> Any:
-        """`x = y·scale_ + mean_`, of X's dtype.
+        """`x = y·scale_ + mean_`, in X's dtype.
 
         Parameters
         ----------
         X, copy
-            As of `transform`.
+            As in `transform`.
         """
         check_is_fitted(self)
         copy = self.copy if copy is None else copy
@@ -194,7 +194,7 @@ class Standardizer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
     def _moments(self) -> Moments:
         check_is_fitted(self)
         moments = self._stream.moments(self.num_threads)
-        assert moments is not None  # a stream of an estimator has a part
+        assert moments is not None  # a fitted estimator's stream has a part
         return moments
 
     def _part(self, X: Any, sample_weight: ArrayLike | None, reset: bool) -> Part:
@@ -218,7 +218,7 @@ class Standardizer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
 
 
 def _spread(moments: Moments) -> Numbers:
-    """The variance, and 1 for columns that cannot be told from constant ones."""
+    """The variance, or 1 for columns that cannot be distinguished from constant ones."""
     var, error = moments.var(), moments.weight * np.finfo(np.float64).eps
     with np.errstate(over="ignore"):
         constant: NDArray[np.bool_] = var <= error * var + (error * moments.mean) ** 2

@@ -1,16 +1,16 @@
-"""A few small arrays in an npz file: files are data, and a file is always the old or the new one.
+"""A few small arrays in an npz file: a file is only data, and always the old or the new one.
 
 Decisions:
 
-- Nothing in a file is executed or evaluated: no pickle, and the header of an array is matched against what NumPy writes
-  for such an array.
+- Nothing in a file is executed or evaluated: there is no pickle, and the header of an array must be exactly what NumPy
+  writes for such an array.
 - Everything is checked before data is read: that it is a regular file, the sizes of the file, of its directory and of
-  all that it says it holds, the names, the dtypes, the shapes against the sizes. Products are Python integers, so none
+  its stated contents, the names, the dtypes, and the shapes against the sizes. Products are Python integers, so none
   overflows.
-- A file is written beside its place and put there in one step, after its bytes have reached the disk. Interrupted
-  anywhere, it leaves the old file as it was. A killed process leaves a file that ends in `.part`, which only those may
-  read who may read the file itself. Only a regular file is replaced: no device, pipe or folder.
-- What the numbers mean is the layer's to check.
+- A new file is written next to the old one and replaces it in one step, after its bytes have reached the disk. If
+  writing is interrupted, the old file is unchanged. A killed process leaves a file that ends in `.part`, which only
+  those can read who can read the file itself. Only a regular file is replaced: no device, pipe or folder.
+- The layer checks what the numbers mean.
 """
 
 import contextlib
@@ -32,21 +32,21 @@ from numpy.typing import NDArray
 _HEADER = re.compile(rb"\{'descr': '(<f4|<f8|<i8)', 'fortran_order': False, 'shape': \((?:(0|[1-9]\d*),)?\), \} *\n")
 _LONGEST_HEADER = 256
 _BESIDE_DATA = 4096
-"""Bytes of an entry that are not data: headers and names, more than enough."""
+"""A generous bound on the bytes of an entry that are not data: headers and names."""
 _LONGEST_COMMENT = 65_557
-"""Bytes at the end of a zip file that are searched for the record that says where its directory is."""
+"""Bytes at the end of a zip file to search for the record that locates its directory."""
 
 DAMAGED = (ValueError, zipfile.BadZipFile, zlib.error, struct.error, EOFError, RuntimeError, OverflowError)
-"""What zipfile raises for damaged bytes, and no more: an exception of a signal handler is not the file's fault."""
+"""What zipfile raises for damaged bytes, and nothing else: an exception of a signal handler is not the file's fault."""
 
 
 def write(path: str | os.PathLike[str], arrays: Mapping[str, NDArray[Any]]) -> None:
-    """Put arrays into an npz file, or leave the file as it was.
+    """Write arrays to an npz file, or leave the file unchanged.
 
     Raises
     ------
     ValueError
-        If the path names something else than a regular file.
+        If the path exists and is not a regular file.
     OSError
         If the file cannot be written.
     """
@@ -54,14 +54,14 @@ def write(path: str | os.PathLike[str], arrays: Mapping[str, NDArray[Any]]) -> N
 
 
 def replace(path: str | os.PathLike[str], data: bytes) -> None:
-    """Put bytes into a file, or leave the file as it was. Raises as `write` does."""
+    """Write bytes to a file, or leave the file unchanged, with the errors of `write`."""
     path = os.fsdecode(path)
     mode = _mode(path)
     content = memoryview(data)
     target = os.path.realpath(path)
     beside = os.path.join(os.path.dirname(target), f"batchnorm-{os.urandom(8).hex()}.part")
     try:
-        # Unbuffered: a child forked meanwhile has nothing to write at its end.
+        # Unbuffered, so that a child forked meanwhile has nothing to flush at its exit.
         with open(beside, "xb", 0, opener=partial(os.open, mode=0o666 if mode is None else 0o600)) as file:
             while content:
                 content = content[file.write(content) :]
@@ -79,7 +79,7 @@ def replace(path: str | os.PathLike[str], data: bytes) -> None:
 
 
 def _mode(path: str) -> int | None:
-    """Permissions of the file to be replaced, None where there is none yet."""
+    """Permissions of the file to replace; None if it does not exist."""
     try:
         status = os.stat(path)
     except FileNotFoundError:
@@ -94,13 +94,13 @@ def _archive(arrays: Mapping[str, NDArray[Any]]) -> bytes:
     try:
         np.savez(file, **arrays)  # type: ignore[arg-type]
     except ValueError as error:
-        # Interrupted between two steps of an entry, zipfile refuses to close the archive and hides the interrupt.
+        # If interrupted within an entry, zipfile refuses to close the archive and hides the interrupt.
         raise error.__context__ or error from None
     return file.getvalue()
 
 
 def _settle(folder: str) -> None:
-    """Let the new name reach the disk too, where a folder can be asked for that."""
+    """Let the new name reach the disk too, on systems that can sync a folder."""
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -110,15 +110,15 @@ def _settle(folder: str) -> None:
 
 
 class _Rationed(io.BufferedReader):
-    """A file that gives out at most `left` bytes, where that is a number.
+    """A file that returns at most `left` bytes, if that is a number.
 
-    ZipFile reads a whole directory and makes an object of every entry before it can be asked how many there are.
+    ZipFile reads the whole directory and makes an object per entry before one can ask how many there are.
     """
 
     left: int | None = None
 
     def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
-        if offset < 0 and whence == os.SEEK_SET:  # damage, not an error of the system
+        if offset < 0 and whence == os.SEEK_SET:  # a damaged file, not an OSError
             raise ValueError("an entry begins before the file does")
         return super().seek(offset, whence)
 
@@ -155,7 +155,7 @@ def read(path: str | os.PathLike[str], names: Collection[str], max_bytes: int) -
                 file.left = None
                 entries = {entry: _checked_name(entry, names) for entry in archive.infolist()}
                 if len(set(entries.values())) < len(entries):
-                    raise ValueError("a name is there twice")
+                    raise ValueError("a name appears twice")
                 _check_size(sum(entry.file_size for entry in entries), max_bytes)
                 return {name: _read_entry(archive, entry, name) for entry, name in entries.items()}
         except DAMAGED as error:
@@ -163,7 +163,7 @@ def read(path: str | os.PathLike[str], names: Collection[str], max_bytes: int) -
 
 
 def _open_without_waiting(path: str, flags: int) -> int:
-    """A descriptor at once, also of a pipe that nobody writes to, and never a terminal to be controlled by."""
+    """Open without blocking, even on a pipe without a writer, and never acquire a controlling terminal."""
     return os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY)
 
 
@@ -173,7 +173,7 @@ def _check_size(size: int, max_bytes: int) -> None:
 
 
 def _checked_name(entry: zipfile.ZipInfo, names: Collection[str]) -> str:
-    # What the file says; `filename` ends at a zero byte.
+    # `orig_filename` is what the file says; `filename` ends at a zero byte.
     name = entry.orig_filename.removesuffix(".npy")
     if name not in names or entry.filename != f"{name}.npy":
         raise ValueError(f"it holds {entry.orig_filename!r}, which is none of {', '.join(sorted(names))}")
@@ -198,7 +198,7 @@ def _read_entry(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, name: str) -> 
 def _read_header(file: IO[bytes], name: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
     magic = file.read(8)
     if magic != b"\x93NUMPY\x01\x00":
-        raise ValueError(f"{name} begins with {magic!r}, other than version 1.0 of the npy format")
+        raise ValueError(f"{name} begins with {magic!r}, unlike version 1.0 of the npy format")
     length = int.from_bytes(file.read(2), "little")
     if length > _LONGEST_HEADER:
         raise ValueError(f"{name} has a header of {length} bytes, more than {_LONGEST_HEADER}")
@@ -206,7 +206,7 @@ def _read_header(file: IO[bytes], name: str) -> tuple[tuple[int, ...], np.dtype[
     match = _HEADER.fullmatch(header)
     if match is None:
         raise ValueError(
-            f"{name} has the header {header.decode('latin1').rstrip()!r}, other than NumPy writes "
-            "for one number per channel or one in all, of float32, float64 or int64"
+            f"{name} has the header {header.decode('latin1').rstrip()!r}, unlike the one that NumPy writes "
+            "for one number per channel or a single number, of float32, float64 or int64"
         )
     return () if match[2] is None else (int(match[2]),), np.dtype(match[1].decode())

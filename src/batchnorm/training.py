@@ -1,14 +1,15 @@
-"""How a layer normalizes a batch in training: by its own statistics, or otherwise.
+"""The ways in which a layer normalizes a batch in training: by its own statistics, or otherwise.
 
 Decisions:
 
-- No way is a kernel of its own. Each is a few calls of `forward` and `backward`, which docs/variants.md shows.
-- A way is one object, checked as a whole: a layer changes it in one assignment, and never has a half of it.
+- No way has a kernel of its own. Each is a few calls of `forward` and `backward`; docs/variants.md shows them.
+- A way is one object, checked as a whole. A layer replaces it in one assignment, so it is never half changed.
 - Renorm compares a batch with the running statistics before they follow it, as the paper, Keras and Chainer do.
-  Their σ is √(running_var + eps), by which evaluation divides too.
-- renorm = (1, 0) corrects nothing, so it is no renorm, and its bits are those of plain batch norm.
-- Ghost batches have one part in the running statistics, the merged one. So momentum means what it means without them.
-- gamma and beta are float64 on their way to and from `forward`: what is made of them is rounded once.
+  Its σ is √(running_var + eps), which is also the divisor in evaluation.
+- renorm = (1, 0) corrects nothing, so it is treated as no renorm and gives the bits of plain batch norm.
+- The running statistics follow the merged statistics of all ghost batches, in one step. So momentum means the same
+  with and without ghost batches.
+- gamma and beta are passed to `forward` and their gradients returned in float64, so results are rounded once.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from .functional import Gradients, Need, Saved
 from .moments import Moments, Numbers
 
 Statistics = Literal["batch", "running"]
-"""Which statistics training normalizes with."""
+"""The statistics that training normalizes with."""
 
 
 class Way(NamedTuple):
@@ -44,7 +45,7 @@ class Way(NamedTuple):
     ghost: int | None = None
 
     def checked(self, tracked: bool) -> Way:
-        """The same of checked values, for a layer with running statistics or without them."""
+        """The same way with checked values, for a layer with or without running statistics."""
         statistics, update, renorm, ghost = self
         if statistics not in ("batch", "running"):
             raise ValueError(f"statistics must be 'batch' or 'running', got {statistics!r}")
@@ -59,21 +60,21 @@ class Way(NamedTuple):
             raise ValueError(f"{asked} needs a layer with running statistics, made with track_running_stats=True")
         if statistics == "running" and (renorm is not None or ghost is not None):
             asked = f"ghost={ghost}" if renorm is None else f"renorm={renorm}"
-            raise ValueError(f"{asked} needs statistics='batch': with 'running' a batch is not normalized by its own")
+            raise ValueError(f"{asked} needs statistics='batch': 'running' does not normalize with those of the batch")
         if renorm is not None and ghost is not None:
             raise ValueError(
                 f"at most one of renorm and ghost can be given, got {renorm} and {ghost}: "
-                "renorm takes away the noise of small batches, which ghost batches are for"
+                "renorm removes the noise of small batches, which is the purpose of ghost batches"
             )
         return Way(statistics, bool(update), renorm, ghost)
 
     def __str__(self) -> str:
-        """The arguments that differ from the defaults, as they follow others."""
+        """The arguments that differ from the defaults, each after a comma."""
         return "".join(f", {name}={value!r}" for name, value in self._asdict().items() if value != getattr(PLAIN, name))
 
     @property
     def bounds(self) -> tuple[float, float] | None:
-        """Those of a renorm that can change anything."""
+        """The bounds of renorm, or None if they cannot change anything."""
         return None if self.renorm == (1.0, 0.0) else self.renorm
 
 
@@ -124,7 +125,7 @@ def corrections(moments: Moments, mean: Array, var: Array, eps: float, bounds: t
 
 @dataclass(frozen=True, slots=True)
 class Renormed:
-    """What is saved of a batch that was normalized by γρ and β + γd."""
+    """What is saved of a batch that was normalized with γρ and β + γd."""
 
     saved: Saved
     rho: Numbers
@@ -132,8 +133,8 @@ class Renormed:
     dtype: np.dtype[Any]
 
     def needs(self, need: Need) -> Need:
-        """What `backward` has to be asked for."""
-        names: Any = (need,) if isinstance(need, str) else need  # which `backward` is to refuse, if anything
+        """The names that `backward` must compute."""
+        names: Any = (need,) if isinstance(need, str) else need  # unchecked: `backward` refuses bad names
         if need is functional.NEED or not isinstance(names, Collection) or "dgamma" not in names:
             return need
         return (*names, "dbeta")
@@ -151,7 +152,7 @@ class Renormed:
 def renormed(
     x: Array, moments: Moments, state: State, bounds: tuple[float, float], *, eps: float, **how: Any
 ) -> tuple[Array, Renormed]:
-    """y = γ·(xhat·ρ + d) + β, which is `forward` with γρ and β + γd."""
+    """y = γ·(xhat·ρ + d) + β, computed by `forward` with γρ and β + γd."""
     with state.lock:
         _, _, mean, var = state.following()
         gamma, beta = _wide(state.gamma), _wide(state.beta)
@@ -170,7 +171,7 @@ def renormed(
 def check_spread(
     shape: tuple[int, ...], dtype: np.dtype[Any], axis: int, selects: Mapping[str, Any], ghost: str = ""
 ) -> None:
-    """The own statistics of a batch need more than one value per channel, or none; so do those of a ghost batch."""
+    """Check that a batch or a ghost batch has more than one value per channel, or none."""
     layout, selection = _arrays.layout_of(shape, axis), None
     if any(value is not None for value in selects.values()):
         selection = selection_of(layout, dtype, **selects)
@@ -185,7 +186,7 @@ def check_spread(
 
 
 def _cuts(samples: int, size: int) -> Iterator[slice]:
-    """⌈samples/size⌉ nearly equal parts, the larger ones first; none of one sample, unless it is the only one."""
+    """⌈samples/size⌉ nearly equal parts, larger ones first; no part has one sample, unless it is the only one."""
     parts = max(1, min(-(-samples // size), samples // 2))
     length, longer = divmod(samples, parts)
     for start, stop in pairwise(accumulate((length + (i < longer) for i in range(parts)), initial=0)):
@@ -195,7 +196,7 @@ def _cuts(samples: int, size: int) -> Iterator[slice]:
 def _parts(
     shape: tuple[int, ...], layout: Layout, size: int, selects: Mapping[str, Any]
 ) -> Iterator[tuple[tuple[slice, ...], dict[str, Any]]]:
-    """Where each ghost batch is, along the first axis besides that of the channels, and what is selected from it."""
+    """The slice of each ghost batch along the first axis that is not the channel axis, and its mask or weights."""
     first = int(layout.axis == 0)
     given = {name: by_sample(name, value, layout) for name, value in selects.items() if value is not None}
     for cut in _cuts(shape[first], size):
@@ -204,7 +205,7 @@ def _parts(
 
 @dataclass(frozen=True, slots=True)
 class Ghosts:
-    """What is saved of a batch that was normalized in parts: of all of it, with merged statistics, and of each part."""
+    """What is saved of a batch that was normalized in parts: for all of it, with merged statistics, and per part."""
 
     saved: Saved
     parts: list[tuple[tuple[slice, ...], Saved]]
@@ -235,14 +236,14 @@ class Ghosts:
 
 
 def _moments_of(saved: Saved) -> Moments:
-    """The moments that `forward` found; with weights m2 is in another unit there."""
+    """The moments that `forward` found; with weights, its m2 is in another unit."""
     found, weighted = saved._statistics, saved._selection is not None and saved._selection.weights is not None
     m2 = found[VAR] * saved._tally.weight if weighted else found[M2]
     return Moments._made(saved._tally, np.stack([found[MEAN], found[MEAN_LOW], m2]))
 
 
 def _sum(gradients: list[Array | None]) -> Array | None:
-    """In the order of the parts: NumPy's own sums may take another one."""
+    """The sum in the order of the parts; NumPy's own sums may use another order."""
     total, *others = gradients
     for other in others:
         with np.errstate(all="ignore"):
@@ -264,7 +265,7 @@ def in_ghosts(
     num_threads: int | None,
     **selects: ArrayLike | None,
 ) -> tuple[Array, Ghosts]:
-    """Each of nearly equal parts of x normalized by itself."""
+    """Normalize each of nearly equal parts of x by itself."""
     given = x
     x, layout = _arrays.lay_out(given, axis)
     parts = list(_parts(x.shape, layout, size, selects))

@@ -1,4 +1,4 @@
-"""Data that a sum of squares may lose digits on, and gradients whose sums cancel: about 0, of size 1."""
+"""Data whose sums of squares may lose digits, and gradients whose sums cancel: around 0, of size 1."""
 
 import numpy as np
 

@@ -1,19 +1,19 @@
 """Convolutions tap by tap in long double, for any number of spatial axes, as PyTorch and Keras define them.
 
-x is (N, C, *spatial). Weights have the axes of the frameworks that the functions name; dense layers have no spatial
-axes. Nothing here knows of batch norm.
+x is (N, C, *spatial). Weights have the axes of the framework named in each function; dense layers have no spatial axes.
+Nothing here knows about batch norm.
 """
 
 import numpy as np
 
 
 def window(tap, places, stride):
-    """Which values a tap sees from all places."""
+    """The values that a tap sees from all places, as a slice."""
     return (slice(None), *(slice(t, t + stride * n, stride) for t, n in zip(tap, places, strict=True)))
 
 
 def padded(x, width, value=0.0):
-    """x with a border, of one value or of one value per channel."""
+    """x with a border of one value, or of one value per channel."""
     N, C, *spatial = x.shape
     wide = np.empty((N, C, *(n + 2 * width for n in spatial)), np.longdouble)
     wide[...] = np.broadcast_to(value, C).reshape(C, *[1] * len(spatial))
@@ -22,7 +22,7 @@ def padded(x, width, value=0.0):
 
 
 def convolution(x, weight, bias, groups=1, stride=1):
-    """PyTorch's, with weight (out, in/groups, *kernel)."""
+    """PyTorch's convolution, with weight (out, in/groups, *kernel)."""
     outputs, inputs, *kernel = weight.shape
     places = [(n - k) // stride + 1 for n, k in zip(x.shape[2:], kernel, strict=True)]
     y = np.zeros((len(x), outputs, *places), np.longdouble)
@@ -37,7 +37,7 @@ def convolution(x, weight, bias, groups=1, stride=1):
 
 
 def transposed(x, weight, bias, groups=1, stride=1):
-    """PyTorch's, with weight (in, out/groups, *kernel)."""
+    """PyTorch's transposed convolution, with weight (in, out/groups, *kernel)."""
     inputs, outputs, *kernel = weight.shape
     places = [(n - 1) * stride + k for n, k in zip(x.shape[2:], kernel, strict=True)]
     y = np.zeros((len(x), outputs * groups, *places), np.longdouble)
@@ -52,7 +52,7 @@ def transposed(x, weight, bias, groups=1, stride=1):
 
 
 def depthwise(x, weight, bias, groups=1, stride=1):
-    """Keras's, with weight (*kernel, in, multiplier) and its outputs of one input side by side."""
+    """Keras's depthwise convolution, with weight (*kernel, in, multiplier); outputs of one input are neighbours."""
     inputs, multiplier = weight.shape[-2:]
     planes = []
     for i in range(inputs):

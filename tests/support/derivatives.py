@@ -1,6 +1,6 @@
 """Batch normalization and its gradient in long double, one channel after the other, to be differentiated numerically.
 
-Written from the definition, without a look at the package: y from x, and from the chain rule what `backward` returns.
+Written from the definition, independently of the package: y from x, and the results of `backward` by the chain rule.
 """
 
 from typing import NamedTuple
@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 STEP = np.longdouble(2) ** -10
-"""The five-point rule's error is about STEP⁴ of the fifth derivative."""
+"""The error of the five-point rule is about STEP⁴ times the fifth derivative."""
 
 
 def slope(f, step=STEP):
@@ -31,7 +31,7 @@ class Case(NamedTuple):
     counts: np.ndarray  # 0 where it is masked, else 1
     eps: np.longdouble
     through: tuple[str, ...]
-    held: tuple[np.ndarray | None, np.ndarray | None]  # mean and var where they are constants, no functions of x
+    held: tuple[np.ndarray | None, np.ndarray | None]  # mean and var if they are constants and not functions of x
     activation: object
 
     def moments(self):
@@ -47,14 +47,14 @@ class Case(NamedTuple):
         return self.gamma * (self.x - mean) / np.sqrt(var + self.eps) + self.beta + self.add
 
     def passing(self):
-        """act′, 0 where a place does not count."""
+        """act′, or 0 where a place does not count."""
         if self.activation is None:
             return self.counts + 0 * self.x
         slope = 0 if self.activation == "relu" else self.activation[1]
         return np.where(self.pre() > 0, np.longdouble(1), np.longdouble(slope)) * self.counts
 
     def gradients(self, dy, passing):
-        """dx, dgamma, dbeta and dadd, with the activation held as it is, because it has no second derivative."""
+        """dx, dgamma, dbeta and dadd, with act′ held fixed, because the activation has no second derivative."""
         mean, var = self.moments()
         dy, rstd = dy * passing, 1 / np.sqrt(var + self.eps)
         xhat = (self.x - mean) * rstd

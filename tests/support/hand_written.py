@@ -1,14 +1,14 @@
 """Gradients of batch normalization as people write them, in the dtype of x: right ones, and each slip by itself.
 
-The slips are made in two styles, the graph node by node and the compact formula: `s` sums over a channel, `s_mean` and
-`s_var` are the sums of the two pathways. `RIGHT` has more styles.
+The slips are written in two styles, the graph node by node and the compact formula. `s` sums over a channel; `s_mean`
+and `s_var` are the sums of the two pathways. `RIGHT` has more styles.
 """
 
 import numpy as np
 
 
 class Pieces:
-    """What a forward pass leaves, by its usual names."""
+    """The results of a forward pass, by their usual names."""
 
     def __init__(self, x, gamma, eps, axis):
         self.axes = tuple(i for i in range(x.ndim) if i != axis % x.ndim)
@@ -75,13 +75,13 @@ def paper(dy, p):
 
 
 def means(dy, p):
-    """Means in place of sums."""
+    """Means instead of sums."""
     mean = dy.mean(axis=p.axes, keepdims=True)
     return p.gamma * p.rstd * (dy - mean - p.xhat * (dy * p.xhat).mean(axis=p.axes, keepdims=True))
 
 
 def projections(dy, p):
-    """Frameworks' way: Σdy·(x − μ) is projected off, and the mean."""
+    """The frameworks' way: subtract the projection on x − μ, and the mean."""
     project = p.s(dy * p.xmu) * p.rstd**2 / p.n
     return (dy - p.xmu * project - p.s(dy) / p.n) * p.rstd * p.gamma
 
@@ -100,7 +100,7 @@ def line(dy, p):
 
 
 RIGHT = [graph, compact, staged, paper, means, projections, sums_of_x, line]
-"""The right gradient in the ways in which it is published."""
+"""The right gradient, in the published ways to write it."""
 
 
 def right(dy, p):
@@ -113,7 +113,7 @@ def over_channels(p):
 
 
 def over_some(p):
-    """The last of the right axes is left out, but the first is there; of (N, C) nothing but that is wrong."""
+    """A sum without the last of the right axes but with the first; for (N, C) only that is wrong."""
     axes = p.axes[:-1] or p.axes
     return lambda values: values.sum(axis=axes, keepdims=True)
 

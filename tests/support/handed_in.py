@@ -1,7 +1,7 @@
-"""Wrong gradients as beginners hand them in: whole functions of their own, not parts of a right one.
+"""Wrong gradients as beginners hand them in: complete functions, not parts of a right one.
 
 Each takes dy, x, gamma and eps, with x of shape (N, C) or (N, C, H, W), and returns what it calls dx. `HANDED_IN` has
-the name that `diagnose` must find. `FOR_IMAGES` has those that are wrong for images alone, `PARAMETERS` is for dgamma.
+the name that `diagnose` must find. `FOR_IMAGES` has those that are wrong only for images; `PARAMETERS` is for dgamma.
 """
 
 import numpy as np

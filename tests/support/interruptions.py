@@ -1,13 +1,13 @@
-"""Signals, kills and forks while a layer works: every scenario in a process of its own, as often as the caller says.
+"""Signals, kills and forks while a layer works: every scenario in its own process, as often as the caller says.
 
     python tests/support/interruptions.py 200            # all scenarios, each 200 times
     python tests/support/interruptions.py 200 --only kill
 
-A run that does not end within half a minute is a hang: it is ended, with a traceback of all of its threads. The exit
+A run that does not end within half a minute is a hang: it is ended, with a traceback of all its threads. The exit
 status is 0 if no run failed.
 
-States are numbered: in state k every array and the counter are k, so a mixture of two is seen at once. In training the
-batch is always the same, so the counter alone says what the running statistics have to be.
+States are numbered: in state k every array and the counter are k, so a mixture of two is obvious. In training the batch
+is always the same, so the counter alone determines the running statistics.
 """
 
 import argparse
@@ -28,7 +28,7 @@ import batchnorm as bn
 
 SECONDS = 30
 LONG_ENOUGH = 0.15
-"""Seconds that a run keeps a layer busy."""
+"""The seconds for which a run keeps a layer busy."""
 
 CHANNELS = 40
 X = np.random.default_rng(0).standard_normal((8, CHANNELS)).astype(np.float32)
@@ -36,7 +36,7 @@ NAMES = list(bn.BatchNorm(CHANNELS).state_dict())
 
 
 class Interruption(Exception):  # noqa: N818
-    """What a signal handler raises."""
+    """The exception that a signal handler raises."""
 
 
 def numbered(k):
@@ -56,7 +56,7 @@ def statistics(layer):
 
 
 def followed(count):
-    """What the running statistics are after this many batches."""
+    """The running statistics after this many batches."""
     layer = bn.BatchNorm(CHANNELS)
     expected = {0: statistics(layer)}
     for k in range(1, count + 1):
@@ -93,7 +93,7 @@ armed = False
 
 
 def raising():
-    """A handler that raises in what `interruptible` runs, and only there."""
+    """A handler that raises only within what `interruptible` runs."""
     global armed
     if armed:
         armed = False
@@ -113,7 +113,7 @@ def interruptible(work):
 
 
 def in_a_fork(work):
-    """A child that does this and ends; if it hangs, a signal ends it."""
+    """Run this in a forked child; if it hangs, a signal ends it."""
     child = os.fork()
     if child == 0:
         status = 1
@@ -130,7 +130,7 @@ def in_a_fork(work):
 
 
 def a_handler_that_saves(folder):
-    """The usual handler of a preemption, in training calls, loads and saves."""
+    """The usual handler for preemption, in training calls, loads and saves."""
     layer, path, came = bn.BatchNorm(CHANNELS), folder / "layer", []
 
     def handler():
@@ -177,7 +177,7 @@ def an_exception_in_load_state_dict(folder):
 
 
 def evaluation_beside_load_state_dict(folder):
-    """Every y belongs to one state; pickles and files too."""
+    """Every y, pickle and file belongs to one state."""
     switch = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     layer, states = bn.BatchNorm(CHANNELS).eval(), [numbered(k) for k in range(1, 7)]
@@ -213,7 +213,7 @@ def evaluation_beside_load_state_dict(folder):
 
 
 def fork(folder):
-    """While other threads load and save, so that they often hold the lock: the child has a whole state, and works."""
+    """While other threads load and save, and so often hold the lock, the child has a whole state, and works."""
     sys.setswitchinterval(1e-6)
     layer, stop = bn.BatchNorm(CHANNELS), threading.Event()
     states = [numbered(k) for k in range(1, 7)]
@@ -246,7 +246,7 @@ def fork(folder):
 
 
 def a_handler_that_forks(folder):
-    """In the middle of a call, where its own thread may hold the lock."""
+    """It forks in the middle of a call, where its own thread may hold the lock."""
     layer, children = bn.BatchNorm(CHANNELS), []
     layer.load_state_dict(numbered(1))
 
@@ -264,7 +264,7 @@ def a_handler_that_forks(folder):
 
 
 def kill(folder):
-    """In the middle of a save: the file is the old or the new one."""
+    """After a kill in the middle of a save, the file is the old or the new one."""
     path, layers = folder / "layer", [bn.BatchNorm(CHANNELS), bn.BatchNorm(CHANNELS)]
     for k, layer in enumerate(layers, 1):
         layer.load_state_dict(numbered(k))

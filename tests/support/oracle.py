@@ -1,17 +1,16 @@
-"""What the results must be, in long double, written without a look at the package; and how far off they may be.
+"""The true results in long double, written independently of the package, and the largest errors allowed.
 
-Deviations are taken from the first value before anything is added up, so that the oracle keeps its digits at any
-offset.
+The first value is subtracted before anything is added up, so that the oracle keeps its digits at any offset.
 """
 
 from typing import NamedTuple
 
 import numpy as np
 
-# Largest error allowed, in ulps of the dtype of x. Of y: at the largest of |gamma·xhat|, |gamma| and |beta|, value by
-# value. Of dgamma and dbeta: at Σ|dy|·max(|xhat|, 1) and Σ|dy|, the sums without cancellation. Of dx: at the largest of
-# |dxhat|·rstd, and of the two other terms with these sums, in its channel. Of the mean: in epsilons of a standard
-# deviation; of the variance: in epsilons of itself.
+# Largest error allowed, in ulps of the dtype of x. For y: ulps at the largest of |gamma·xhat|, |gamma| and |beta|, per
+# value. For dgamma and dbeta: at Σ|dy|·max(|xhat|, 1) and Σ|dy|, the sums without cancellation. For dx: at the largest
+# of |dxhat|·rstd and the two other terms with these sums, in its channel. For the mean: in epsilons of a standard
+# deviation; for the variance: in epsilons of itself.
 ULPS = {
     "y": {"float32": 8, "float64": 12},
     "dx": {"float32": 16, "float64": 18},
@@ -19,7 +18,7 @@ ULPS = {
     "dbeta": {"float32": 4, "float64": 12},
     "mean": {"float32": 2, "float64": 4},
     "var": {"float32": 8, "float64": 10},
-    "parts": {"float32": 18, "float64": 24},  # of a batch with merged statistics against the whole: y and all gradients
+    "parts": {"float32": 18, "float64": 24},  # merged parts against the whole batch: y and all gradients
 }
 
 # Relative error of the statistics of ordinary float32 data.
@@ -29,7 +28,7 @@ FLOAT32_STATISTICS = 2 * float(np.finfo(np.float32).eps)
 class Truth(NamedTuple):
     y: np.ndarray
     mean: np.ndarray
-    first: np.ndarray  # mean is first + shift, which long double has no room for
+    first: np.ndarray  # the mean is first + shift, a sum that long double cannot hold
     shift: np.ndarray
     var: np.ndarray
     y_terms: np.ndarray
@@ -59,14 +58,14 @@ def column(value, channels, default):
 
 
 KEPT = 1 << 20
-"""Values of x whose truth is kept."""
+"""The largest x whose truth is cached, in values."""
 _kept = {}
 
 
 def truth(x, dy, gamma=None, beta=None, axis=1, eps=1e-5, weights=None):
-    """Everything about one batch; terms are what errors are measured at: per value for y, else per channel.
+    """Everything about one batch; errors are measured relative to the terms: per value for y, else per channel.
 
-    Weights are those of the values of each channel, one after the other. The last truths are kept, for the other levels
+    Weights belong to the values of each channel, one after the other. The last truths are cached, for the other levels
     of the same test.
     """
     arrays = [None if array is None else np.asarray(array) for array in (x, dy, gamma, beta, weights)]
@@ -130,7 +129,7 @@ def calculated(x, dy, gamma, beta, weights, axis, eps):
 
 
 def ulps(got, exact, terms, axis=None):
-    """Largest error of `got`, in ulps of its terms: one for each value, or one for each channel."""
+    """Largest error of `got`, in ulps of its terms, which are one per value or one per channel."""
     dtype = got.dtype
     unit = np.spacing(np.maximum(terms, np.finfo(dtype).tiny).astype(dtype)).astype(np.longdouble)
     error = abs(got.astype(np.longdouble) - exact)
@@ -158,7 +157,7 @@ def var_error(saved, t, dtype):
 
 
 def gradient_errors(gradients, exact, t, axis):
-    """Of dx, dgamma and dbeta, those that there are, from what `exact` has under these names."""
+    """Errors of dx, dgamma and dbeta, if present, against the values of these names in `exact`."""
     found = {"dx": ulps(gradients.dx, exact.dx, t.dx_terms, axis)}
     for name in ("dgamma", "dbeta"):
         got = getattr(gradients, name)
@@ -168,7 +167,7 @@ def gradient_errors(gradients, exact, t, axis):
 
 
 def errors_by_name(y, saved, gradients, t, axis):
-    """Errors by the result that they belong to, for comparison with ULPS."""
+    """Errors by result, for comparison with ULPS."""
     return {
         "y": ulps(y, t.y, t.y_terms, axis),
         "mean": mean_error(saved, t, y.dtype),
@@ -181,11 +180,11 @@ def largest_errors(x, dy, gamma, beta, axis, eps, y, saved, gradients):
 
 
 def parts_error(y, gradients, whole_y, whole_gradients, t, axis):
-    """Largest difference between what parts gave and what the whole gave, in ulps of the same terms."""
+    """Largest difference between the results of the parts and of the whole, in ulps of the same terms."""
     return max(ulps(y, whole_y, t.y_terms, axis), *gradient_errors(gradients, whole_gradients, t, axis).values())
 
 
 def assert_close(errors, dtype, times=1):
     allowed = {what: times * ULPS[what][str(dtype)] for what in errors}
-    over = [what for what in errors if not errors[what] <= allowed[what]]  # NaN is over, too
+    over = [what for what in errors if not errors[what] <= allowed[what]]  # NaN counts as over
     assert not over, ", ".join(f"{what} is off by {errors[what]:.4g}, {allowed[what]} allowed" for what in over)

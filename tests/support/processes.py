@@ -1,4 +1,4 @@
-"""Programs in a process of their own, so that a hang, an exit or a setting ends with them."""
+"""Programs in their own process, so that a hang, an exit or a setting ends with them."""
 
 import os
 import subprocess
@@ -20,7 +20,7 @@ def results(threads=2):
 
 
 def search_path(*folders):
-    """PYTHONPATH with these folders first. What is on it already stays, as a build of the package with sanitizers."""
+    """PYTHONPATH with these folders first; its old entries stay, such as a build of the package with sanitizers."""
     return os.pathsep.join([*map(str, folders), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
@@ -33,7 +33,7 @@ def python(program, *flags, timeout=60, **environment):
 
 
 def succeeds(program, *flags, timeout=60, **environment):
-    """What a program prints, which must end without an error."""
+    """The output of a program that must end without an error."""
     run = python(program, *flags, timeout=timeout, **environment)
     assert run.returncode == 0, f"exit status {run.returncode}\n{run.stdout}{run.stderr}"
     return run.stdout.strip()

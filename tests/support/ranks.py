@@ -1,4 +1,4 @@
-"""Ranks as threads of this process: what `SyncBatchNorm` needs of a communicator, without MPI, and what it sent."""
+"""Ranks as threads of this process: a communicator for `SyncBatchNorm` without MPI, which records what was sent."""
 
 # ruff: noqa: N802   the names are mpi4py's
 import queue
@@ -9,7 +9,7 @@ PATIENCE = 60
 
 
 class Rank:
-    """One of several; `sent` has the receiver, or "all", and the bytes of every message of numbers."""
+    """One of several ranks; `sent` has the receiver, or "all", and the bytes of every message of numbers."""
 
     def __init__(self, rank, boxes):
         self.rank, self.boxes, self.sent = rank, boxes, []
@@ -48,7 +48,7 @@ class Rank:
 
 
 def together(ranks, program):
-    """What `program(comm)` returns on each of the ranks, or the exception that it raised there."""
+    """What `program(comm)` returned on each rank, or the exception that it raised there."""
     boxes = [[queue.SimpleQueue() for _ in range(ranks)] for _ in range(ranks)]
     results = [None] * ranks
 

@@ -1,6 +1,6 @@
-"""Views (N, C, S) that take every way through the kernels: both families, tiled and split, short, odd and wide.
+"""Views (N, C, S) that take every path through the kernels: both families, tiled and split, short, odd and wide.
 
-And arrangements in memory, each a function that gives its argument's values arranged so.
+Also memory layouts, each as a function that returns its argument's values in that layout.
 """
 
 import numpy as np

@@ -1,4 +1,4 @@
-"""What a type checker knows of calls: mypy and pyright, which nobody has to run this for, check every line."""
+"""What type checkers know about calls: mypy and pyright check every line; the file never runs."""
 
 from typing import Any, Literal, assert_type
 
@@ -114,7 +114,7 @@ def a_gradient_of_ones_own(dx: Single, dy: Single, saved: bn.Saved) -> bool:
 
 
 def what_is_refused(x: Single, saved: bn.Saved) -> None:
-    """Each line has one mistake; a checker that finds none of it says that the comment is for nothing."""
+    """Each line has one mistake; a checker that does not find it reports an unused comment."""
     bn.forward(x, axes=1)  # type: ignore[call-overload]
     bn.backward(x, saved, need="dw")  # type: ignore[arg-type]
     bn.backward(x, saved, through=["var"])  # type: ignore[list-item]

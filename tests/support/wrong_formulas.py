@@ -1,4 +1,4 @@
-"""The judge, continued: one slip in one formula, and what nobody can name."""
+"""The judge, continued: one slip in one formula, and mistakes without a name."""
 
 import numpy as np
 from wrong_gradients import BOTH, NOT_CUBED, RUNNING, WRONG_AXES, called, total
@@ -187,7 +187,7 @@ def bessel_in_the_bracket(dout, k):
     return k.gamma * k.ivar * (dout - total(dout) / (k.N - 1) - k.xhat * total(dout * k.xhat) / (k.N - 1))
 
 
-@called("another eps", "eps forgotten")  # float32 may not tell one millionth from 0
+@called("another eps", "eps forgotten")  # float32 may not distinguish one millionth from 0
 def eps_squared(dout, k):
     s = np.sqrt(k.var + k.eps**2)
     z = k.xmu / s

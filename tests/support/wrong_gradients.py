@@ -1,11 +1,11 @@
-"""The judge of `diagnose`: wrong gradients as students write them, and what may be said of each.
+"""The judge of `diagnose`: wrong gradients as students write them, and the acceptable answers for each.
 
-They owe nothing to the catalogue of slips, and nothing of the catalogue is made for them. A case is a function of dout
-and of what a forward pass keeps, in the dtype of x. Its names are all acceptable: where two slips give the same
-formula, both are. "a + b" are two slips at once.
+They were written independently of the catalogue of slips, and the catalogue independently of them. A case is a function
+of dout and of what a forward pass keeps, in the dtype of x. All of its names are acceptable: if two slips give the same
+formula, both are. "a + b" stands for two slips at once.
 
-Here is one slip, node by node. `wrong_formulas` has one slip in one formula, `wrong_pairs` two, `wrong_images` those of
-images. Each adds to `ALL` when it is imported.
+This module has one slip, node by node. `wrong_formulas` has one slip in one formula, `wrong_pairs` has two slips, and
+`wrong_images` has those of images. Each adds to `ALL` when it is imported.
 """
 
 from typing import NamedTuple
@@ -16,7 +16,7 @@ EPS = 1e-3
 
 
 class Kept:
-    """What the forward pass keeps. `r_mean` and `r_var` are running statistics after a few batches."""
+    """The values that the forward pass keeps. `r_mean` and `r_var` are running statistics after a few batches."""
 
     def __init__(self, x, gamma):
         dtype = x.dtype.type

@@ -1,4 +1,4 @@
-"""The judge, continued: images of shape (N, C, H, W), where a channel has more axes than the batch's."""
+"""The judge, continued: images of shape (N, C, H, W), where a channel has more axes than the batch axis."""
 
 import numpy as np
 from wrong_gradients import BOTH, MEAN, NO_GAMMA, VARIANCE, WRONG_AXES, called, total

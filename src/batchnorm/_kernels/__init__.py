@@ -5,15 +5,16 @@
                 └─ lookup          8-bit integers, by a table; compiled once
                 └─ float32_LEVEL   kernels.pxi → partition, formula, selection → reduce, finish, apply → stored.h
                 └─ float64_LEVEL   the same sources for float64
-                └─ float16_LEVEL   for float16 in memory, calculated in float32; loaded when it is first used
+                └─ float16_LEVEL   for float16 in memory, computed in float32; loaded when it is first used
                 └─ bfloat16_LEVEL  for bfloat16, likewise
 
-The best level that this processor runs and this build has is taken, or the one named by `BATCHNORM_ISA`. A level that
-is named and cannot be had is an error: falling back would hide a broken build and spoil a measurement.
+The level is the best one that this build has and this processor runs, or the one named by `BATCHNORM_ISA`. If a named
+level is not available, that is an error: falling back would hide a broken build and spoil a measurement.
 
-Idle threads of libgomp spin before they sleep, by default for milliseconds. If other programs want the processors too,
-they keep one from the very thread that they wait for. Here they spin for a fraction of a millisecond, which costs
-nothing on a quiet machine (bench/experiments.md). libgomp reads that once, from the environment, when it is loaded.
+Idle threads of libgomp spin before they sleep, by default for milliseconds. If other programs need the processors too,
+spinning threads can block the very thread that they wait for. Here they spin for a fraction of a millisecond, which
+costs nothing on a quiet machine (bench/experiments.md). libgomp reads this setting from the environment once, when it
+is loaded.
 """
 
 import contextlib
@@ -39,12 +40,12 @@ Chosen = tuple[NDArray[np.bool_] | None, NDArray[np.intp] | None, int, NDArray[n
 """What the kernels take besides arrays of floats, as `kernels.pyi` explains it."""
 
 SPINS = 10_000
-"""Turns that an idle thread of libgomp spins, where the environment says nothing about it."""
+"""How many times an idle thread of libgomp spins, unless the environment sets that."""
 
 
 @contextlib.contextmanager
 def _short_waits() -> Iterator[None]:
-    """While libgomp is loaded, the environment tells it `SPINS`, unless the user has set how threads wait."""
+    """Set `SPINS` in the environment while libgomp is loaded, unless the user has set how threads wait."""
     if "OMP_WAIT_POLICY" in os.environ or "GOMP_SPINCOUNT" in os.environ:
         yield
         return
@@ -65,11 +66,11 @@ level: str
 """The level in use."""
 
 NAMES = {"f": "float32", "d": "float64", "e": "float16", "E": "bfloat16"}
-"""The data types by NumPy's character for them (`dtype.char`)."""
+"""The names of the data types, by NumPy's character for them (`dtype.char`)."""
 
 
 class _OfType(dict[str, "Kernels"]):
-    """The kernels of the level by the character of their type, loaded when they are first used."""
+    """The kernels of the level, by the character of their type, loaded when they are first used."""
 
     def __missing__(self, char: str) -> "Kernels":
         kernels: Kernels = importlib.import_module(f"{__name__}.{NAMES[char]}_{level}")
@@ -81,7 +82,7 @@ of_type = _OfType()
 
 
 def available() -> tuple[str, ...]:
-    """Levels that can be used here, best first."""
+    """The levels that can be used here, best first."""
     return tuple(name for name in runtime.supported() if name in runtime.built())
 
 
@@ -97,7 +98,7 @@ def chosen_level() -> str:
 
 
 def use(name: str) -> None:
-    """Take the kernels of this level from now on."""
+    """Use the kernels of this level from now on."""
     global level
     if name not in runtime.built():
         raise ImportError(f"the kernel level must be one of {', '.join(runtime.built())} (built here), got {name!r}")
@@ -105,7 +106,7 @@ def use(name: str) -> None:
         raise ImportError(f"this processor cannot run the kernel level {name!r}, only {', '.join(available())}")
     level = name
     of_type.clear()
-    for char in "fd":  # so that a broken build shows at once
+    for char in "fd":  # load these now, so that a broken build shows at once
         of_type[char]
 
 

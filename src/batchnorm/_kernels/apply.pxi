@@ -1,16 +1,16 @@
 # ---- Apply: write one block -----------------------------------------------------------------------------------------
 # One loop writes y and dx, for both layouts. A value is read before its place is written, so that out may be an input.
 
-cdef enum:                          # what follows the formula of y, or precedes that of dx: each has loops of its own
+cdef enum:                          # what follows the formula of y or precedes that of dx; each has its own loops
     NOTHING, ACTIVATION, ANYTHING
 
-cdef struct Operands:               # whole arrays, and what is done to their values
+cdef struct Operands:               # whole arrays, and the operations on their values
     const stored *x
     const stored *dy
     const stored *add
     stored *out
     unsigned char *closed
-    const unsigned char *mask       # where a row may have holes
+    const unsigned char *mask       # only if a row may have holes
     const real *weights
     Py_ssize_t places               # of a row
     real fill
@@ -31,7 +31,7 @@ cdef void put(stored *out, Py_ssize_t places, real fill, bint stream) noexcept n
 
 
 cdef void blank_rows(const Work *work, const Block *block, real fill, stored *out, bint stream) noexcept nogil:
-    """Fill the rows that do not count, where a row is one place per channel."""
+    """Fill the rows that do not count, if a row is one place per channel."""
     cdef Py_ssize_t r = 0, end = block.place + block.rows
     cdef Run run = Run(0, block.place)
     if work.selection.mask != NULL:
@@ -55,7 +55,7 @@ cdef inline void note_closed(Notes *notes, const Activation *act, number pre, Py
 
 cdef inline number calculated(const Operands *o, bint gradient, int kind, Py_ssize_t i, Py_ssize_t j,
                               Py_ssize_t count, Notes *notes, Py_ssize_t place, const number *k) noexcept nogil:
-    """y, or dx, at `count` places from j on of the row at i, which begins with a place."""
+    """y or dx at `count` places, from j on in the row at offset i, whose first place is `place`."""
     cdef number pre, dy, weight, x = load(o.x + i + j, count, k[CENTRE])
     if gradient:
         dy = load(o.dy + i + j, count, k[CENTRE])
@@ -80,7 +80,7 @@ cdef inline number calculated(const Operands *o, bint gradient, int kind, Py_ssi
 
 cdef inline number applied(const Operands *o, bint gradient, int kind, Py_ssize_t i, Py_ssize_t j, Py_ssize_t count,
                            Notes *notes, Py_ssize_t place, const number *k, const Row *column) noexcept nogil:
-    """The same, where each column may have coefficients of its own."""
+    """The same, but each column may have its own coefficients."""
     cdef number v
     cdef number own[COEFFICIENTS]
     if column == NULL:
@@ -111,7 +111,7 @@ cdef inline void apply_rows(const Operands *o, bint gradient, int kind, Py_ssize
         if number is vec and stream:
             start = min(to_line(out), length)
             stop = length - (length - start) % LINE
-            prefetch(out + stop)        # what is written through the cache holds up the stores after it
+            prefetch(out + stop)        # stores through the cache delay those after them
             prefetch(out + stride)
             for j from start <= j < stop by size:
                 stream_vec(out + j, applied(o, gradient, kind, i, j, size, notes, place, k, column))
@@ -130,7 +130,7 @@ cdef inline void apply_rows(const Operands *o, bint gradient, int kind, Py_ssize
             if o.closed != NULL:
                 finish_notes(notes)
         else:
-            if overlaps:        # the last vector ends with the row: it is read before its first places are written
+            if overlaps:        # the last vector overlaps the one before: read it before that one is written
                 last = applied(o, gradient, kind, i, length - size, size, notes, place, k, column)
             for j from 0 <= j < pairs by 2 * size:
                 first = applied(o, gradient, kind, i, j, size, notes, place, k, column)
@@ -152,7 +152,7 @@ cdef inline void apply_rows(const Operands *o, bint gradient, int kind, Py_ssize
 cdef inline void apply_rows_of_a_kind(const Operands *o, bint gradient, Py_ssize_t i, Py_ssize_t place,
                                       Py_ssize_t rows, Py_ssize_t stride, Py_ssize_t length, const number *k,
                                       const Row *column, bint stream) noexcept nogil:
-    """Short loops for what is rare or waits for memory, long ones for y alone and for y with an activation."""
+    """Use unrolled loops for y alone and y with an activation, short ones for what is rare or waits for memory."""
     cdef bint selects = o.mask != NULL or o.weights != NULL
     if number is wide or o.add != NULL or o.closed != NULL or selects or (gradient and o.act.on):
         apply_rows(o, gradient, ANYTHING, i, place, rows, stride, length, k, column, stream)
@@ -164,7 +164,7 @@ cdef inline void apply_rows_of_a_kind(const Operands *o, bint gradient, Py_ssize
 
 cdef inline void apply_columns(const Work *work, const Block *block, Operands *o, bint gradient, bint stream,
                                const double *value) noexcept nogil:
-    """All rows of the block, or `group` of them side by side as one, with the coefficients spread over the columns."""
+    """Write the rows of the block, `group` of them side by side as one, with coefficients spread over the columns."""
     cdef Row column[COEFFICIENTS]
     cdef vec k[COEFFICIENTS]
     cdef Block part = no_rows(block)
@@ -187,7 +187,7 @@ cdef inline void apply_columns(const Work *work, const Block *block, Operands *o
 
 cdef inline void apply_channel(const Operands *o, bint gradient, bint stream, Py_ssize_t at, const Block *rows,
                                Py_ssize_t length, const double *value, Py_ssize_t C, number zero) noexcept nogil:
-    """A row of one channel."""
+    """Write a row of one channel."""
     cdef number k[COEFFICIENTS]
     k[CENTRE] = same(value[CENTRE * C], zero)
     k[SCALE] = same(value[SCALE * C], zero)
@@ -199,7 +199,7 @@ cdef inline void apply_channel(const Operands *o, bint gradient, bint stream, Py
 
 cdef inline void apply_channels(const Work *work, const Block *block, Operands *o, bint gradient, bint stream,
                                 const double *value, bint fit) noexcept nogil:
-    """A row of each channel, then their next rows: in the order of memory."""
+    """Write a row of each channel, then their next rows: in memory order."""
     cdef const Py_ssize_t *lengths
     cdef Block rows = block[0]
     cdef Py_ssize_t r, c, at, length, C = work.C
@@ -210,7 +210,7 @@ cdef inline void apply_channels(const Work *work, const Block *block, Operands *
         length = length_in(lengths, block.start, block.run)
         for c in range(block.channels):
             at = block.first + r * block.stride + c * block.run
-            if lengths != NULL:     # the processor foresees the next values, but not those of the next channel
+            if lengths != NULL:     # the processor predicts the next values, but not those of the next channel
                 fetch(o.x + at + block.run, o.dy + at + block.run, gradient, min(length, FETCHED))
             if IS_DOUBLE or fit or all_fit(value + c, C, 1, gradient):
                 apply_channel(o, gradient, stream, at, &rows, length, value + c, C, same_vec(0))
@@ -249,7 +249,7 @@ cdef void normalize_block(const Work *work, Py_ssize_t tile, Py_ssize_t b, const
 
 cdef void gradient_block(const Work *work, Py_ssize_t tile, Py_ssize_t b, const stored *x, const stored *dy, stored *dx,
                          bint fit) noexcept nogil:
-    """dx = dy·scale + shift where nothing depends on x: the same formula as y's, with centre 0."""
+    """Write dx; if it does not depend on x, dx = dy·scale + shift is the formula of y with centre 0."""
     if is_sloped(work.through) or work.activation.on or work.selection.weights != NULL:
         write_block(work, tile, b, x, dy, True, dx, fit, 0)
     else:
@@ -258,7 +258,7 @@ cdef void gradient_block(const Work *work, Py_ssize_t tile, Py_ssize_t b, const 
 
 cdef void pass_run(const stored *dy, const unsigned char *closed, stored *out, Py_ssize_t start, Py_ssize_t stop,
                    const Activation *act) noexcept nogil:
-    """dy·act′ at the places from start to stop."""
+    """Write dy·act′ at the places from start to stop."""
     cdef Py_ssize_t i
     cdef vec g
     for i from start <= i < stop by VEC:

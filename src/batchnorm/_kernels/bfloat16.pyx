@@ -1,4 +1,4 @@
-"""The kernels for bfloat16 in memory, calculated in float32, compiled once for each level of instructions."""
+"""The kernels for bfloat16 in memory, computed in float32, compiled once for each level of instructions."""
 cdef extern from *:
     """
     #define BATCHNORM_SINGLE 1

@@ -2,14 +2,14 @@
 # float64 for any data. The names are those of docs/derivation.md.
 
 cdef inline double two_sum(double a, double b, double *low) noexcept nogil:
-    """a + b, and what rounding left over (Knuth, TAOCP 2, section 4.2.2)."""
+    """a + b, and its rounding error (Knuth, TAOCP 2, section 4.2.2)."""
     cdef double total = a + b, back = total - a
     low[0] = (a - (total - back)) + (b - back)
     return total
 
 
 cdef inline double few_bits(double value, double coarse) noexcept nogil:
-    """The value to a multiple of 2⁻⁵² coarse: a number with so few bits that x minus it is exact for nearly all x."""
+    """The value rounded to a multiple of 2⁻⁵² coarse: x minus it is exact for nearly all x, because it has few bits."""
     cdef double rounded = (value + coarse) - coarse
     return rounded if rounded - rounded == 0 else value
 
@@ -33,7 +33,7 @@ cdef inline double m2_of(double sum_d, double sum_d2, double n) noexcept nogil:
 
 
 cdef inline double rstd_of(double var_eps) noexcept nogil:
-    """1/√(var + eps); 0 where that is 0, so that a channel without spread maps to beta."""
+    """1/√(var + eps), or 0 if var + eps is 0, so that a constant channel maps to beta."""
     return 1 / sqrt(var_eps) if var_eps != 0 else 0
 
 
@@ -45,7 +45,7 @@ cdef inline void set_rstd(double *restrict s, Py_ssize_t C, Py_ssize_t channels,
 
 
 cdef inline double scale_of(double gamma, double rstd) noexcept nogil:
-    """What x − mean is multiplied by in y, and dy in dx."""
+    """The factor of x − mean in y, and of dy in dx."""
     return gamma * rstd
 
 
@@ -65,7 +65,7 @@ cdef inline double dvar_of(double scale, double rstd, double dgamma) noexcept no
 
 
 cdef inline double slope_of(double dvar, double n) noexcept nogil:
-    """What x − mean is multiplied by in dx."""
+    """The factor of x − mean in dx."""
     return 2 * dvar / n
 
 

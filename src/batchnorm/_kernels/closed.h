@@ -1,4 +1,4 @@
-/* One bit per value: whether it lies where the activation is closed, in the order of memory.
+/* One bit per value, in memory order: whether the activation is closed there.
  */
 #ifndef BATCHNORM_CLOSED_H
 #define BATCHNORM_CLOSED_H
@@ -6,7 +6,7 @@
 #include "vector.h"
 
 enum {
-    SPARE = 3   /* bytes after the bits, because so many are read together */
+    SPARE = 3   /* bytes of padding after the bits, because several are read at once */
 };
 
 /* Bit i is 1 where a[i] <= b[i]. */
@@ -40,7 +40,7 @@ static inline unsigned at_most_bits_wide(wide a, wide b)
     return found;
 }
 
-/* Bits that are written one after the other. The first and the last byte may be another thread's as well. */
+/* Bits that are written one after the other. Another thread may share the first and the last byte. */
 typedef struct {
     uint8_t *byte;
     uint64_t bits;
@@ -78,7 +78,7 @@ static inline void finish_notes(Notes *notes)
         share_byte(notes);
 }
 
-/* `then` in the lanes whose bit is set from place `at` on, and `otherwise` in the others. */
+/* `then` in the lanes whose bit is set, counted from place `at`, and `otherwise` in the others. */
 static inline vec closed_vec(const uint8_t *closed, ptrdiff_t at, vec then, vec otherwise)
 {
     const uint8_t *byte = closed + at / 8;

@@ -21,7 +21,7 @@ cdef void merge_two(double *restrict p, const double *restrict other, Py_ssize_t
 
 
 cdef double *merge_blocks(const Work *work, Py_ssize_t tile, bint gradient) noexcept nogil:
-    """Merge neighbours, then pairs of neighbours, and so on: a tree that depends on the number of blocks alone."""
+    """Merge neighbours, then pairs of neighbours, and so on: a tree that depends only on the number of blocks."""
     cdef Py_ssize_t i, step = 1, C = work.C, size = PARTIAL_ROWS * C
     cdef double start, middle, stop
     cdef double *p = work.partial + tile * work.tile_channels
@@ -37,7 +37,7 @@ cdef double *merge_blocks(const Work *work, Py_ssize_t tile, bint gradient) noex
 
 
 cdef void finish_moments(const Work *work, Py_ssize_t tile) noexcept nogil:
-    """The statistics from the blocks."""
+    """Compute the statistics from the blocks."""
     cdef Py_ssize_t c, C = work.C
     cdef const double *restrict p = merge_blocks(work, tile, False)
     cdef double *restrict s = work.statistics + tile * work.tile_channels
@@ -48,7 +48,7 @@ cdef void finish_moments(const Work *work, Py_ssize_t tile) noexcept nogil:
 
 
 cdef void set_centres(const double *restrict s, double *restrict k, Py_ssize_t C, Py_ssize_t channels) noexcept nogil:
-    """What x is shifted by, and the rest of the mean."""
+    """Set the centres, which are subtracted from x, and the rest of the mean."""
     cdef Py_ssize_t c
     for c in range(channels):
         k[CENTRE * C + c] = centre_of(s[MEAN * C + c], s[VAR * C + c])
@@ -56,7 +56,7 @@ cdef void set_centres(const double *restrict s, double *restrict k, Py_ssize_t C
 
 
 cdef Py_ssize_t misfits(const double *coefficient, Py_ssize_t channels) noexcept nogil:
-    """How many coefficients lose digits in the data's type, or products with them; infinities and NaN have none."""
+    """The number of coefficients that lose digits in the data's type, or whose products do; infinities and NaN fit."""
     cdef Py_ssize_t c, found = 0
     cdef double size
     for c in range(channels):
@@ -66,7 +66,7 @@ cdef Py_ssize_t misfits(const double *coefficient, Py_ssize_t channels) noexcept
 
 
 cdef bint all_fit(const double *value, Py_ssize_t C, Py_ssize_t channels, bint gradient) noexcept nogil:
-    """Whether these channels can be written in the data's type; one that does not fit is written in float64."""
+    """Whether these channels can be computed in the data's type; one that does not fit is computed in float64."""
     return IS_DOUBLE or not (misfits(value + CENTRE * C, channels) + misfits(value + SCALE * C, channels)
                              + misfits(value + SHIFT * C, channels)
                              + (misfits(value + SLOPE * C, channels) + misfits(value + OFFSET * C, channels)
@@ -74,7 +74,7 @@ cdef bint all_fit(const double *value, Py_ssize_t C, Py_ssize_t channels, bint g
 
 
 cdef bint finish_normalize(const Work *work, Py_ssize_t tile) noexcept nogil:
-    """The coefficients of y from the statistics; whether all of them fit the data's type."""
+    """Compute the coefficients of y from the statistics; return whether all of them fit the data's type."""
     cdef Py_ssize_t c, C = work.C
     cdef const double *restrict s = work.statistics + tile * work.tile_channels
     cdef double *restrict k = work.coefficient + tile * work.tile_channels
@@ -86,7 +86,7 @@ cdef bint finish_normalize(const Work *work, Py_ssize_t tile) noexcept nogil:
 
 
 cdef void start_gradient(const Work *work, Py_ssize_t tile) noexcept nogil:
-    """The centres; and the coefficients of y where an activation asks for them."""
+    """Set the centres, and the coefficients of y if an activation needs them."""
     cdef Py_ssize_t first = tile * work.tile_channels
     if work.activation.on:
         finish_normalize(work, tile)
@@ -95,7 +95,7 @@ cdef void start_gradient(const Work *work, Py_ssize_t tile) noexcept nogil:
 
 
 cdef void finish_grad_sums(const Work *work, Py_ssize_t tile) noexcept nogil:
-    """The sums about the mean, and dgamma, from the blocks' sums about the centre."""
+    """Compute the sums about the mean, and dgamma, from the blocks' sums about the centre."""
     cdef Py_ssize_t c, C = work.C
     cdef const double *restrict p = merge_blocks(work, tile, True)
     cdef const double *restrict s = work.statistics + tile * work.tile_channels
@@ -108,12 +108,12 @@ cdef void finish_grad_sums(const Work *work, Py_ssize_t tile) noexcept nogil:
 
 
 cdef inline bint is_sloped(int through) noexcept nogil:
-    """Whether dx has a part that is proportional to x − mean."""
+    """Whether dx has a term that is proportional to x − mean."""
     return through & (THROUGH_VARIANCE | UPSTREAM)
 
 
 cdef bint finish_grad_apply(const Work *work, Py_ssize_t tile) noexcept nogil:
-    """The coefficients of dx, the paper's terms by what they multiply; whether all of them fit the data's type."""
+    """Compute the coefficients of dx, the paper's terms by their factor; return whether all fit the data's type."""
     cdef bint mean = work.through & THROUGH_MEAN, variance = work.through & THROUGH_VARIANCE
     cdef bint given = work.through & UPSTREAM, sloped = is_sloped(work.through), activated = work.activation.on
     cdef double scale, dmean, dvar, upstream_dmean, upstream_dvar
@@ -122,7 +122,7 @@ cdef bint finish_grad_apply(const Work *work, Py_ssize_t tile) noexcept nogil:
     cdef const double *restrict g = work.gradients + tile * work.tile_channels
     cdef double *restrict k = work.coefficient + tile * work.tile_channels
     for c in range(channels_of(work, tile)):
-        # Everything is read, so that choosing needs no branch.
+        # Read unconditionally, so that the selections need no branch.
         upstream_dmean, upstream_dvar = g[UPSTREAM_DMEAN * C + c], g[UPSTREAM_DVAR * C + c]
         scale = scale_of(s[GAMMA * C + c], s[RSTD * C + c])
         dmean = dmean_of(scale, g[SUM_DY * C + c])

@@ -1,22 +1,22 @@
 # ---- Formula, values: each line of the mathematics, once -------------------------------------------------------------
-# The names are those of docs/derivation.md. A `number` is a vector of the data's type or, where that would lose digits,
-# of float64. Nothing here knows a layout.
+# The names are those of docs/derivation.md. A `number` is a vector of the data's type or, if that would lose digits, of
+# float64. Nothing here knows about layouts.
 
 ctypedef fused number:
     vec
     wide
 
 cdef enum:
-    COEFFICIENTS = REST     # those that a value meets
+    COEFFICIENTS = REST     # those that are applied to values
 
 
 cdef inline Py_ssize_t size_of(number like) noexcept nogil:
-    """Values in a vector."""
+    """The number of values in a vector."""
     return VEC if number is vec else PART
 
 
 cdef inline number load(const stored *p, Py_ssize_t count, number fill) noexcept nogil:
-    """`count` values, and those of `fill` after them where they are less than a vector."""
+    """`count` values, followed by those of `fill` if they are fewer than a vector."""
     if number is vec:
         return load_vec(p) if count == VEC else load_first(p, count, fill)
     else:
@@ -33,7 +33,7 @@ cdef inline void write(stored *p, number v, Py_ssize_t count) noexcept nogil:
 
 
 cdef inline number column_at(const real *p, number like) noexcept nogil:
-    """A number for each column of a vector."""
+    """The numbers of the columns of a vector."""
     if number is vec:
         return load_column(p)
     else:
@@ -49,7 +49,7 @@ cdef inline number same(double value, number like) noexcept nogil:
 
 
 cdef inline number everywhere(real value, number like) noexcept nogil:
-    """The same of a number that is not NaN."""
+    """The same for a number that is not NaN."""
     if number is vec:
         return everywhere_vec(value)
     else:
@@ -73,7 +73,7 @@ cdef inline number counted(const unsigned char *counts, number v, number otherwi
 
 
 cdef inline unsigned at_most_bits(number a, number b) noexcept nogil:
-    """One bit per lane, where a <= b."""
+    """One bit per lane: whether a <= b."""
     if number is vec:
         return at_most_bits_vec(a, b)
     else:
@@ -81,7 +81,7 @@ cdef inline unsigned at_most_bits(number a, number b) noexcept nogil:
 
 
 cdef inline number rounded(number v) noexcept nogil:
-    """Rounded to the data's type."""
+    """The values rounded to the data's type."""
     if number is vec:
         return v
     else:
@@ -89,7 +89,7 @@ cdef inline number rounded(number v) noexcept nogil:
 
 
 cdef inline number tree(number *row, Py_ssize_t rows) noexcept nogil:
-    """Sum of 8, 4, 2 or 1 vectors by halving: few roundings after each other, and equal values add up without any."""
+    """Sum of 8, 4, 2 or 1 vectors by halving: few successive roundings, and none for equal values."""
     if rows == 8:
         row[0] += row[4]
         row[1] += row[5]
@@ -103,7 +103,7 @@ cdef inline number tree(number *row, Py_ssize_t rows) noexcept nogil:
 
 cdef inline void summands(const stored *x, const stored *dy, bint gradient, const Activation *act, Py_ssize_t count,
                           const number *k, number *a, number *a_d) noexcept nogil:
-    """What is summed, a and a·d with d = x − pivot: a is d itself for the moments, dy·act′ for the gradient."""
+    """The terms of the sums, a and a·d with d = x − pivot: a is d itself for the moments, dy·act′ for the gradient."""
     cdef number value = load(x, count, k[CENTRE])
     cdef number d = value - k[CENTRE]
     a[0] = load(dy, count, same(0, d)) if gradient else d
@@ -118,7 +118,7 @@ cdef inline number y_of(number x, const number *k) noexcept nogil:
 
 
 cdef inline number written(number x, const number *k, const Activation *act) noexcept nogil:
-    """y before the activation, with each rounding that it was written with: they decide where that is closed."""
+    """y before the activation, with every rounding of the forward pass: it decides where the activation is closed."""
     cdef vec own[SHIFT + 1]
     if number is wide and act.in_steps:
         own[CENTRE], own[SCALE], own[SHIFT] = narrowed(k[CENTRE]), narrowed(k[SCALE]), narrowed(k[SHIFT])
@@ -142,7 +142,7 @@ cdef inline number passed(number dy, number pre, const Activation *act) noexcept
 
 
 cdef inline real weighted(real x, real pivot, real weight) noexcept nogil:
-    """What is summed in place of x − pivot where x has a weight."""
+    """The term that replaces x − pivot if x has a weight."""
     return weight * (x - pivot)
 
 
@@ -152,7 +152,7 @@ cdef inline number through_of(number x, const number *k) noexcept nogil:
 
 
 cdef inline number weighted_through_of(number x, number weight, const number *k) noexcept nogil:
-    """weight·through, which is 0 for a weight of 0 however far x is from the mean."""
+    """weight·through, which is 0 for a weight of 0, however far x is from the mean."""
     return (x - k[CENTRE]) * (weight * k[SLOPE]) + weight * k[OFFSET]
 
 

@@ -1,7 +1,7 @@
-/* float16 and bfloat16: exact as float32, rounded to the nearest (ties to even) on the way back.
+/* float16 and bfloat16: loaded exactly as float32, and rounded to nearest (ties to even) when stored.
  *
- * The conversions give the same bits on every processor, and never make a subnormal float32 of a float16, because a
- * processor may be told to flush those to 0.
+ * The conversions give the same bits on every processor. They never turn a float16 into a subnormal float32, because a
+ * processor may be set to flush those to 0.
  */
 #ifndef BATCHNORM_HALF_H
 #define BATCHNORM_HALF_H
@@ -23,7 +23,7 @@ static inline bits chosen(mask condition, bits a, bits b)
 
 #if BATCHNORM_BFLOAT16
 
-/* GCC 12 makes five instructions of each of these conversions where the processor has one or two. */
+/* GCC 12 uses five instructions for each of these conversions; the processor needs one or two. */
 static inline vec unpacked(packed h)
 {
 #if defined(__AVX512F__)
@@ -48,7 +48,7 @@ static inline packed shortened(bits b)
 #endif
 }
 
-/* A NaN stays one, because those of x and of the coefficients, and the processor's own, have zeros in the lower half. */
+/* A NaN stays NaN, because those of x, of the coefficients and of the processor have zeros in the lower half. */
 static inline packed pack(vec v)
 {
     bits b = (bits)v;
@@ -81,7 +81,7 @@ static inline packed pack(vec v)
 
 #elif BATCHNORM_FLOAT16
 
-#define REBIASED (112u << 23)      /* between the exponents of float16 and float32 */
+#define REBIASED (112u << 23)      /* the difference between the exponents of float16 and float32 */
 
 /* Not inline, because they are long, and only old processors need them. */
 static __attribute__((noinline)) vec unpacked(packed h)
@@ -115,7 +115,7 @@ static inline packed few(const stored *p, ptrdiff_t count)
     for (int i = 0; i < (int)count; i++)
         h[i] = p[i];
 #else
-    /* In registers, because a vector that is loaded from what was stored value by value waits for the stores. */
+    /* In registers, because loading a vector that was just stored value by value waits for those stores. */
     uint64_t word[VEC / 4] = {0};
     if (VEC > 4 && count >= 4) {
         memcpy(word, p, 8);

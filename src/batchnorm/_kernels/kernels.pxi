@@ -2,35 +2,36 @@
 
 Words:
 
-- The *view*: any array is seen as (N, C, S), N the product of the dimensions before the channel axis, S of those
-  after.
-- A *row* is what lies side by side in memory: the S values of one channel, or all C·S values of one of the N.
+- The *view*: every array is seen as (N, C, S). N is the product of the dimensions before the channel axis, S of those
+  after it.
+- A *row* is contiguous in memory: the S values of one channel, or all C·S values of one of the N.
 - *Lanes* are LANES sums side by side along a row of one channel. *Columns* are sums down the rows, one per place: a
-  column is a channel when S = 1, one of S columns of a channel when rows are short, and one of `group` copies of the
-  channels when channels are few. The columns of a channel are added up at the end of the block.
-- A *place* is one of the N·S values of every channel. A mask, lengths or weights are of places.
+  column is a channel if S = 1, one of the S columns of a channel if rows are short, and one of `group` copies of the
+  channels if channels are few. The columns of a channel are added up at the end of the block.
+- A *place* is one of the N·S values of every channel. A mask, lengths or weights have one entry per place.
 - A *tile* is some neighbouring channels, a *block* some rows of a tile, a *segment* a piece of a long row.
-- A *pivot* is a value near the mean: x − pivot is summed in place of x, or the sums would lose the digits of x −
-  mean. The *centre* is the mean in the same role when y and dx are written.
+- A *pivot* is a value near the mean: the sums are of x − pivot instead of x, because sums of x would lose the digits
+  of x − mean. The *centre* is the mean in the same role when y and dx are written.
 
 Decisions, and why:
 
 a) One partition. `cut` makes tiles and blocks from the shape, the item size and the pass alone. Sums inside a block
-   have a fixed order, blocks are merged by a fixed tree. Threads only decide who computes a block, so the bits do not
-   depend on them. Nor on the processor: nothing is reassociated or contracted, and the number of lanes is fixed.
-b) Each type in itself. float32 is calculated in float32, in sums of at most 60 values that are added up in float64,
-   and float64 in float64. 16-bit floats are float32 from their load to their store, in the same blocks, so their
-   results are float32's, rounded. Statistics are shifted by a pivot with few bits, so that the differences are exact,
-   and blocks are merged by Chan's rule (Chan, Golub, LeVeque 1983). Never E[x²] − E[x]².
-c) Sums that cannot be trusted, because they overflowed or because the pivot was far from the mean, are made again in
-   float64 about a better one. Coefficients that do not fit the type are applied in float64. Data decides that,
-   channel by channel, and nothing else.
-d) The steps are separate: reduce → finish → apply. A pass does them tile by tile when a tile stays in cache, and one
-   after the other over all blocks when there are too few tiles to share among threads. A step that sums nothing
-   follows the memory, row by row. A pass over more memory than a cache holds writes its result around it.
-e) Where some values count more than others, or not at all, the same loops sum. Lengths only make rows shorter. With a
-   mask they see a copy, in cache, of what counts, or of rows whose holes are filled with what adds nothing. With
-   weights they see w·(x − pivot) where dy is otherwise: Σa and Σa·d are the weighted moments.
+   have a fixed order, and a fixed tree merges blocks. Threads only decide who computes a block, so the bits do not
+   depend on them. They do not depend on the processor either: nothing is reassociated or contracted, and the number of
+   lanes is fixed.
+b) Each type in itself. float32 is computed in float32, in sums of at most 60 values that are added up in float64, and
+   float64 in float64. 16-bit floats are float32 from load to store, in the same blocks, so their results are those of
+   float32, rounded. Statistics are shifted by a pivot with few bits, so that the differences are exact, and Chan's rule
+   merges blocks (Chan, Golub, LeVeque 1983). E[x²] − E[x]² is never used.
+c) Sums that cannot be trusted, because they overflowed or the pivot was far from the mean, are repeated in float64
+   about a better pivot. Coefficients that do not fit the type are applied in float64. Only the data decides this,
+   channel by channel.
+d) The steps are separate: reduce → finish → apply. A pass does them tile by tile if a tile stays in cache, and one
+   after the other over all blocks if there are too few tiles to share among threads. A step that sums nothing follows
+   memory, row by row. A pass over more memory than a cache holds writes its result around the cache.
+e) If some values count more than others, or not at all, the same loops sum. Lengths only shorten rows. With a mask the
+   loops see a copy, in cache, of the values that count, or of rows whose holes are filled with values that add nothing.
+   With weights they see w·(x − pivot) instead of dy: Σa and Σa·d are then the weighted moments.
 """
 from cpython.buffer cimport PyBUF_CONTIG, PyBUF_CONTIG_RO, PyBUF_FORMAT, PyBuffer_Release, PyObject_GetBuffer
 from cython.parallel import prange
@@ -51,7 +52,7 @@ cdef extern from "stored.h" nogil:
         IS_DOUBLE
         FORMAT
     const double SMALLEST, LARGEST, FINEST, COARSEST
-    ctypedef float vec              # VEC values of the data's type; Cython only has to know that it can calculate
+    ctypedef float vec              # VEC values of the data's type; Cython only needs to know that it is arithmetic
     ctypedef double wide            # PART float64 numbers
     ctypedef struct Row:
         real *at
@@ -109,7 +110,7 @@ include "passes.pxi"
 
 
 # ---- Doors ----------------------------------------------------------------------------------------------------------
-# The façade has checked what its user gave. What is checked here is what would write beyond an array.
+# The façade has checked the user's arguments. The checks here prevent writes beyond an array.
 
 cdef int check_view(str name, const stored[:, :, ::1] array, const Py_ssize_t *view) except -1:
     if array.shape[0] != view[0] or array.shape[1] != view[1] or array.shape[2] != view[2]:
@@ -119,7 +120,7 @@ cdef int check_view(str name, const stored[:, :, ::1] array, const Py_ssize_t *v
 
 
 cdef void *borrow_array(str name, values, Py_ssize_t size, bint written) except NULL:
-    """Where so many values of the module's type lie side by side, which their caller holds."""
+    """The address of `size` contiguous values of the module's type, which the caller keeps alive."""
     cdef Py_buffer buffer
     cdef bint fits
     PyObject_GetBuffer(values, &buffer, (PyBUF_CONTIG if written else PyBUF_CONTIG_RO) | PyBUF_FORMAT)
@@ -131,7 +132,7 @@ cdef void *borrow_array(str name, values, Py_ssize_t size, bint written) except 
 
 
 cdef int set_activation(Activation *act, activation) except -1:
-    """From (low, high, slope), or none."""
+    """Set the activation from (low, high, slope), or none."""
     act.on = activation is not None
     if act.on:
         act.low, act.high, act.slope = activation
@@ -145,7 +146,7 @@ cdef unsigned char *bits(closed, Py_ssize_t values, bint written) except NULL:
 
 cdef int prepare(Work *work, const Py_ssize_t *view, Py_ssize_t arrays, activation, add, closed,
                  selection) except -1:
-    """Cut the work, and borrow what goes along with x."""
+    """Cut the work, and borrow the arrays that accompany x."""
     cdef Py_ssize_t N = view[0], C = view[1], S = view[2]
     set_selection(&work.selection, selection, N * S, S, sizeof(real), VEC)
     cut(work, N, C, S, arrays)
@@ -160,7 +161,7 @@ cdef int prepare(Work *work, const Py_ssize_t *view, Py_ssize_t arrays, activati
 
 cdef int begin(Work *work, const stored[:, :, ::1] x, Py_ssize_t arrays, statistics, gradients, activation, add,
                closed, selection) except -1:
-    """The same, with scratch for a few numbers per block and channel, which `free(work.coefficient)` returns."""
+    """The same, with scratch memory for a few numbers per block and channel; `free(work.coefficient)` frees it."""
     cdef Py_ssize_t numbers
     prepare(work, x.shape, arrays, activation, add, closed, selection)
     work.statistics = borrow("statistics", statistics, STATISTICS_ROWS, work.C)
@@ -176,7 +177,7 @@ cdef int begin(Work *work, const stored[:, :, ::1] x, Py_ssize_t arrays, statist
 
 
 def moments(const stored[:, :, ::1] x, statistics, double eps, int num_threads, selection=None):
-    """mean, m2, var and rstd of each channel into `statistics`."""
+    """Write mean, m2, var and rstd of each channel to `statistics`."""
     cdef Work work
     cdef int threads = team_size(num_threads)
     begin(&work, x, 1, statistics, None, None, None, None, selection)
@@ -189,7 +190,7 @@ def moments(const stored[:, :, ::1] x, statistics, double eps, int num_threads, 
 
 def forward(const stored[:, :, ::1] x, stored[:, :, ::1] y, statistics, gamma, beta, double eps, int num_threads,
             activation=None, add=None, closed=None, selection=None):
-    """`moments`, then y = act(gamma·(x − mean)·rstd + beta + add), and in `closed` where act is closed."""
+    """`moments`, then y = act(gamma·(x − mean)·rstd + beta + add); `closed` gets the bits for where act is closed."""
     cdef Work work
     cdef int threads = team_size(num_threads)
     cdef const stored *x0 = &x[0, 0, 0]
@@ -215,7 +216,7 @@ def forward(const stored[:, :, ::1] x, stored[:, :, ::1] y, statistics, gamma, b
 
 
 def coefficients(statistics, table):
-    """What y is calculated with, from the mean and rstd in `statistics`; whether all of it fits the data's type."""
+    """Write the coefficients of y from the mean and rstd in `statistics`; return whether all fit the data's type."""
     cdef Work work
     work.C = work.tile_channels = statistics.shape[1]
     work.statistics = borrow("statistics", statistics, STATISTICS_ROWS, work.C)
@@ -224,9 +225,9 @@ def coefficients(statistics, table):
 
 
 def normalize(x, y, view, table, bint fit, int num_threads, activation=None, add=None, closed=None, selection=None):
-    """y = act(gamma·(x − mean)·rstd + beta + add) by such a table; x and y lie in memory as the view (N, C, S) says.
+    """y = act(gamma·(x − mean)·rstd + beta + add) from such a table; x and y have the memory layout of (N, C, S).
 
-    They are borrowed and not typed, because for small x typed views of them would take half of the time.
+    They are borrowed, because typed views of them would take half of the time for small x.
     """
     cdef Work work
     cdef Py_ssize_t shape[3]
@@ -235,7 +236,7 @@ def normalize(x, y, view, table, bint fit, int num_threads, activation=None, add
     cdef Py_ssize_t values = shape[0] * shape[1] * shape[2]
     cdef const stored *x0 = <const stored *> borrow_array("x", x, values, False)
     cdef stored *y0 = <stored *> borrow_array("y", y, values, True)
-    # Streaming pays only where one array fills the cache.
+    # Counted as one array: streaming pays only if that alone exceeds the cache.
     prepare(&work, shape, 1, activation, add, closed, selection)
     work.coefficient = borrow("table", table, COEFFICIENT_ROWS, work.C)
     with nogil:
@@ -244,9 +245,9 @@ def normalize(x, y, view, table, bint fit, int num_threads, activation=None, add
 
 def grad_sums(const stored[:, :, ::1] dy, const stored[:, :, ::1] x, statistics, gradients, dgamma, dbeta,
               int num_threads, activation=None, selection=None):
-    """Σdy, Σdy·(x − mean) and dgamma of each channel into `gradients`, dgamma and dbeta = Σdy where they go too.
+    """Write Σdy, Σdy·(x − mean) and dgamma of each channel to `gradients`, and dgamma and dbeta = Σdy if given.
 
-    With an activation of y, dy·act′ takes the place of dy, here and below.
+    With an activation of y, dy·act′ replaces dy, here and below.
     """
     cdef Work work
     cdef int threads = team_size(num_threads)
@@ -261,10 +262,10 @@ def grad_sums(const stored[:, :, ::1] dy, const stored[:, :, ::1] x, statistics,
 
 def grad_apply(const stored[:, :, ::1] dy, const stored[:, :, ::1] x, stored[:, :, ::1] dx, statistics, gradients,
                int through, double count, int num_threads, activation=None, selection=None):
-    """dx = dy·gamma·rstd + dmean/n + dvar·2(x − mean)/n from the sums in `gradients`, as far as `through` says.
+    """dx = dy·gamma·rstd + dmean/n + dvar·2(x − mean)/n from the sums in `gradients`, with the paths in `through`.
 
-    n is `count`, the values of a channel that the statistics were made of. With both paths it is
-    gamma·rstd·(dy − dbeta/n − xhat·dgamma/n); with neither the statistics do not depend on x.
+    n is `count`, the number of values of a channel in the statistics. With both paths dx is
+    gamma·rstd·(dy − dbeta/n − xhat·dgamma/n); with neither, the statistics do not depend on x.
     """
     cdef Work work
     cdef int threads = team_size(num_threads)
@@ -307,7 +308,7 @@ def backward(const stored[:, :, ::1] dy, const stored[:, :, ::1] x, stored[:, :,
 
 
 def pass_back(const stored[:, :, ::1] dy, closed, stored[:, :, ::1] out, activation, int num_threads):
-    """dy·act′, by what `forward` noted."""
+    """dy·act′, from the bits that `forward` wrote."""
     cdef Activation act
     cdef int threads = team_size(num_threads)
     cdef const stored *dy0 = &dy[0, 0, 0]
@@ -323,10 +324,10 @@ def pass_back(const stored[:, :, ::1] dy, closed, stored[:, :, ::1] out, activat
 
 def partition(Py_ssize_t N, Py_ssize_t C, Py_ssize_t S, Py_ssize_t arrays, bint ordered, bint selected=False,
               bint copied=False):
-    """What each block of a pass over so many arrays holds: channel, channels, offset, rows, stride and run.
+    """Each block of a pass over this many arrays: channel, channels, offset, rows, stride and run.
 
-    `ordered` is the partition of a step that sums nothing; with a selection of values, `copied` is that of one whose
-    rows are copied.
+    `ordered` asks for the partition of a step that sums nothing, `selected` for that with a selection of values, and
+    `copied` for that of a selection whose rows are copied.
     """
     cdef Work work
     cdef Block block

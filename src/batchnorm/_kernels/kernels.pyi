@@ -1,9 +1,9 @@
 """The functions of every compiled kernel module, for one dtype each: x, y, dy and dx are its (N, C, S) views.
 
 `statistics` and `gradients` are float64 tables with the rows that `runtime` names and one column per channel.
-`activation` is (low, high, slope), and `closed` has one bit per value for where it is closed. `selection` is (mask,
-lengths, places of a sequence, weights, fill): which of the N·S places count, how many at the start of each sequence, or
-how much.
+`activation` is (low, high, slope), and `closed` has one bit per value that says where it is closed. `selection` is
+(mask, lengths, places of a sequence, weights, fill): which of the N·S places count, how many at the start of each
+sequence, or how much each counts.
 """
 
 from typing import Any, Protocol

@@ -2,12 +2,12 @@
 
 Decisions, and why:
 
-- The table has the type of y and everything in it, also the activation. So this module copies items of 2, 4 or 8 bytes,
-  does no arithmetic, and is compiled once.
-- x and y may have different orders in memory: channels last becomes channels first in the same pass.
-- A piece of some places of all channels is written at a time, one channel after the other, so that one row of the table
-  is in use and all of the piece is in the nearest cache. If y is larger than any cache, a piece is put together beside
-  it, and its lines are copied around the cache.
+- The table has the type of y and includes everything, even the activation. So this module copies items of 2, 4 or 8
+  bytes, does no arithmetic, and is compiled once.
+- x and y may have different memory orders: channels last becomes channels first in the same pass.
+- The loop writes pieces: some places of all channels, one channel after the other. So only one row of the table is in
+  use, and the piece stays in the nearest cache. If y is larger than any cache, a piece is assembled in a buffer, and
+  its lines are copied around the cache.
 """
 from cython.parallel import prange
 from batchnorm._kernels.per_channel cimport borrow_values
@@ -19,7 +19,7 @@ cdef extern from *:
     #include <string.h>
     #if defined(__SSE2__)
     #include <emmintrin.h>
-    /* Copy around the cache what fills its lines, and the rest through it. */
+    /* Copy whole cache lines around the cache, and the rest through it. */
     static void copy_around(char *to, const char *from, ptrdiff_t size)
     {
         ptrdiff_t i, start = -(uintptr_t)to % 64, stop;
@@ -48,8 +48,8 @@ ctypedef fused item:
 cdef enum:
     VALUES = 256
     PIECE = 16384               # bytes of y in a piece
-    PLACES = 64                 # the fewest places of a piece, and what their number is a multiple of
-    STREAM = 33554432           # bytes of y that no cache holds
+    PLACES = 64                 # the number of places in a piece is a multiple of this
+    STREAM = 33554432           # bytes of y from which no cache holds it
 
 cdef struct Strides:            # of values in memory, for the axes of the view (N, C, S)
     Py_ssize_t n, c, s
@@ -71,7 +71,7 @@ cdef inline void look_up_piece(const unsigned char *x, Strides of_x, const item 
 
 cdef inline void stream_piece(const unsigned char *x, Strides of_x, const item *table, item *y, Strides of_y,
                               Py_ssize_t channels, Py_ssize_t places) noexcept nogil:
-    """The same by way of a copy in cache, which has the rows of y side by side."""
+    """The same through a buffer in cache, which has the rows of y side by side."""
     cdef char beside[PIECE]
     cdef bint first = of_y.s == 1           # channels first: a row has the places of one channel
     cdef Py_ssize_t rows = channels if first else places, length = places if first else channels, row
@@ -110,7 +110,7 @@ cdef int set_strides(Strides *of, strides, Py_ssize_t N, Py_ssize_t C, Py_ssize_
 
 
 def look_up(x, y, table, view, of_x, of_y, int num_threads):
-    """y = table[channel, x]; x and y lie in memory by their strides of the view, one value for each of N·C·S."""
+    """y = table[channel, x]; x and y have N·C·S values each, at these strides of the view (N, C, S)."""
     cdef int threads = team_size(num_threads)
     cdef Py_ssize_t N, C, S, size = table.itemsize
     cdef Strides from_x, to_y

@@ -1,27 +1,27 @@
 # ---- Partition: how the work is cut ---------------------------------------------------------------------------------
-# Only the shape, the item size and the pass may be asked here, so that threads and processors change no bits.
+# It depends only on the shape, the item size and the pass, so that threads and processors change no bits.
 
 cdef enum:
     WIDTH = 512             # the most columns of a tile whose columns are channels: accumulators stay in L1
-    GROUPED = 256           # columns that few channels are made into
+    GROUPED = 256           # columns of a group of rows, if channels are few
     FEW = 16                # fewer values of a channel are summed in float64: their rounding does not average out
     COPIED = 16384 // sizeof(real)      # values that are copied together before they are summed
-    BLOCK = 8192            # values of a block of lanes; a quarter where float64 rows are put together
+    BLOCK = 8192            # values of a block of lanes; a quarter if float64 rows are combined
     COLUMN_ROWS = 256       # rows of a block of columns
     SHORT_ROW = 64          # shorter rows are taken as columns
-    LONG_ROW = 1024         # in longer rows memory is fetched so far ahead
-    FETCHED = 512           # the most values of the next channel that are fetched where rows have lengths
-    FEW_ROWS = 3            # so many rows ahead memory is fetched there: what is read has gaps, and nobody foresees it
-    SHORTEST_RUN = 16       # a row of one channel that fills lanes, where few others follow or nothing is summed
+    LONG_ROW = 1024         # how far ahead memory is fetched in rows that are longer
+    FETCHED = 512           # the most values of the next channel that are fetched if rows have lengths
+    FEW_ROWS = 3            # how many rows ahead memory is fetched then: reads have gaps that no processor predicts
+    SHORTEST_RUN = 16       # the shortest row of one channel for lanes, if few others follow or nothing is summed
     RUN = 8192              # values of neighbouring short rows of lanes, so that memory is visited in longer runs
     TOGETHER = 32           # the most channels of a tile of lanes
     NEIGHBOURS = 16         # channels that are summed again together
-    VISIT = 512             # values of one channel before its neighbour's; then lanes are emptied, neighbour or not
+    VISIT = 512             # values of one channel before its neighbour's, after which lanes are always emptied
     FEW_TILES = 16          # fewer tiles of lanes than this are cut into blocks to be shared
-    STREAM = 33554432       # bytes read and written by a pass whose result goes around the cache
+    STREAM = 33554432       # a pass that reads and writes this many bytes writes its result around the cache
     NEAR = 40960            # bytes that stay in a core's nearest cache
     CACHE = 524288          # bytes of a tile that stay in a core's cache between two passes
-    PIVOTED = 8             # values of a block that a pivot is chosen from
+    PIVOTED = 8             # values of a block from which a pivot is chosen
 
 
 cdef struct Census:                 # of a block
@@ -37,8 +37,8 @@ cdef struct Activation:
 
 cdef struct Work:
     Py_ssize_t N, C, S              # the view
-    bint columns                    # which loop sums
-    bint by_tile                    # both steps tile by tile, because a tile stays in cache
+    bint columns                    # sum by columns, not by lanes
+    bint by_tile                    # run both steps tile by tile, because a tile stays in cache
     bint stream                     # the result goes around the cache
     Py_ssize_t tiles, tile_channels
     Py_ssize_t blocks, block_rows   # of a tile
@@ -46,25 +46,25 @@ cdef struct Work:
     Py_ssize_t group                # rows of columns laid side by side
     double *statistics              # [STATISTICS_ROWS][C]
     double *gradients               # [GRADIENT_ROWS][C]
-    double *partial                 # [blocks][PARTIAL_ROWS][C], what a block leaves
+    double *partial                 # [blocks][PARTIAL_ROWS][C], the sums of each block
     double *coefficient             # [COEFFICIENT_ROWS][C], what `apply` needs
     double eps
-    double count                    # values of a channel that its statistics were made of, or their weights
+    double count                    # values of a channel in its statistics, or the sum of their weights
     Selection selection
     Census *census                  # [blocks + 1]
     int through                     # the paths of the gradient
     Activation activation
-    const stored *add               # what is added to y before the activation, or NULL
-    unsigned char *closed           # one bit per value, where it is closed, or NULL
+    const stored *add               # the residual, added before the activation, or NULL
+    unsigned char *closed           # one bit per value: where the activation is closed, or NULL
 
 cdef struct Block:
     bint columns
     Py_ssize_t channel, channels
-    Py_ssize_t place, start         # its first place, of all and in a row; the others follow
+    Py_ssize_t place, start         # its first place, among all and within its row; the others follow
     Py_ssize_t first                # offset of its first value
     Py_ssize_t rows, stride
     Py_ssize_t run                  # values of one channel in a row
-    Py_ssize_t left                 # rows of the tile from its first on
+    Py_ssize_t left                 # rows of the tile from the block's first on
     Py_ssize_t visit                # rows of one channel before those of its neighbour
 
 
@@ -73,7 +73,7 @@ cdef inline Py_ssize_t ceil_div(Py_ssize_t a, Py_ssize_t b) noexcept nogil:
 
 
 cdef void cut(Work *work, Py_ssize_t N, Py_ssize_t C, Py_ssize_t S, Py_ssize_t arrays) noexcept nogil:
-    """Cut the view into tiles of channels, and tiles into blocks of rows, for a pass over so many arrays."""
+    """Cut the view into tiles of channels, and tiles into blocks of rows, for a pass over this many arrays."""
     cdef Py_ssize_t size = sizeof(stored)
     cdef const Selection *selection = &work.selection
     work.N, work.C, work.S = N, C, S
@@ -99,7 +99,7 @@ cdef void cut_columns(Work *work, Py_ssize_t size) noexcept nogil:
         work.group = max(1, min(GROUPED // (C * S), N // UNROLLED))
     row_blocks = ceil_div(N, COLUMN_ROWS * work.group)
     if row_blocks > 2:
-        row_blocks = 4 * ceil_div(row_blocks, 4)        # 2 and 4 threads share them evenly
+        row_blocks = 4 * ceil_div(row_blocks, 4)        # so that 2 or 4 threads share them evenly
     whole = UNROLLED * work.group
     work.block_rows = whole * ceil_div(ceil_div(N, row_blocks), whole)
     row_blocks = ceil_div(N, work.block_rows)
@@ -123,7 +123,7 @@ cdef void cut_lanes(Work *work, Py_ssize_t size, Py_ssize_t arrays) noexcept nog
 
 
 cdef Work in_memory_order(const Work *work) noexcept nogil:
-    """The same work for a step that sums nothing: pieces of one row after the other."""
+    """The same work for a step that sums nothing: row after row, in pieces."""
     cdef Work ordered = work[0]
     if work.S >= SHORTEST_RUN:
         ordered.columns = False
@@ -151,7 +151,7 @@ cdef Block block_of(const Work *work, Py_ssize_t tile, Py_ssize_t b) noexcept no
     return block
 
 
-# The blocks of all tiles are counted in the order of memory.
+# The blocks of all tiles are numbered in memory order.
 
 cdef inline Py_ssize_t tile_at(const Work *work, Py_ssize_t i) noexcept nogil:
     return i // work.segments % work.tiles

@@ -1,5 +1,5 @@
 # ---- Passes: the steps over all tiles and blocks, on several threads -------------------------------------------------
-# With one thread a loop is an ordinary one: OpenMP takes 200 ns for a team of one.
+# With one thread, loops do not use OpenMP, which takes 200 ns for a team of one.
 
 cdef void reduce_all(const Work *work, const stored *x, const stored *dy, bint gradient, int threads) noexcept nogil:
     cdef Py_ssize_t i

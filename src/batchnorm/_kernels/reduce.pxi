@@ -1,28 +1,28 @@
-# ---- Reduce: what one block tells of its channels -------------------------------------------------------------------
+# ---- Reduce: the sums of one block -----------------------------------------------------------------------------------
 # Sums about a pivot; and again, in float64, those that cannot be trusted.
 
 cdef enum:
     PIVOT, SUM, SUM_D, PARTIAL_ROWS     # rows of a block's partial table: the pivot, Σa and Σa·d
-    DELTA = SUM                         # and of the moments after `about_the_mean`: mean − pivot and Σ(x − mean)²
+    DELTA = SUM                         # for the moments, after `about_the_mean`: mean − pivot and Σ(x − mean)²
     SQUARES = SUM_D
 
 
 cdef inline real stored_in(real value) noexcept nogil:
-    """Rounded to the type that x is stored in."""
+    """The value rounded to the type in which x is stored."""
     cdef stored rounded = stored_of(value)
     return value_at(&rounded)
 
 
 cdef inline double as_pivot(const Work *work, double value) noexcept nogil:
-    """A number of the type that x is calculated in; where it fills holes, of the type that x is stored in."""
+    """The value in the type of computation; if it fills holes, in the type in which x is stored."""
     return stored_in(<real> value) if work.selection.mask != NULL and work.S > 1 else <real> value
 
 
 cdef void choose_pivots(const Work *work, const Block *block, const Py_ssize_t *place, const stored *x,
                         double *restrict pivot) noexcept nogil:
-    """A value near the mean of each channel: of eight from all over the block, to about 1/16 of their spread.
+    """A value near the mean of each channel: the mean of eight from all over the block, to about 1/16 of their spread.
 
-    It is the value itself where they are equal.
+    If they are equal, it is exactly their value.
     """
     cdef const stored *at[PIVOTED]
     cdef double v0, v1, v2, v3, v4, v5, v6, v7, mean, spread
@@ -40,14 +40,14 @@ cdef void choose_pivots(const Work *work, const Block *block, const Py_ssize_t *
 
 
 cdef inline bint trusted(double sum1, double sum2, double n, bint gradient) noexcept nogil:
-    """Whether nothing overflowed or fell below the smallest numbers, and the pivot was within 1.25 deviations."""
+    """Whether nothing overflowed or underflowed, and the pivot was within 1.25 standard deviations of the mean."""
     cdef double size = fabs(sum2), far = 0 if gradient else 41
     return (size >= SMALLEST * n) & (size < LARGEST) & (fabs(sum1) < LARGEST) & (far * sum1 * sum1 <= 25 * n * size)
 
 
 cdef Py_ssize_t doubtful(const double *sum1, const double *sum2, Py_ssize_t channels, double n,
                          bint gradient) noexcept nogil:
-    """How many channels have sums that cannot be trusted."""
+    """The number of channels whose sums cannot be trusted."""
     cdef Py_ssize_t c, found = 0
     for c in range(channels):
         found += not trusted(sum1[c], sum2[c], n, gradient)
@@ -55,7 +55,7 @@ cdef Py_ssize_t doubtful(const double *sum1, const double *sum2, Py_ssize_t chan
 
 
 cdef bint all_equal(const Work *work, const Block *block, const stored *x, real value) noexcept nogil:
-    """Whether all values of a channel are this one."""
+    """Whether all values of a channel that count equal this one."""
     cdef Py_ssize_t r, i
     for r in range(block.rows):
         for i in range(block.run):
@@ -66,9 +66,9 @@ cdef bint all_equal(const Work *work, const Block *block, const stored *x, real 
 
 cdef void sum_again(const Work *work, const Block *block, Py_ssize_t place, const stored *x, const stored *dy,
                     bint gradient, double *pivot, double *sum1, double *sum2, double n) noexcept nogil:
-    """The sums that cannot be trusted, in float64 and for the moments about the mean that the first sums give.
+    """Repeat sums that cannot be trusted in float64; for the moments, about the mean that the first sums give.
 
-    Some neighbouring channels at a time, or all of a grouped row: mostly it is the sum of one that cannot be trusted.
+    This takes a few neighbouring channels at a time, or all of a grouped row: usually only one sum is untrusted.
     """
     cdef double again1[GROUPED]
     cdef double again2[GROUPED]
@@ -99,7 +99,7 @@ cdef void sum_again(const Work *work, const Block *block, Py_ssize_t place, cons
 
 cdef void sum_misfits(const Work *work, const Block *block, const stored *x, const stored *dy, const double *pivot,
                       double *sum1, double *sum2) noexcept nogil:
-    """The sums of channels whose y was written in float64, because of which the activation is seen there as well."""
+    """Repeat the sums of channels whose y was computed in float64, which decides where their activation is closed."""
     cdef Activation act = work.activation
     cdef Block one = block[0]
     cdef Py_ssize_t c
@@ -112,7 +112,7 @@ cdef void sum_misfits(const Work *work, const Block *block, const stored *x, con
 
 
 cdef void about_the_mean(double *restrict sum1, double *restrict sum2, Py_ssize_t channels, double n) noexcept nogil:
-    """mean − pivot from Σd, and Σ(x − mean)² from Σd²."""
+    """Turn Σd into mean − pivot, and Σd² into Σ(x − mean)²."""
     cdef Py_ssize_t c
     for c in range(channels):
         sum2[c] = m2_of(sum1[c], sum2[c], n) if n else sum2[c]
@@ -121,7 +121,7 @@ cdef void about_the_mean(double *restrict sum1, double *restrict sum2, Py_ssize_
 
 cdef void reduce_block(const Work *work, Py_ssize_t tile, Py_ssize_t b, const stored *x, const stored *dy,
                        bint gradient) noexcept nogil:
-    """Leave the sums of a block in its partial table."""
+    """Compute the sums of a block into its partial table."""
     cdef Block block = block_of(work, tile, b)
     cdef double *pivot = work.partial + (b * PARTIAL_ROWS + PIVOT) * work.C + block.channel
     cdef double *sum1 = pivot + (SUM - PIVOT) * work.C

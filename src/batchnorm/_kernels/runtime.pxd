@@ -11,7 +11,7 @@ cpdef enum:
     BETA
     STATISTICS_ROWS
 
-# Gradients of a channel. The upstream ones are the caller's, of the mean and the variance that `forward` returned.
+# Gradients of a channel. The caller gives the upstream ones, with respect to the mean and variance from `forward`.
 cpdef enum:
     SUM_DY
     SUM_DY_XMU
@@ -22,7 +22,7 @@ cpdef enum:
     UPSTREAM_DVAR
     GRADIENT_ROWS
 
-# What y and dx are calculated with, per channel; REST is that of the mean, mean − centre.
+# The coefficients of y and dx, per channel; REST is mean − centre.
 cpdef enum:
     CENTRE
     SCALE
@@ -32,14 +32,14 @@ cpdef enum:
     REST
     COEFFICIENT_ROWS
 
-# What dx is made of besides the direct path, as bits.
+# The parts of dx besides the direct path, as bits.
 cpdef enum:
     THROUGH_MEAN = 1
     THROUGH_VARIANCE = 2
     UPSTREAM = 4
 
-# How a packet of moments begins, which one rank sends to another; mean, mean_low and m2 of each channel follow.
-# A packet of sums has the status alone, and then its rows.
+# The head of a packet of moments, which one rank sends to another; mean, mean_low and m2 of each channel follow.
+# A packet of sums has only the status before its rows.
 cpdef enum:
     STATUS
     VALUES

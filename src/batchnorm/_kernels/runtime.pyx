@@ -2,12 +2,12 @@
 
 Decisions, and why:
 
-- Which levels a processor can run is asked here. A kernel module must not be asked: its first instructions may
-  already be ones that the processor does not have.
-- OpenMP's threads do not exist in a forked child, where a team, or the end of a thread that had one, would wait for
-  them for ever. So the team of a thread that forks is sent home before, where OpenMP can do that (since 5.0, hence
-  looked up and not linked), and the child, of whatever kind of fork, is serial. A server that forks workers before it
-  has used threads does not make them serial.
+- This module finds out which levels a processor can run. A kernel module cannot: its first instructions may already
+  be ones that the processor does not have.
+- OpenMP's threads do not exist in a forked child. There, a team, or the end of a thread that had one, would wait for
+  them forever. So before a thread forks, its team is dismissed if OpenMP can do that (since 5.0, so the function is
+  looked up and not linked), and the child is serial, whatever kind of fork made it. Workers that a server forks before
+  it has used threads are not serial.
 """
 cdef extern from *:
     """
@@ -82,7 +82,7 @@ cdef extern from *:
 
 
 cdef int team_size(int num_threads) noexcept nogil:
-    """Threads that a call may start, of those it was given; remembers that there was a team."""
+    """The threads that a call may start, of those it was given; remembers that there was a team."""
     if num_threads <= 1 or is_forked:
         return 1
     note_team()
@@ -90,45 +90,45 @@ cdef int team_size(int num_threads) noexcept nogil:
 
 
 def supported():
-    """Levels this processor can run, best first."""
+    """The levels that this processor can run, best first."""
     runs = {"v4": runs_v4(), "v3": runs_v3(), "v2": runs_v2(), "baseline": True}
     return tuple(level for level, able in runs.items() if able)
 
 
 def built():
-    """Levels this build has, in the order of the build."""
+    """The levels in this build, in build order."""
     return tuple(BATCHNORM_LEVELS.decode().split())
 
 
 def max_threads():
-    """Threads that OpenMP would use from this Python thread now; 1 in a serial build."""
+    """The number of threads that OpenMP would use from this Python thread now; 1 in a serial build."""
     return omp_get_max_threads()
 
 
 def processors():
-    """Processors that OpenMP's threads may run on; more than this thread may where it has pinned this one."""
+    """The processors on which OpenMP's threads may run; if OpenMP has pinned this thread, more than it may use."""
     return usable_processors()
 
 
 def forked():
-    """Whether this process is a child, or a child's child, of one that had used threads."""
+    """Whether this process was forked, directly or not, from one that had used threads."""
     return is_forked
 
 
 def safe_forks():
-    """Whether a child of a thread that has a team may end like any other."""
+    """Whether a child of a thread that has a team can exit normally."""
     return openmp_version() == 0 or dismisses_teams()
 
 
 def openmp():
-    """Date of the OpenMP specification that the compiler implements, 0 in a serial build."""
+    """The date of the OpenMP specification that the compiler implements; 0 in a serial build."""
     return openmp_version()
 
 
 def openmp_runtime():
-    """Path of the OpenMP library in use, empty where it is not known."""
+    """The path of the OpenMP library in use, empty if it is unknown."""
     return openmp_file().decode(errors="replace")
 
 
 if watch_forks():
-    raise MemoryError("no memory to be told of forks")
+    raise MemoryError("no memory to register the fork handlers")

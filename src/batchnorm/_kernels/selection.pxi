@@ -1,12 +1,12 @@
 # ---- Selection: which values count, and how much --------------------------------------------------------------------
-# A mask, lengths or weights are the same for all channels: they belong to the places of a channel, in the order of
-# memory. Lengths are followed without a mask. With a mask or weights, the loops that sum see copies: of rows that
-# count, of rows whose holes are filled with what adds nothing, or of weighted deviations in place of dy.
+# A mask, lengths or weights are the same for all channels: they belong to the places of a channel, in memory order.
+# Lengths need no mask. With a mask or weights, the summing loops see copies: of the rows that count, of rows whose
+# holes are filled with values that add nothing, or of weighted deviations instead of dy.
 
 cdef struct Run:                    # places that count side by side
     Py_ssize_t start, stop
 
-cdef struct Copies:                 # what `take` makes for the loops that sum
+cdef struct Copies:                 # made by `take` for the summing loops
     stored x[COPIED + LANES]
     stored a[COPIED + LANES]
 
@@ -16,7 +16,7 @@ cdef inline const real *weights_at(const Work *work, Py_ssize_t place) noexcept 
 
 
 cdef inline bint is_copied(const Work *work, bint gradient) noexcept nogil:
-    """Whether the loops that sum see copies; weights are not those of gradients."""
+    """Whether the summing loops see copies; weights do not apply to gradients."""
     return work.selection.mask != NULL or (work.selection.weights != NULL and not gradient)
 
 
@@ -30,7 +30,7 @@ cdef inline bint counts(const Work *work, Py_ssize_t place) noexcept nogil:
 
 
 cdef bint next_run(const Work *work, Run *run, Py_ssize_t end) noexcept nogil:
-    """The next places within lengths from run.stop on, where there are any before the end; without lengths, all."""
+    """Find the next places within lengths from run.stop to the end, if there are any; without lengths, all."""
     cdef const Selection *selection = &work.selection
     cdef Py_ssize_t start = run.stop, first
     run.stop = end
@@ -46,7 +46,7 @@ cdef bint next_run(const Work *work, Run *run, Py_ssize_t end) noexcept nogil:
 
 
 cdef bint next_rows(const Work *work, const Block *block, Block *rows) noexcept nogil:
-    """The next rows of the block within lengths, where a row is one place per channel; otherwise, once, all of them."""
+    """Find the next rows of the block within lengths, if a row is one place per channel; otherwise all rows, once."""
     cdef Run run = Run(0, rows.place + rows.rows)
     cdef Py_ssize_t end = block.place + block.rows
     if work.S > 1 or work.selection.lengths == NULL:
@@ -63,26 +63,26 @@ cdef bint next_rows(const Work *work, const Block *block, Block *rows) noexcept 
 
 
 cdef Block no_rows(const Block *block) noexcept nogil:
-    """What `next_rows` begins with."""
+    """The initial rows of a loop over `next_rows`."""
     cdef Block rows = block[0]
     rows.rows = 0
     return rows
 
 
 cdef inline const Py_ssize_t *lengths_at(const Work *work, Py_ssize_t place) noexcept nogil:
-    """The lengths of the rows of one channel from a place on; NULL where rows count as a whole."""
+    """The lengths of the rows of one channel from a place on; NULL if rows count entirely."""
     if work.selection.lengths == NULL or work.S == 1:
         return NULL
     return work.selection.lengths + place // work.S
 
 
 cdef inline Py_ssize_t length_in(const Py_ssize_t *length, Py_ssize_t start, Py_ssize_t run) noexcept nogil:
-    """How many places count in a piece of a row."""
+    """The number of places that count in a piece of a row."""
     return run if length == NULL else max(0, min(run, length[0] - start))
 
 
 cdef double weight_of(const real *weights, Py_ssize_t places) noexcept nogil:
-    """Right to the last digit: it divides every sum."""
+    """The sum of the weights, exact to the last digit because it divides every sum."""
     cdef double total = 0, rest = 0, low
     cdef Py_ssize_t i
     for i in range(places):
@@ -92,14 +92,14 @@ cdef double weight_of(const real *weights, Py_ssize_t places) noexcept nogil:
 
 
 cdef inline Py_ssize_t has_part(const unsigned char *mask, const real *weights, Py_ssize_t place) noexcept nogil:
-    """Whether a place has a part in the statistics."""
+    """Whether a place counts in the statistics."""
     if mask != NULL:
         return mask[place]
     return weights[place] > 0
 
 
 cdef double census_of(const Work *work, const Block *block, Py_ssize_t *place) noexcept nogil:
-    """How many values of a channel count in the block, or their weight; and where some of them are."""
+    """The number of values of a channel that count in the block, or their weight; and the places of some."""
     cdef const unsigned char *mask = work.selection.mask
     cdef const real *weights = <const real *> work.selection.weights
     cdef Py_ssize_t i, k = 0, n = 0, seen = 0, places = block.rows * block.run
@@ -138,13 +138,13 @@ cdef void take_census(Work *work) noexcept nogil:
 
 
 cdef inline double values_in(const Work *work, Py_ssize_t b) noexcept nogil:
-    """Values of one channel that count in a block, or their weight."""
+    """The number of values of one channel that count in a block, or their weight."""
     return work.census[b + 1].before - work.census[b].before
 
 
 cdef void fill_holes(const stored *x, const unsigned char *mask, real instead, Py_ssize_t places, Py_ssize_t ahead,
                      stored *copy) noexcept nogil:
-    """A copy with other values in the holes; what lies ahead is needed next."""
+    """A copy with another value in the holes; prefetches what is needed next."""
     cdef Py_ssize_t i, whole = places - places % VEC
     cdef vec filling = everywhere_vec(instead)
     for i from 0 <= i < whole by VEC:
@@ -156,7 +156,7 @@ cdef void fill_holes(const stored *x, const unsigned char *mask, real instead, P
 
 cdef void weigh(const stored *x, const double *pivot, const real *weights, Py_ssize_t channels, Py_ssize_t places,
                 stored *copy, stored *a) noexcept nogil:
-    """w·(x − pivot) of neighbouring channels, or of the places of one."""
+    """w·(x − pivot) for neighbouring channels, or for the places of one channel."""
     cdef Py_ssize_t i
     memcpy(copy, x, channels * places * sizeof(stored))
     if channels > 1:
@@ -169,7 +169,7 @@ cdef void weigh(const stored *x, const double *pivot, const real *weights, Py_ss
 
 cdef Py_ssize_t take(const Work *work, const Block *rows, Py_ssize_t channels, const stored *x, const stored *dy,
                      bint gradient, const double *pivot, Copies *copies) noexcept nogil:
-    """Copy rows, one after the other, of one channel or of several with one place in a row; how many there are then."""
+    """Copy rows of one channel, or of several if a row is one place per channel; return how many were copied."""
     cdef const Selection *selection = &work.selection
     cdef Py_ssize_t r, at, taken = 0, place = rows.place, places = rows.run, size = channels * places
     cdef Py_ssize_t ahead = rows.stride if rows.start + places == work.S else places

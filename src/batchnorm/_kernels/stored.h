@@ -1,6 +1,6 @@
-/* How values lie in memory: loads and stores of whole vectors and of the ends of rows.
+/* Values in memory: loads and stores of whole vectors and of the ends of rows.
  *
- * `stored` is the type of x, y, dy and dx: the type that is calculated with, or a 16-bit float.
+ * `stored` is the type of x, y, dy and dx: the type of the computation, or a 16-bit float.
  */
 #ifndef BATCHNORM_STORED_H
 #define BATCHNORM_STORED_H
@@ -8,7 +8,7 @@
 #include "closed.h"
 #include "half.h"
 
-/* Of a stored value, in a buffer of Python. */
+/* The format of a stored value in a Python buffer. */
 #if IS_SHORT
 #define FORMAT 'H'
 #else
@@ -28,7 +28,7 @@ static inline packed pack(vec v)
 #endif
 
 enum {
-    LINE = 64 / sizeof(stored)      /* values in a line of the cache */
+    LINE = 64 / sizeof(stored)      /* values in a cache line */
 };
 
 static inline real value_at(const stored *p)
@@ -63,7 +63,7 @@ static const int32_t COUNTED[2 * VEC] = {[0 ... VEC - 1] = -1};
 static const int64_t COUNTED[2 * VEC] = {[0 ... VEC - 1] = -1};
 #endif
 
-/* `count` values, fewer than VEC, and those of `fill` after them; nothing is read beyond them. */
+/* `count` values, fewer than VEC, followed by those of `fill`; nothing beyond them is read. */
 static inline vec load_first(const stored *p, ptrdiff_t count, vec fill)
 {
 #if IS_SHORT && defined(__AVX512F__)
@@ -92,8 +92,8 @@ static inline vec load_first(const stored *p, ptrdiff_t count, vec fill)
 #endif
 }
 
-/* `count` values one by one. A masked store of AVX2 takes twenty times as long on AMD, and so does one of AVX-512 where
- * neighbouring lines are streamed. */
+/* Store `count` values one by one. A masked store of AVX2 takes twenty times as long on AMD, and so does one of AVX-512
+ * next to lines that are streamed. */
 static inline void store_each(stored *p, vec v, ptrdiff_t count)
 {
     stored value[VEC];
@@ -115,7 +115,7 @@ static inline void store_first(stored *p, vec v, ptrdiff_t count)
 #endif
 }
 
-/* Float64 numbers of PART values, or of fewer and those of `fill` after them. */
+/* PART values as float64 numbers, or fewer, followed by those of `fill`. */
 static inline wide load_wide(const stored *p)
 {
     part v;
@@ -143,8 +143,8 @@ static inline void store_wide(stored *p, wide v, ptrdiff_t count)
     store_first(p, rounded, count);
 }
 
-/* All bits in the lanes whose byte is not 0. GCC 12 takes the bytes apart one by one where the processor has an
- * instruction for them. */
+/* All bits in the lanes whose byte is not 0. GCC 12 converts the bytes one by one, although the processor has an
+ * instruction for that. */
 static inline wide_mask wide_from_bytes(const uint8_t *bytes)
 {
     wide_mask m;
@@ -185,7 +185,7 @@ static inline mask vec_from_bytes(const uint8_t *bytes)
 #endif
 }
 
-/* v where the place counts, and `otherwise` elsewhere. */
+/* v if the place counts, else `otherwise`. */
 static inline vec counted_vec(const uint8_t *bytes, vec v, vec otherwise)
 {
     mask m = vec_from_bytes(bytes);
@@ -198,8 +198,8 @@ static inline wide counted_wide(const uint8_t *bytes, wide v, wide otherwise)
     return (wide)((m & (wide_mask)v) | (~m & (wide_mask)otherwise));
 }
 
-/* Stores that go around the cache, for results larger than any cache: an ordinary store reads the line first. A line is
- * written in one way or the other, or the two wait for each other. */
+/* Stores around the cache, for results larger than any cache: an ordinary store reads the line first. Each line is
+ * written either one way or the other, because mixed stores wait for each other. */
 #if defined(__SSE2__) && BYTES > 16
 #define CAN_STREAM 1
 
@@ -212,7 +212,7 @@ static inline void stream_vec(stored *p, vec v)
         _mm_stream_ps((float *)p + 4 * i, piece[i]);
 }
 
-/* Before another thread may read what was streamed. */
+/* Needed before another thread may read what was streamed. */
 static inline void finish_streaming(void)
 {
     _mm_sfence();
@@ -230,7 +230,7 @@ static inline void finish_streaming(void)
 }
 #endif
 
-/* Values from p to where the next line begins. */
+/* The number of values from p to the start of the next line. */
 static inline ptrdiff_t to_line(const stored *p)
 {
     return (ptrdiff_t)(-(uintptr_t)p / sizeof(stored) % LINE);

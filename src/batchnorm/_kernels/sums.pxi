@@ -1,11 +1,11 @@
-# ---- Sums: the two loops that sum a block ---------------------------------------------------------------------------
+# ---- Sums: the two loops that sum a block ----------------------------------------------------------------------------
 # Lanes run along the rows of one channel; columns run down the rows, one sum per column.
 
-cdef struct Summed:                 # what is summed
+cdef struct Summed:                 # the arrays to sum
     const stored *x
     const stored *dy
     bint gradient
-    Copies *copies                  # room for copies, where they are needed
+    Copies *copies                  # room for copies, if they are needed
 
 
 cdef inline double fold(const double *total) noexcept nogil:
@@ -34,7 +34,7 @@ cdef inline void add_columns(double *total, number v) noexcept nogil:
 
 
 cdef inline void fetch(const stored *x, const stored *dy, bint gradient, Py_ssize_t values) noexcept nogil:
-    """Ask for memory that is needed soon, line by line: the processor itself does not foresee eight rows at a time."""
+    """Prefetch memory that is needed soon, line by line: the processor does not predict eight rows at a time."""
     cdef Py_ssize_t i
     for i from 0 <= i < values by LINE:
         prefetch(x + i)
@@ -58,7 +58,7 @@ cdef inline void add_tree(const stored *x, const stored *dy, bint gradient, cons
 cdef inline void add_vectors(const stored *x, const stored *dy, bint gradient, const Activation *act, Py_ssize_t rows,
                              Py_ssize_t stride, Py_ssize_t vectors, Py_ssize_t count, const number *k, number *sum1,
                              number *sum2) noexcept nogil:
-    """The same some vectors wide."""
+    """The same, several vectors wide."""
     cdef Py_ssize_t i, size = size_of(k[CENTRE])
     for i in range(vectors):
         if number is vec:
@@ -70,14 +70,14 @@ cdef inline void add_vectors(const stored *x, const stored *dy, bint gradient, c
 cdef void add_tree_in_float64(const stored *x, const stored *dy, bint gradient, const Activation *act, Py_ssize_t rows,
                               Py_ssize_t stride, Py_ssize_t count, const wide *k, wide *sum1,
                               wide *sum2) noexcept nogil:
-    """Not inline, because it is rare."""
+    """The same in float64; not inline, because it is rare."""
     add_tree(x, dy, gradient, act, rows, stride, count, k, sum1, sum2)
 
 
 cdef inline void add_rows(const stored *x, const stored *dy, bint gradient, const Activation *act, Py_ssize_t rows,
                           Py_ssize_t stride, Py_ssize_t vectors, Py_ssize_t count, const number *k, number *sum1,
                           number *sum2) noexcept nogil:
-    """The same for at most 8 rows: the largest tree first."""
+    """The same for at most 8 rows, the largest tree first."""
     if rows == 8:
         add_vectors(x, dy, gradient, act, 8, stride, vectors, count, k, sum1, sum2)
     if rows & 4:
@@ -93,7 +93,7 @@ cdef inline void add_rows(const stored *x, const stored *dy, bint gradient, cons
 cdef inline void sum_lanes(const stored *x, const stored *dy, bint gradient, const Activation *act,
                            const Block *rows, const Py_ssize_t *lengths, const number *k, double *total1,
                            double *total2) noexcept nogil:
-    """Add the sums of the rows of one channel to TOTALS totals each, after CARRIED values a lane or a few more."""
+    """Add the sums of the rows of one channel to TOTALS totals each, after CARRIED values per lane or a few more."""
     cdef number sum1[VECTORS]
     cdef number sum2[VECTORS]
     cdef Py_ssize_t r, i, j, v, stop, whole, ahead, added = 0, size = size_of(k[CENTRE]), vectors = LANES // size
@@ -101,7 +101,7 @@ cdef inline void sum_lanes(const stored *x, const stored *dy, bint gradient, con
     cdef Py_ssize_t left = rows.left
     for r in range(count):
         length = length_in(lengths + r if lengths != NULL else NULL, start, run)
-        # What follows in a long row, else the next row, if there is one.
+        # Prefetch within a long row, or else the next row, if there is one.
         ahead = LONG_ROW if length > LONG_ROW else stride if r + 1 < left else 0
         if lengths != NULL:
             ahead = 0
@@ -136,7 +136,7 @@ cdef inline void sum_lanes(const stored *x, const stored *dy, bint gradient, con
 cdef inline void sum_columns(const stored *x, const stored *dy, bint gradient, const Activation *act, Py_ssize_t rows,
                              Py_ssize_t stride, Py_ssize_t width, const Row *column, double *total1, double *total2,
                              number zero) noexcept nogil:
-    """Add the sums of the columns to one total each, in which there is room for a whole vector at the end."""
+    """Add the sums of the columns to one total each; the totals have room for a whole vector at the end."""
     cdef number sum1, sum2
     cdef number k[COEFFICIENTS]
     cdef Py_ssize_t r, j, taken, count, size = size_of(zero)
@@ -167,7 +167,7 @@ cdef inline void sum_columns(const stored *x, const stored *dy, bint gradient, c
 
 cdef void spread(const double *restrict value, Py_ssize_t channels, Py_ssize_t run, Py_ssize_t group,
                  real *restrict column) noexcept nogil:
-    """The value of each channel at every column of a (grouped) row, and 0 in the room after them."""
+    """Copy the value of each channel to all columns of a (grouped) row, and 0 to the padding after them."""
     cdef Py_ssize_t c, j, length = channels * run
     if run == 1:
         for c in range(channels):
@@ -205,7 +205,7 @@ cdef void gather(double *column, Py_ssize_t channels, Py_ssize_t run, Py_ssize_t
 cdef void sum_block(const Work *work, const Block *block, const stored *x, const stored *dy, bint gradient,
                     const Activation *activation, const double *pivot, double *sum1, double *sum2,
                     number zero) noexcept nogil:
-    """Σa and Σa·d of each channel of the block; with an activation, `pivot` is a row of the coefficients."""
+    """Σa and Σa·d of each channel of the block; with an activation, `pivot` points to a row of the coefficients."""
     cdef Activation act
     cdef Copies copied
     cdef Copies *copies = &copied if is_copied(work, gradient) else NULL

@@ -1,8 +1,8 @@
-/* Vectors as wide as a register: what Cython cannot say.
+/* Vectors as wide as a register, which Cython cannot express.
  *
  * Written with the vector extensions of GCC and Clang: operations go lane by lane and nothing is reassociated, so
- * every width gives the same bits, and the compiler is not left to decide whether a loop becomes vector code.
- * A module is compiled for one type, float32 where BATCHNORM_SINGLE is 1: a `vec` holds values of it, a `wide` float64.
+ * every width gives the same bits, and the compiler need not decide whether a loop becomes vector code. A module is
+ * compiled for one type, float32 if BATCHNORM_SINGLE is 1: a `vec` holds values of that type, a `wide` float64.
  */
 #ifndef BATCHNORM_VECTOR_H
 #define BATCHNORM_VECTOR_H
@@ -14,7 +14,7 @@
 #include <immintrin.h>
 #endif
 
-/* What is written as inline has a literal among its arguments and is meant to be compiled once for each. */
+/* Inline functions have literals among their arguments, and must be compiled separately for each. */
 #undef CYTHON_INLINE
 #define CYTHON_INLINE inline __attribute__((always_inline))
 
@@ -33,7 +33,8 @@ typedef double real;
 #endif
 #define IS_DOUBLE (!BATCHNORM_SINGLE)
 
-/* Sums of squares that are smaller on average, or larger, may have lost digits; so may products with coefficients. */
+/* Sums of squares that average below SMALLEST, or exceed LARGEST, may have lost digits; likewise products with
+ * coefficients outside FINEST to COARSEST. */
 #define SMALLEST (IS_DOUBLE ? 0x1p-1000 : 0x1p-100)
 #define LARGEST (IS_DOUBLE ? 0x1p1023 : 0x1p120)
 #define FINEST 0x1p-100
@@ -42,11 +43,11 @@ typedef double real;
 enum {
     VEC = BYTES / sizeof(real), /* values in a vector */
     PART = BYTES / sizeof(double), /* values in a vector of float64 */
-    LANES = 64 / sizeof(real),  /* sums side by side along a row, a line of the cache, whatever VEC is */
-    VECTORS = LANES / PART,     /* the most vectors that they take */
+    LANES = 64 / sizeof(real),  /* sums side by side along a row: one cache line, for any VEC */
+    VECTORS = LANES / PART,     /* the most vectors for these lanes */
     CARRIED = 256 / LANES,      /* values that are added to each lane before the lanes are emptied */
     UNROLLED = 8,               /* vectors that are summed as a tree */
-    TOTALS = 8,                 /* what the lanes are folded to before they are added up in float64 */
+    TOTALS = 8,                 /* sums into which the lanes are folded before they are added up in float64 */
     WIDEST = 1024               /* the most columns of a tile */
 };
 
@@ -61,8 +62,8 @@ typedef wide_mask mask;
 typedef real part __attribute__((vector_size(PART * sizeof(real))));
 typedef real folded __attribute__((vector_size(TOTALS * sizeof(real))));
 
-/* A number for each column of a tile, and room for the rest of a vector. Aligned, because a vector that lies in two
- * lines of the cache is loaded twice. */
+/* A number for each column of a tile, padded by a vector. Aligned, because a vector that crosses a cache line is loaded
+ * twice. */
 typedef struct {
     real at[WIDEST + VEC] __attribute__((aligned(64)));
 } Row;
@@ -71,7 +72,7 @@ typedef struct {
     double at[WIDEST + VEC] __attribute__((aligned(64)));
 } WideRow;
 
-/* GCC 12 makes five instructions of a conversion that is one. */
+/* GCC 12 uses five instructions for this conversion; the processor has one. */
 static inline wide widened(part p)
 {
 #if BATCHNORM_SINGLE && defined(__AVX512F__)
@@ -97,13 +98,13 @@ static inline wide load_wide_column(const real *p)
     return widened(v);
 }
 
-/* A number, or the one NaN that has all of its digits in the upper half of a float32. */
+/* The number, or the one NaN whose digits are all in the upper half of a float32. */
 static inline double plain(double value)
 {
     return value == value ? value : (double)__builtin_nanf("");
 }
 
-/* The same number in every lane; of a zero the sign, too. */
+/* The same number in every lane, even the sign of a zero. */
 static inline vec same_vec(double value)
 {
     return (real)plain(value) - (vec){0};
@@ -129,7 +130,7 @@ static inline wide everywhere_wide(real value)
     return (double)value - (wide){0};
 }
 
-/* `then` in the lanes where a <= b, and `otherwise` in the others; NaN is not. */
+/* `then` in the lanes where a <= b, which is false for NaN, and `otherwise` in the others. */
 static inline vec at_most_vec(vec a, vec b, vec then, vec otherwise)
 {
     mask m = a <= b;
@@ -148,7 +149,7 @@ static inline vec narrowed(wide v)
     vec rounded = {0};
     for (int i = 0; i < PART; i++)
         rounded[i] = (real)v[i];
-    __asm__("" : "+m"(rounded)); /* or GCC 12 drops this conversion together with the one back */
+    __asm__("" : "+m"(rounded)); /* otherwise GCC 12 drops this conversion together with the one back */
     return rounded;
 }
 
@@ -159,7 +160,7 @@ static inline wide first_part(vec v)
     return widened(p);
 }
 
-/* Add a number to each of PART totals. */
+/* Add one number to each of PART totals. */
 static inline void add_wide(double *total, wide v)
 {
     wide sum;

@@ -1,11 +1,11 @@
-"""Twelve systems' conventions of batch normalization, and a layer's way from one to another.
+"""The batch normalization conventions of twelve systems, and the conversion of a layer between them.
 
     state ─── arrays ─── names ─── systems
 
-- `systems`: the table. What eps and momentum mean, which variance is kept, what arrays are called.
-- `names`: where the arrays of a layer are among the names of a network.
+- `systems`: the table of what eps and momentum mean, which variance is kept, and what arrays are called.
+- `names`: find the arrays of a layer among the names of a network.
 - `arrays`: the arrays of one layer, checked.
-- `state`: `from_state` makes a layer of arrays, `to_state` arrays of a layer.
+- `state`: `from_state` turns arrays into a layer, `to_state` turns a layer into arrays.
 
 No system is imported: everything is arrays and names. `batchnorm.convert` is the command for whole files.
 """

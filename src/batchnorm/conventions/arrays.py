@@ -1,11 +1,11 @@
-"""The arrays of one layer out of what a user has, checked.
+"""Find the arrays of one layer in a user's state, and check them.
 
 Decisions:
 
-- What is missing is said with what is there: names, and the paths of layers.
+- An error about a missing name lists what is there: names, and the paths of layers.
 - A negative variance is refused with the question whether mean and variance are swapped, which is the usual reason.
-- Dimensions of length 1 around the channels, as Haiku and old versions of Caffe and MLX keep them, are dropped.
-- bfloat16 is read without the package that defines it, also as `np.load` returns it: as two bytes without a type.
+- Dimensions of length 1 around the channels, which Haiku and old versions of Caffe and MLX keep, are dropped.
+- bfloat16 is read without the package that defines it, even as `np.load` returns it: two bytes without a type.
 """
 
 import math
@@ -22,7 +22,7 @@ from .systems import Convention
 
 
 def found(state: Any, system: Convention, prefix: str) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
-    """Arrays of real numbers by what they are, and what each of them is called."""
+    """Arrays of real numbers by their role, and the name of each in the state."""
     of_layer, called = (_by_name if isinstance(state, Mapping) else _by_order)(state, system, prefix)
     return {role: numbers(value, called[role]) for role, value in of_layer.items()}, called
 
@@ -47,7 +47,7 @@ def _by_order(state: Any, system: Convention, prefix: str) -> tuple[dict[str, An
 
 
 def _by_name(state: Mapping[Any, Any], system: Convention, prefix: str) -> tuple[dict[str, Any], dict[str, str]]:
-    # np.load reads an array each time it is asked for one.
+    # The result of np.load reads an array from the file at each access.
     leaves = state if isinstance(state, np.lib.npyio.NpzFile) else names.flat(state)
     there = names.by_canonical(leaves)
     wanted = system.names(prefix.strip("/."))
@@ -65,7 +65,7 @@ def _by_name(state: Mapping[Any, Any], system: Convention, prefix: str) -> tuple
 
 
 def numbers(value: Any, name: str) -> NDArray[Any]:
-    """Real numbers, those of 16 bits as float32, or as they are."""
+    """The value as real numbers; 16-bit floats become float32."""
     array = as_array(value, name)
     if array.dtype == "V2":  # what np.load makes of bfloat16
         array = (array.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
@@ -77,7 +77,7 @@ def numbers(value: Any, name: str) -> NDArray[Any]:
 
 
 def per_channel(array: NDArray[Any], name: str) -> NDArray[Any]:
-    """The array as one number per channel."""
+    """The array with one number per channel, as shape (C,)."""
     if array.ndim == 0 or array.size != max(array.shape):
         raise ValueError(f"{name} must have one number per channel, shape (C,), got shape {array.shape}")
     return array.reshape(-1)
@@ -91,14 +91,14 @@ def counter_of(array: NDArray[Any], name: str) -> int:
 
 
 def factor_of(array: NDArray[Any], name: str) -> float:
-    """The number that Caffe's statistics have to be divided by."""
+    """The number by which Caffe's statistics must be divided."""
     if array.size != 1 or not 0 <= array.item() < math.inf:
         raise ValueError(f"{name} must be one number, at least 0, got {array}")
     return float(array.item())
 
 
 def check_variance(var: Array, name: str) -> None:
-    """No variance is negative."""
+    """Check that no variance is negative."""
     if (var < 0).any():
         worst = int(var.argmin())
         raise ValueError(

@@ -1,10 +1,10 @@
-"""Where the arrays of a layer are among the names of a network.
+"""Find the arrays of a layer among the names of a network.
 
 Decisions:
 
-- A name is a path. Parts may be joined by "/" or ".", nested mappings are joined by "/", and a ":0" at the end, of
-  TensorFlow's variables, means nothing: names are compared in their `canonical` form.
-- A layer is a path at which there are a running mean and a running variance. Nothing is guessed from shapes.
+- A name is a path. Its parts may be joined by "/" or ".", nested mappings are joined by "/", and the ":0" at the end of
+  TensorFlow's names is ignored: names are compared in their `canonical` form.
+- A layer is a path with a running mean and a running variance. Nothing is guessed from shapes.
 """
 
 import difflib
@@ -14,7 +14,7 @@ from typing import Any
 from .systems import CONVENTIONS, Convention
 
 SHOWN = 8
-"""So many names of a network are listed in an error."""
+"""The most names of a network that an error lists."""
 
 
 def canonical(name: str) -> str:
@@ -23,7 +23,7 @@ def canonical(name: str) -> str:
 
 
 def flat(state: Mapping[Any, Any], path: str = "") -> dict[str, Any]:
-    """The leaves of nested mappings, by their keys joined by "/"."""
+    """The leaves of nested mappings; their names are the keys joined by "/"."""
     leaves: dict[str, Any] = {}
     for key, value in state.items():
         name = f"{path}{key}"
@@ -32,7 +32,7 @@ def flat(state: Mapping[Any, Any], path: str = "") -> dict[str, Any]:
 
 
 def path_in(name: str, pattern: str) -> str | None:
-    """The path of the layer, as it stands in the name of one of its arrays; None where the name is another's."""
+    """The path of the layer in the name of one of its arrays; None if the name does not match."""
     before, _, after = canonical(pattern).partition("{}")
     form = canonical(name)
     if form == before + after[1:]:
@@ -50,7 +50,7 @@ def layers_in(names: Iterable[str], system: Convention) -> list[str]:
 
 
 def by_canonical(names: Iterable[str]) -> dict[str, str]:
-    """The names by the form in which they are compared, which no two of them may share."""
+    """The names by their canonical form, which no two of them may share."""
     found: dict[str, str] = {}
     for name in names:
         other = found.setdefault(canonical(name), name)
@@ -60,7 +60,7 @@ def by_canonical(names: Iterable[str]) -> dict[str, str]:
 
 
 def what_is_there(names: Iterable[str], system: Convention, prefix: str = "") -> str:
-    """The end of an error: layers of the system or of others, those like the prefix first, or just names."""
+    """The end of an error: layers of this system or another, with those like the prefix first, or just names."""
     names = list(names)
     layers = layers_in(names, system)
     if layers:

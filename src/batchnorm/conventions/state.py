@@ -2,12 +2,12 @@
 
 Decisions:
 
-- Predictions stay the same. A change of eps goes into gamma, γ′ = γ·√((σ² + eps′)/(σ² + eps)): unlike a change of the
-  variance, σ² + eps − eps′, it has no negative result. It is calculated in float64 and rounded once; where eps does not
-  change, neither does a bit of gamma. In training gamma′ acts a little differently, because the variances of batches
-  are not the running one.
-- Running statistics are never recalculated: biased and unbiased variances differ by n/(n − 1), and n is not known. What
-  the system does from now on is the layer's `unbiased`.
+- Predictions stay the same. A change of eps is compensated in gamma, γ′ = γ·√((σ² + eps′)/(σ² + eps)): unlike a changed
+  variance, σ² + eps − eps′, this is never negative. It is computed in float64 and rounded once; if eps does not change,
+  gamma keeps its bits. In training γ′ acts a little differently, because the variance of a batch is not the running
+  variance.
+- Running statistics are never converted: biased and unbiased variances differ by n/(n − 1), and n is not known. The
+  layer's `unbiased` follows the system, for later updates.
 - Everything is checked before a layer is made, and errors use the system's names.
 """
 
@@ -29,7 +29,7 @@ from .systems import Convention
 
 _FROM_LAYER = {"gamma": "weight", "beta": "bias", "running_mean": "running_mean", "running_var": "running_var"}
 _MOST_COUNTED = 2**31 - 2
-"""So that Haiku's int32 counter has room for one more."""
+"""The largest counter: Haiku's int32 must have room for one more."""
 
 
 def from_state(
@@ -43,7 +43,7 @@ def from_state(
     dtype: DTypeLike | None = None,
     activation: Activation | None = None,
 ) -> BatchNorm:
-    """The layer that predicts what another system's layer predicts: same γ, β, μ, σ² and eps.
+    """Make a layer that predicts the same as another system's layer: same γ, β, μ, σ² and eps.
 
     Only Darknet's gamma is changed, γ′ = γ·√(σ² + eps)/(√σ² + eps), because its eps is not under the root. Caffe's
     statistics are divided by their factor.
@@ -51,39 +51,39 @@ def from_state(
     Parameters
     ----------
     state : mapping or sequence
-        Arrays by name, nested or flat, of one layer or of a network, such as a `state_dict`, Flax's variables, the
+        Arrays by name, nested or flat, of one layer or of a network, such as a `state_dict`, Flax's variables, or the
         result of `np.load` or `safetensors.numpy.load_file`; or the arrays of one layer in the system's order, such as
-        the result of Keras's `get_weights`. Arrays have shape (C,), or ones around it, and are anything that
-        `np.asarray` takes.
+        the result of Keras's `get_weights`. Arrays are anything that `np.asarray` takes, with shape (C,) or with
+        further dimensions of length 1.
     convention : str or Convention
         The system; see `convention`.
     prefix : str, optional
         The path of the layer, such as "layer1.0.bn1".
     eps, momentum : float, optional
-        Of the layer, in the system's words: momentum has the system's direction. The system's defaults unless given.
+        The other layer's, as written there: momentum has the system's direction. The system's defaults unless given.
     axis : int, optional
         The channel axis of x, the system's default unless given.
     dtype : float32 or float64, optional
-        Of the layer: float64 if an array is, else float32.
+        Dtype of the layer; by default float64 if an array is float64, else float32.
     activation : optional
         As in `BatchNorm`.
 
     Returns
     -------
     BatchNorm
-        In training mode; its running variance is biased or unbiased as the system's. gamma and beta are there if the
-        state has them; beta alone gets a gamma of 1.
+        In training mode. Its running variance is biased or unbiased, as in the system. It has gamma and beta if the
+        state has them; for beta without gamma, gamma is 1.
 
     Raises
     ------
     ValueError
-        If names are missing or there twice, shapes differ, values are not finite or a variance is negative.
+        If names are missing or appear twice, shapes differ, values are not finite or a variance is negative.
     TypeError
         If values are not real numbers.
 
     See Also
     --------
-    to_state : the way back.
+    to_state : the reverse.
 
     Examples
     --------
@@ -138,10 +138,10 @@ def from_state(
 def to_state(
     layer: BatchNorm, convention: str | Convention, *, prefix: str = "", eps: float | None = None
 ) -> dict[str, NDArray[Any]]:
-    """Arrays by another system's names, with which its layer predicts what this one predicts.
+    """The arrays, by another system's names, with which its layer predicts the same as this one.
 
-    Where eps differs, γ′ = γ·√((σ² + eps′)/(σ² + eps)), in float64 and rounded once. In training that layer then acts a
-    little differently, because variances of batches are not the running variance.
+    If eps differs, γ′ = γ·√((σ² + eps′)/(σ² + eps)), in float64 and rounded once. In training that layer then acts a
+    little differently, because the variance of a batch is not the running variance.
 
     Parameters
     ----------
@@ -152,30 +152,31 @@ def to_state(
     prefix : str, optional
         The path of the layer in the names.
     eps : float, optional
-        Of the layer that will load the state; the system's default unless given. With `eps=layer.eps` gamma keeps its
-        bits (not in Darknet).
+        The eps of the layer that will load the state; the system's default unless given. With `eps=layer.eps` gamma
+        keeps its bits (not in Darknet).
 
     Returns
     -------
     dict of str to ndarray
-        Arrays of shape (C,) and the layer's dtype; a counter has shape (). A gamma appears where eps needs one, and
-        gamma and beta where the system always has them.
+        Arrays of shape (C,) in the layer's dtype; a counter has shape (). A layer without gamma gets one if eps
+        differs; gamma and beta are added if the system always has them.
 
     Raises
     ------
     ValueError
-        If the layer has no running statistics, or no gamma does it: a variance of 0 has no equal where eps is 0.
+        If the layer has no running statistics, or no gamma gives the same predictions, because eps and a variance are
+        both 0.
 
     See Also
     --------
-    from_state : the way here.
-    Convention.arguments : what to make the other layer with.
+    from_state : the reverse.
+    Convention.arguments : the arguments with which to make the other layer.
 
     Notes
     -----
-    Haiku's `hidden` is average·(1 − decay^counter). Statistics of a layer whose counter is 0, because they come from a
-    system that does not count, get the counter after which decay^counter is below 2^-53; otherwise Haiku would replace
-    them by the next batch's. Caffe's factor is 1: if its training goes on, they weigh as one batch.
+    Haiku's `hidden` is average·(1 − decay^counter). If the counter is 0, because the statistics come from a system that
+    does not count, it is written as the first one with decay^counter below 2^-53; otherwise Haiku would replace the
+    statistics by those of the next batch. Caffe's factor is 1: in further training, the statistics weigh as one batch.
 
     Examples
     --------
@@ -228,15 +229,15 @@ def _rounded(values: Array, dtype: np.dtype[Any], name: str) -> Array:
 
 
 def _spread(var: Array, eps: float, system: Convention) -> Array:
-    """What x − μ is divided by in a system."""
+    """The divisor of x − μ in a system."""
     return np.sqrt(var) + eps if system.eps_outside else np.sqrt(var + eps)
 
 
 def _ratio(new: Array, old: Array) -> Array:
-    """What gamma is multiplied by when x − μ is divided by `new`, where it was divided by `old`."""
+    """The factor of gamma when the divisor of x − μ changes from `old` to `new`."""
     if (new == 0).any():
-        raise ValueError(f"eps must be positive where a running variance is 0, as in channel {new.argmin()}, got 0")
-    # Without eps a variance of 0 gives y = beta: a gamma of 0.
+        raise ValueError(f"eps must be positive if a running variance is 0, as in channel {new.argmin()}, got 0")
+    # Without eps, a variance of 0 gives y = beta, like a gamma of 0.
     return np.divide(new, old, out=np.zeros_like(new), where=old != 0)
 
 

@@ -1,12 +1,13 @@
-"""What batch normalization is in each system: one table, and no class per system.
+"""What batch normalization is in each system: one table, without a class per system.
 
 Decisions:
 
-- The words are the system's own. `momentum` is the number that its users write, beside what that number weighs; names
-  are those in its files, with {} where the path of the layer stands.
-- Defaults only. What a user chose (eps, momentum, the channel axis) is not in the arrays and has to be given.
+- The words are the system's own. `momentum` is the number that its users write, with what that number weighs; names are
+  those in its files, with {} for the path of the layer.
+- The table holds defaults. A user's own choice (eps, momentum, the channel axis) is not in the arrays and must be
+  given.
 - A system that is not here is one of these with other fields: `dataclasses.replace(convention("torch"), eps=1e-3)`.
-  All functions take that in place of a name.
+  All functions accept that instead of a name.
 - Sources of the facts are in docs/conventions.md.
 """
 
@@ -18,7 +19,7 @@ from .. import _arrays
 from ..layer import BatchNorm
 
 ROLES = ("gamma", "beta", "running_mean", "running_var", "num_batches_tracked", "factor")
-"""What an array may be; each is a field of `Convention`."""
+"""The roles of arrays; each is a field of `Convention`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,17 +34,17 @@ class Convention:
     momentum : float
         The default, in the system's direction.
     momentum_weighs : "new batch" or "old value"
-        What momentum is the weight of, when the running statistics move.
+        What momentum weighs when the running statistics move.
     unbiased : bool
-        Whether the running variance takes n/(n − 1) times the variance that a batch is normalized with.
+        Whether the running variance follows n/(n − 1) times the variance that normalizes a batch.
     gamma, beta, running_mean, running_var : str
         The names of the arrays, with {} for the path of the layer.
     num_batches_tracked : str, optional
-        The name of the counter, where there is one.
+        The name of the counter, if there is one.
     factor : str, optional
-        The name of the number that the statistics have to be divided by (Caffe).
+        The name of the number by which the statistics must be divided (Caffe).
     order : tuple of str
-        What the arrays of a plain list are; empty where there is no usual order.
+        The roles of the arrays in a plain list; empty if there is no usual order.
     axis : int
         The channel axis of x.
     initial_mean, initial_var : float
@@ -51,14 +52,14 @@ class Convention:
     eps_outside : bool
         False: (x − μ)/√(σ² + eps). True: (x − μ)/(√σ² + eps), as in Darknet.
     debiased : bool
-        Whether mean and variance are averages without the weight of their initial zeros, `average`, beside `hidden`,
-        the average with it, and a counter (Haiku).
+        Whether mean and variance are stored as `average`, corrected for the initial zeros, with the uncorrected
+        `hidden` and a counter (Haiku).
     always_affine : bool
-        Whether gamma and beta are always there.
+        Whether a layer always has gamma and beta.
     cumulative : bool
-        Whether momentum may be None, the mean of all batches.
+        Whether momentum may be None, for the mean of all batches.
     eps_argument, momentum_argument, axis_argument, size_argument : str, optional
-        The constructor's words for eps, momentum, the channel axis and the number of channels.
+        The constructor's names for eps, momentum, the channel axis and the number of channels.
 
     Examples
     --------
@@ -110,12 +111,12 @@ class Convention:
         return "\n  ".join(lines + [f"a list: {', '.join(self.order)}"] * bool(self.order))
 
     def names(self, path: str = "") -> dict[str, str]:
-        """What the arrays of the layer at a path are called, by what they are.
+        """The names of the arrays of the layer at a path, by their role.
 
         Parameters
         ----------
         path : str, default ""
-            Where the layer is in the network, joined as the system does it.
+            The layer's path in the network, joined as in the system.
 
         Examples
         --------
@@ -130,7 +131,7 @@ class Convention:
         return {role: name.format(path) if path else _at_the_root(name) for role, name in joined.items()}
 
     def arguments(self, layer: BatchNorm, *, eps: float | None = None) -> dict[str, Any]:
-        """The constructor's arguments for a layer that `to_state(layer, name, eps=eps)` fits: sizes, eps and momentum.
+        """The constructor's arguments for the layer that loads `to_state(layer, name, eps=eps)`.
 
         Parameters
         ----------
@@ -141,7 +142,7 @@ class Convention:
         Raises
         ------
         ValueError
-            If the layer keeps the mean of all batches, momentum None, which few systems have.
+            If the layer's momentum is None, the mean of all batches, which few systems have.
 
         Examples
         --------
@@ -171,7 +172,7 @@ class Convention:
         Raises
         ------
         ValueError
-            If it is None, the mean of all batches, which the system does not have.
+            If the momentum is None, the mean of all batches, and the system does not have that.
         """
         if layer.momentum is None and not self.cumulative:
             those = ", ".join(system.name for system in CONVENTIONS.values() if system.cumulative)
@@ -182,7 +183,7 @@ class Convention:
         return None if layer.momentum is None else self.weight_of_new(layer.momentum)
 
     def weight_of_new(self, momentum: float) -> float:
-        """From the system's momentum to the weight of the new batch, and back: 1 − momentum or momentum itself.
+        """Convert the system's momentum to the weight of the new batch, or back: 1 − momentum or momentum itself.
 
         Parameters
         ----------
@@ -194,7 +195,7 @@ class Convention:
 
 
 def _at_the_root(name: str) -> str:
-    """The name without a path and what joins it."""
+    """The name without the path and its separator."""
     before, _, after = name.partition("{}")
     return before + after[1:]
 
@@ -366,14 +367,14 @@ CONVENTIONS = {system.name: system for system in _SYSTEMS}
 
 
 def convention(name: str | Convention) -> Convention:
-    """The convention of a system: its eps, momentum and what that weighs, its running variance, its names.
+    """The convention of a system: its eps, its momentum and what that weighs, its running variance and its names.
 
     Parameters
     ----------
     name : str or Convention
         "torch", "keras" (Keras 3), "keras2" (tf.keras of TensorFlow 2, fused), "tensorflow" (`fused_batch_norm`),
-        "flax" (linen), "nnx" (Flax NNX), "haiku", "onnx", "caffe", "darknet", "mlx" or "paddle". A convention is
-        returned as it is.
+        "flax" (linen), "nnx" (Flax NNX), "haiku", "onnx", "caffe", "darknet", "mlx" or "paddle". A `Convention` is
+        returned unchanged.
 
     Returns
     -------
@@ -391,7 +392,7 @@ def convention(name: str | Convention) -> Convention:
     >>> flax.eps, flax.momentum, flax.momentum_weighs, flax.unbiased
     (1e-05, 0.99, 'old value', False)
 
-    Another system, MXNet, is Keras's but for some fields:
+    MXNet, which is not in the table, differs from Keras in a few fields:
 
     >>> from dataclasses import replace
     >>> mxnet = replace(bn.convention("keras"), name="mxnet", momentum=0.9, axis=1, running_var="{}/moving_var")

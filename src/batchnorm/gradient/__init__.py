@@ -1,4 +1,4 @@
-"""The gradient explained: its three pathways, what is wrong with one derived by hand, an example worked out.
+"""The gradient explained: its three pathways, a diagnosis of hand-derived gradients, a worked example.
 
     diagnosis ─┬─ search ───── slips ─┐
                └─ parameters ─────────┴─ right ─┬─ pathways
@@ -6,9 +6,9 @@
                     └─ page, picture ─ numbers ─┘
                                    └── graph
 
-`pathways` takes the gradient apart. `right` has the right gradient, its parts, and what rounding may do to it. `slips`
-is the catalogue of mistakes in dx, `parameters` of those in dgamma and dbeta. `search` finds the formula that gives a
-dx; `diagnosis` asks both and answers in words. `worked_example` is `python -m batchnorm explain`; `page` writes for a
-browser and `picture` draws what it explains, the `numbers` on the boxes and edges of `graph`. The public names are
-those of `batchnorm` itself.
+`pathways` takes the gradient apart. `right` has the right gradient, its parts, and how far rounding may move it.
+`slips` is the catalogue of mistakes in dx, `parameters` that of mistakes in dgamma and dbeta. `search` finds the
+formula that gives a dx; `diagnosis` uses both and answers in words. `worked_example` is `python -m batchnorm explain`.
+`page` writes it for a browser and `picture` draws it: the `numbers` on the boxes and edges of `graph`. The public names
+are in `batchnorm` itself.
 """

@@ -1,13 +1,13 @@
-"""The formulas that a dx is held against, in steps: the fewest slips first.
+"""The formulas to which a dx is compared, in steps: the fewest slips first.
 
 Decisions:
 
-- A slip in the factors of the pathways is a row of a table, so two of them are one too. A slip in another piece is a
+- A slip in the factors of the pathways is a row of a table, and so are two of them. A slip in another piece is a
   formula, to be combined with every row.
-- Two slips in other pieces make a formula of their own. There are thousands, so those that cannot be are left out: dx
-  shows whether a sum runs over other axes, and if none does, with which gamma and rstd the direct pathway was made.
-  Sums over the channels and some of the other axes stay single: they are rare, and ever more with each axis.
-- A slip in which a number is estimated from dx comes after those without. Only an eps and a lost variance come before
+- Two slips in other pieces make a formula of their own. There are thousands, so impossible ones are left out: dx shows
+  whether a sum runs over other axes, and if none does, which gamma and rstd are in the direct pathway. Sums over the
+  channels and some of the other axes are not combined: they are rare, and each axis adds many more.
+- A slip with a number that is estimated from dx comes after those without. Only an eps and a lost variance come before
   pairs: one number for several channels, or a small one for each, is not fitted by chance.
 """
 
@@ -27,14 +27,14 @@ from .right import Right
 from .slips import GAMMA_FORGOTTEN, SLIPS, Slip, constant_factors
 
 FAR = 10
-"""From this many σ from 0 on, E[x²] − μ² has more likely lost digits than that eps is another one."""
+"""If x is more than this many σ from 0, lost digits in E[x²] − μ² are more likely than another eps."""
 
 Named = tuple[tuple[str, str], ...]
 """The names and remedies of slips."""
 
 
 class Base(NamedTuple):
-    """A formula before the factors of its pathways; not certain if any dx like this could have been fitted."""
+    """A formula without the factors of its pathways; not certain if any dx like this could have been fitted."""
 
     slips: Named
     formula: Formula
@@ -42,7 +42,7 @@ class Base(NamedTuple):
 
 
 class Table(NamedTuple):
-    """Factors of the three pathways, a row for each, and the slips that they are."""
+    """Rows of factors of the three pathways, and the slips that they stand for."""
 
     slips: list[Named]
     factors: Array
@@ -54,7 +54,7 @@ Step = Iterator[tuple[Base, Table]]
 
 
 class Changed(NamedTuple):
-    """A slip in pieces other than the factors: the formula, what makes it, and what is needed to combine it."""
+    """A slip in pieces other than the factors: the formula, how it is made, and what combining it needs."""
 
     base: Base
     change: Change
@@ -65,7 +65,7 @@ class Changed(NamedTuple):
 
 
 class Candidates:
-    """The formulas for one dx. `noise` is what rounding may do, `eps` that of the arithmetic."""
+    """The formulas for one dx. `noise` is the possible effect of rounding, `eps` that of the arithmetic."""
 
     dx: Array
     right: Right
@@ -76,10 +76,10 @@ class Candidates:
         self.dx, self.right, self.noise, self.eps = dx, right, noise, eps
 
     def steps(self) -> list[Callable[[], Step]]:
-        """All of them, in the order in which they are believed."""
+        """All steps, the most credible first."""
         early = [self._usual_eps, self._lost_variance]
         if self.right.channels == 1 and self.right.offset.item() > FAR:
-            early.reverse()  # one eps explains any rstd
+            early.reverse()  # with one channel, another eps explains any rstd
         late = [self.pairs, self.other_eps, self._eps_and_factors, self._estimates, self._estimates_and_factors]
         return [self.singles, *early, *late, self._three]
 
@@ -187,7 +187,7 @@ class Candidates:
 
     @cached_property
     def _bases(self) -> list[Base]:
-        """Slips in other pieces, and what is no formula of channels at all."""
+        """Slips in other pieces, and formulas that do not work by channel at all."""
         others = [Base(((name, remedy),), formula) for name, remedy, formula in regrouped(self.right)]
         return [changed.base for changed in self._changed] + others
 
@@ -208,7 +208,7 @@ class Candidates:
         return Changed(base, change, base.formula.replaced, in_channels, common, direct)
 
     def _in_channels(self) -> bool:
-        """Whether dx is a sum of dy, x and a constant in every channel, as it is unless a sum is over other axes."""
+        """Whether dx is a sum of dy, x and a constant in every channel, which fails if a sum is over other axes."""
         right, rest = self.right, self.dx
         for part in fitted.orthonormal(right):
             rest = rest - part * (rest * part).sum(right.cache.axes, keepdims=True)
@@ -221,5 +221,5 @@ class Candidates:
 
 
 def _hides(one: Factors, other: Factors) -> bool:
-    """Whether a pathway that one leaves out has a factor of its own in the other."""
+    """Whether a pathway that `one` leaves out has a factor in `other`."""
     return any(a == 0 and b != 1 for a, b in zip(one, other, strict=True)) and len(set(other)) > 1

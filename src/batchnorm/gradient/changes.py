@@ -1,6 +1,6 @@
-"""What a slip can do to the right formula: factors of its pathways, or another piece in place of one.
+"""The effects of slips on the right formula: factors of its pathways, or a wrong piece instead of a right one.
 
-Each function here is one kind of mistake, and takes what tells the slips of that kind apart.
+Each function here is one kind of mistake; its arguments distinguish the slips of that kind.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -22,17 +22,17 @@ WRONG_AXES = "sum over the wrong axes"
 
 
 def applied(method: Callable[..., Formula], *arguments: Any, **pieces: Any) -> Change:
-    """A method of the formula, to be called with these arguments."""
+    """A change that calls a method of the formula with these arguments."""
     return lambda formula: method(formula, *arguments, **pieces)
 
 
 def always(*factors: Factors) -> Callable[[Right], Iterable[Factors]]:
-    """The same for all data."""
+    """The same factors for all data."""
     return lambda _: factors
 
 
 def counted(count: Callable[[Right], int]) -> Callable[[Right], Iterator[Factors]]:
-    """Another number in place of n: in both pathways, in one, or in the whole of it."""
+    """Another number instead of n: in both pathways, in one, or in all of dx."""
 
     def factors(right: Right) -> Iterator[Factors]:
         k = right.n / count(right)
@@ -53,14 +53,14 @@ def rstd(*powers: tuple[int, int, int]) -> Callable[[Right], Iterable[Change]]:
 
 
 def with_rstd(wrong: Array, derivative: float = 1) -> Iterator[Change]:
-    """Another number in place of rstd: everywhere, in the factor before the bracket, in dvar."""
+    """Another number instead of rstd: everywhere, in the factor before the bracket, in dvar."""
     yield lambda formula: formula._replace(rstd=(wrong,) * 3).times(1, 1, derivative)
     yield lambda formula: formula.times(*[wrong / formula.parts.cache.rstd] * 3)
     yield lambda formula: formula._replace(rstd=(*formula.rstd[:2], wrong))
 
 
 def rstds(*wrong: Callable[[Right], Array], partly: bool = False) -> Callable[[Right], Iterator[Change]]:
-    """Any of these in place of rstd, also in one or two of the three factors of dvar."""
+    """Any of these instead of rstd, possibly in only one or two of the three factors of dvar."""
 
     def changes(right: Right) -> Iterator[Change]:
         for number in wrong:
@@ -78,19 +78,19 @@ def sample_variance(right: Right) -> Iterator[Change]:
 
 
 def shifted(*shifts: Callable[[Right], tuple[Any, Any]]) -> Callable[[Right], Iterable[Change]]:
-    """x − μ and something besides, in the sum and after it."""
+    """A shift added to x − μ, in the sum and after it."""
     return lambda right: [applied(Formula._replace, shifts=shift(right)) for shift in shifts]
 
 
 def not_summed(right: Right) -> Iterator[Change]:
-    """Neither sum, one of them, or dmean in both of its terms."""
+    """Both summations left out, one of them, or that of dmean in both of its terms."""
     yield from summed(DIAGONAL)(right)
     sums = Sum(()), Sum(right.cache.axes)
     yield lambda formula: formula._replace(sums=sums).times(1, 1, 1 - 1 / right.n)
 
 
 def over_other_axes(right: Right) -> dict[str, list[tuple[int, ...]]]:
-    """The sets of axes that are not the right one, by the name of the slip; axes of one value do not count."""
+    """The wrong sets of axes, by the name of the slip; axes of length 1 do not count."""
     shape, axis = right.dy.shape, right.axis
     long = [i for i, size in enumerate(shape) if size > 1]
     _, *positions = (i for i in right.cache.axes if i in long or i == right.cache.axes[0])
@@ -106,7 +106,7 @@ def over_other_axes(right: Right) -> dict[str, list[tuple[int, ...]]]:
 
 
 def summed(name: str) -> Callable[[Right], Iterator[Change]]:
-    """Other axes in both sums or in one, as sums or means, in the ways to write the formula that then differ."""
+    """Other axes in both sums or in one, as sums or means, for each way to write the formula that then differs."""
 
     def changes(right: Right) -> Iterator[Change]:
         shape = right.dy.shape
@@ -121,4 +121,4 @@ def summed(name: str) -> Callable[[Right], Iterator[Change]]:
 
 
 STYLES = (((1, 1), (1, 3)), ((0, 0), (0, 1)), ((1, 0), (1, 1)), ((1, 1), (1, 0)))
-"""Whether γ and which power of rstd stand in the two sums: in the graph, the formula in dy, in dxhat, a late dvar."""
+"""Whether γ, and which power of rstd, is in the two sums: in the graph, the formula in dy, in dxhat, a late dvar."""

@@ -1,9 +1,9 @@
-"""`python -m batchnorm diagnose`: what is wrong with a gradient that lies in a file.
+"""`python -m batchnorm diagnose`: what is wrong with a gradient in a file.
 
 Decisions:
 
 - Files are npy, or members of npz as FILE.npz:NAME, and are read without pickle: nothing in them is executed.
-- The exit status is 0 for a right gradient, 1 for one that is not or cannot be told, 2 for input that is no question.
+- The exit status is 0 for a right gradient, 1 for one that is wrong or undecided, 2 for invalid input.
 """
 
 import argparse
@@ -19,13 +19,13 @@ from .. import functional
 from .diagnosis import diagnose
 
 ARRAYS = {
-    "dx": "the gradient in question, of the shape of x",
+    "dx": "the gradient to check, of the shape of x",
     "--x": "the input of the layer",
     "--dy": "the upstream gradient, of the shape of x",
     "--gamma": "the scale, one number per channel (default: 1)",
-    "--beta": "the shift; it has no part in dx, and is checked like gamma",
-    "--dgamma": "a gradient of gamma in question",
-    "--dbeta": "a gradient of beta in question",
+    "--beta": "the shift; dx does not depend on it, and it is checked like gamma",
+    "--dgamma": "a gradient of gamma to check",
+    "--dbeta": "a gradient of beta to check",
 }
 
 NEEDED = ("dx", "--x", "--dy")
@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
     for name, meaning in ARRAYS.items():
         parser.add_argument(name, metavar="FILE", help=f"{meaning}; .npy, or .npz:NAME").required = name in NEEDED
-    parser.add_argument("--axis", type=int, default=1, help="of the channels (default: %(default)s)")
+    parser.add_argument("--axis", type=int, default=1, help="channel axis (default: %(default)s)")
     parser.add_argument("--eps", type=float, default=1e-5, help="added to the variance (default: %(default)s)")
     parser.add_argument("--plot", metavar="PICTURE", help="draw the worst channel: a .png, .pdf or .svg")
 
@@ -59,7 +59,7 @@ def run(arguments: argparse.Namespace, _error: Callable[[str], NoReturn]) -> int
 
 
 def read(name: str, where: str | None) -> Any:
-    """The array of a file, None without a file."""
+    """The array in a file; None without a file."""
     if where is None:
         return None
     path, colon, member = where.rpartition(":") if ".npz:" in where else (where, "", "")
@@ -79,6 +79,6 @@ def read(name: str, where: str | None) -> Any:
 
 
 def _refused(problem: str) -> int:
-    """One line, and the status of a question that cannot be answered."""
+    """Print one line, and return the status for invalid input."""
     print(f"python -m batchnorm diagnose: {' '.join(problem.split())}", file=sys.stderr)
     return 2

@@ -1,4 +1,4 @@
-"""What is wrong with a gradient of batch normalization that somebody derived by hand: the question and its answer."""
+"""What is wrong with a hand-derived gradient of batch normalization: the question and its answer."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ from .verdict import first_not_finite, of_dx
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What `diagnose` found; `str()` of it is the answer in words.
+    """The result of `diagnose`; `str()` gives the answer in words.
 
     Attributes
     ----------
     slip : str
-        The mistake in dx by its name, two of them as "one + other"; or "correct", "unknown", "this dy cannot tell",
+        The name of the mistake in dx, two of them as "one + other"; or "correct", "unknown", "this dy cannot tell",
         "this x cannot tell".
     sure : bool
-        Whether nothing else explains dx as well. If not, `str()` of the answer says why.
+        Whether nothing else explains dx as well. If False, `str()` of the answer says why.
     rivals : tuple of str
         Other slips that explain dx as well with these data.
     error : float
-        The largest difference between dx and the right one, over the largest term of its channel; infinite where dx has
-        another shape or is not finite.
+        The largest difference between dx and the right one, divided by the largest term of its channel; infinite if dx
+        has another shape or is not finite.
     pathways : tuple of three floats
-        The factors with which dx contains the direct pathway and those through the mean and the variance, by least
-        squares; 1, 1, 1 if it is right, NaN where `error` is infinite.
+        The factors of the direct, mean and variance pathways in dx, by least squares; 1, 1, 1 if dx is right, NaN if
+        `error` is infinite.
     unseen : tuple of str
         Slips that would have given a correct dx with these data.
     dgamma, dbeta : str or None
-        As `slip`, for the gradients of the parameters; None where they were not given.
+        Like `slip`, for the gradients of the parameters; None if they were not given.
     """
 
     slip: str
@@ -57,19 +57,19 @@ class Diagnosis:
 
     @property
     def correct(self) -> bool:
-        """Whether everything that was given is right."""
+        """Whether all given gradients are right."""
         return all(found in (CORRECT, None) for found in (self.slip, self.dgamma, self.dbeta))
 
     def __str__(self) -> str:
         return self.words
 
     def plot(self, path: str | PathLike[str] | None = None) -> Any:
-        """Draw the channel in which dx is furthest off: the given gradient, the right one and the three pathways.
+        """Draw the channel with the largest error: the given gradient, the right one and the three pathways.
 
         Parameters
         ----------
         path : path-like, optional
-            Where to write the picture: a PNG, PDF or SVG by its suffix. Without it nothing is written.
+            The file to write, as PNG, PDF or SVG by its suffix. Without it nothing is written.
 
         Returns
         -------
@@ -80,9 +80,9 @@ class Diagnosis:
         ImportError
             If matplotlib is missing.
         ValueError
-            If matplotlib knows no format of this suffix.
+            If matplotlib has no format for this suffix.
         """
-        from .drawing import draw  # matplotlib is for those who draw
+        from .drawing import draw  # here, because only this needs matplotlib
 
         return draw(self._dx, self._right, self.slip, self.sure, path)
 
@@ -98,46 +98,46 @@ def diagnose(
     """Say which slip makes a hand-written gradient differ from the right one.
 
     The right one is dx = dxhat·rstd + dmean/n + dvar·2(x − μ)/n with dxhat = dy·gamma, dmean = −rstd·Σdxhat and
-    dvar = Σdxhat·(x − μ)·(−½)·rstd³. dx is compared with it, and with what it becomes if pieces of it are wrong: a slip
-    of the catalogue, or two. If none is near, the answer is the sum of the three pathways that fits best.
+    dvar = Σdxhat·(x − μ)·(−½)·rstd³. dx is compared to it, and to variants with one or two slips of a catalogue. If
+    none is near, the answer is the sum of the three pathways that fits best.
 
     The catalogue has pathways that are missing, counted twice or of the wrong sign; gamma, rstd, n, a factor 2 or an
-    eps forgotten, misplaced or used too often; n − 1, the batch size and other counts in place of n; sums and
-    statistics over the wrong axes; x in place of x − μ; running statistics; constant factors, and factors per sample.
+    eps forgotten, misplaced or used too often; n − 1, the batch size and other counts instead of n; sums and
+    statistics over the wrong axes; x instead of x − μ; running statistics; constant factors, and factors per sample.
 
     Parameters
     ----------
     dx : array_like of floats
-        The result in question, of x's shape. Axes in another order are one of the slips.
+        The gradient to check, of x's shape. Axes in another order are one of the slips.
     dy : array_like
-        Upstream gradient it was computed from, of x's shape and dtype. Take random numbers: where dy is constant per
-        channel or proportional to xhat, as ones or y are, the right dx is 0 up to eps and hides mistakes.
+        The upstream gradient from which dx was computed, of x's shape and dtype. Use random numbers: if dy is constant
+        per channel or proportional to xhat, like ones or y, the right dx is 0 up to eps and hides mistakes.
     saved : Saved
         From `forward` of the same x, gamma, axis and eps.
     dgamma, dbeta : array_like of floats, optional
-        Gradients of the parameters, which are checked too. A shape that is not (C,) is one of the slips.
+        Gradients of the parameters, to be checked too. A shape that is not (C,) is one of the slips.
 
     Returns
     -------
     Diagnosis
-        `str()` of it is the answer in words.
+        `str()` gives the answer in words.
 
     Raises
     ------
     TypeError
-        If `saved` is not from `forward`, or a dtype does not fit.
+        If `saved` is not from `forward`, or a dtype is wrong.
     ValueError
-        If dx has other axes than x, x or dy is not finite, or a channel has fewer than two values.
+        If the axes of dx differ from those of x, x or dy is not finite, or a channel has fewer than two values.
 
     Notes
     -----
     A dx is right if rounding in its dtype explains its error. A plain formula knows the mean of a channel only to
-    `eps·|x|`, so float32 data far from 0 hides small slips; the answer says which.
+    `eps·|x|`, so float32 data far from 0 hide small slips; the answer says which.
 
-    Two slips are named as "one + other". If these data do not tell a slip from another, or if nothing explains dx down
-    to rounding, `sure` is False, and the answer says so.
+    Two slips are named as "one + other". If these data do not distinguish a slip from another, or if nothing explains
+    dx down to rounding, `sure` is False, and the answer says so.
 
-    Thousands of formulas are tried at a few hundred places, those that come near over the whole array in float64.
+    Thousands of formulas are tried at a few hundred positions, and those that come near over all of x, in float64.
 
     Examples
     --------

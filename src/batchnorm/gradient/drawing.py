@@ -1,6 +1,6 @@
-"""A picture of one channel: what was handed in, what is right, and the pathways that the right gradient is the sum of.
+"""A picture of one channel: the given gradient, the right one, and the pathways whose sum is the right one.
 
-The channel is the one in which dx is furthest off. Of many values the first are drawn: more would be a blur.
+It shows the channel with the largest error. If there are many values, only the first are drawn: more would blur.
 """
 
 from os import PathLike
@@ -12,13 +12,13 @@ from ..reference import Array
 from .right import Right
 
 MANY = 48
-"""So many values of a channel are drawn."""
+"""The most values of a channel that are drawn."""
 
 COLOURS = {"given": "#d62728", "right": "0.2", "direct": "#1f77b4", "mean": "#ff7f0e", "variance": "#2ca02c"}
 
 
 def worst_channel(dx: Array, right: Right) -> int:
-    """Where the given dx is furthest off, as a fraction of the largest term; the first where it has another shape."""
+    """The channel with the largest error, as a fraction of the largest term; the first if dx has another shape."""
     if dx.shape != right.dx.shape:
         return 0
     off = np.nan_to_num(abs(dx - right.dx) / right.largest, nan=np.inf)
@@ -26,7 +26,7 @@ def worst_channel(dx: Array, right: Right) -> int:
 
 
 def draw(dx: Array, right: Right, slip: str, sure: bool, path: str | PathLike[str] | None) -> Any:
-    """The figure; written, and closed, if there is a path."""
+    """The figure; if there is a path, it is written and closed."""
     try:
         from matplotlib import pyplot
     except ImportError:

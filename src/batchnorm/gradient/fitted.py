@@ -1,11 +1,11 @@
-"""Slips with an unknown number: it is estimated from dx, and then the formula is held against dx like any other.
+"""Slips with an unknown number: it is estimated from dx, and then the formula is compared to dx like any other.
 
 Decisions:
 
-- The direct pathway has the part of dy to itself that is neither constant nor a multiple of xhat. Its factor there is
-  gamma·rstd, so dx tells with which rstd it was made, and with that, by which μ.
-- One number for all of x, an eps, is soon found by chance in one channel, in many never. A number per channel that
-  only scales dx could be anything, and is given as unsure.
+- Only the direct pathway contains the part of dy that is neither constant nor a multiple of xhat. Its factor there is
+  gamma·rstd, so dx reveals the rstd with which it was made, and from that the μ.
+- One number for all of x, such as an eps, may fit by chance in one channel, but never in many. A number per channel
+  that only scales dx could be anything, and is reported as unsure.
 """
 
 from collections.abc import Iterator
@@ -30,7 +30,7 @@ EPS_IN_USE = tuple(10.0**-power for power in range(1, 17))
 
 
 class Estimate(NamedTuple):
-    """A slip, and the formula with the number that fits best; `certain` unless anything could have been fitted."""
+    """A slip, and its formula with the best fitting number; `certain` unless anything could have been fitted."""
 
     name: str
     remedy: str
@@ -39,7 +39,7 @@ class Estimate(NamedTuple):
 
 
 def orthonormal(right: Right) -> tuple[Array, Array, Array]:
-    """A constant, xhat and dy in every channel, each without those before it, of length 1 or 0."""
+    """A constant, xhat and dy in every channel, each made orthogonal to those before it, of length 1 or 0."""
     found: list[Array] = []
     for part in (np.ones_like(right.dy), right.cache.xhat, right.dy):
         rest = part
@@ -51,14 +51,14 @@ def orthonormal(right: Right) -> tuple[Array, Array, Array]:
 
 
 def direct_of(dx: Array, right: Right) -> tuple[Array, Array]:
-    """By what the direct pathway of dx is too large, and how much of the largest term that is, per channel."""
+    """The factor by which the direct pathway of dx is too large, and its share of the largest term, per channel."""
     axes, own = right.cache.axes, orthonormal(right)[2]
     weight = (right.terms.direct * own).sum(axes, keepdims=True)
     return (dx * own).sum(axes, keepdims=True) / weight, abs(weight) / right.largest
 
 
 def rstd_of(dx: Array, right: Right, formula: Formula) -> Array:
-    """rstd as it is in the direct pathway of dx, if dx has gamma as the formula has."""
+    """The rstd in the direct pathway of dx, if gamma is in dx as it is in the formula."""
     _, _, rstd, gamma, _ = right.cache
     fitted = direct_of(dx, right)[0] * rstd * gamma ** (1 - formula.gamma[0])
     return np.where(np.isfinite(fitted) & (fitted > 0), fitted, rstd)
@@ -73,7 +73,7 @@ def another_eps(dx: Array, right: Right, formula: Formula, noise: Array) -> Iter
 
 
 def lost_variance(dx: Array, right: Right, formula: Formula, eps: float) -> Iterator[Estimate]:
-    """An rstd of its own in each channel, as far as E[x²] − μ² may lose it in arithmetic with this eps."""
+    """A different rstd in each channel, as far as rounding of E[x²] − μ² with this eps can explain it."""
     rstd = rstd_of(dx, right, formula)
     if (abs((right.cache.rstd / rstd) ** 2 - 1) <= right.cancellation(eps)).all():
         far = f"where x lies up to {float(right.offset.max()):.3g} σ from 0"
@@ -82,7 +82,7 @@ def lost_variance(dx: Array, right: Right, formula: Formula, eps: float) -> Iter
 
 
 def running_statistics(dx: Array, right: Right, formula: Formula, noise: Array) -> Iterator[Estimate]:
-    """A σ² of its own in each channel, and a μ, which is seen only if dx has a variance pathway."""
+    """A different σ² in each channel, and a different μ, which shows only if dx has a variance pathway."""
     xmu, _, _, gamma, axes = right.cache
     rstd = rstd_of(dx, right, formula)
     scale = gamma ** formula.gamma[0] * rstd
@@ -116,12 +116,12 @@ def factors(dx: Array, right: Right, formula: Formula) -> Iterator[Estimate]:
 
 
 def of_another_eps(eps: float, right: Right) -> str:
-    """The remedy."""
+    """The remedy for another eps."""
     return f"rstd = 1/√(σ² + eps) is made with eps = {eps:.3g}, but `forward` was given {right.eps:.3g}"
 
 
 def all_eps_of(ratio: Array, right: Right, noise: Array) -> Iterator[float]:
-    """The eps that changes rstd by these ratios, one per channel: as people choose it, and as it is estimated."""
+    """Each eps that changes rstd by these ratios, one per channel: a usual value, and the estimated one."""
     exact = right.var + right.eps
     weight = 1 / (exact * noise) ** 2
     eps = float(((exact / ratio**2 - right.var) * weight).sum() / weight.sum())

@@ -1,14 +1,14 @@
-"""A gradient as a formula whose pieces can be replaced: a slip replaces some of them, two slips more of them.
+"""A gradient as a formula with replaceable pieces: a slip replaces some of them, two slips replace more.
 
     dx = f·γ·r·dy  −  f·Σ(dy·γ·r)/n  −  f·(x − μ)·Σ(dy·γ·r³·(x − μ))/n
 
-The three summands are the pathways: directly, through the mean, through the variance. Each has its factor f, its powers
-of γ and of r, and its r = rstd. Each sum may run over other axes, each x − μ may be shifted.
+The three terms are the pathways: direct, through the mean, through the variance. Each has its own factor f, powers of
+γ and r, and r = rstd. Each sum may run over other axes, and each x − μ may be shifted.
 
-What is constant in a channel may stand before a sum or inside it, unless the sum runs over the channels too. Then it
-matters how the formula was written: `Sum` says what stands inside.
+A constant of a channel may be before a sum or inside it, unless the sum runs over the channels too. Then it matters how
+the formula was written: `Sum` says what is inside.
 
-A formula can be worked out at a few places of x alone. So thousands are compared before one is worked out whole.
+A formula can be evaluated at a few positions of x alone. So thousands are compared before one is evaluated completely.
 """
 
 import math
@@ -21,14 +21,14 @@ from numpy.typing import NDArray
 from ..reference import Array, Cache
 
 Places = NDArray[np.intp]
-"""Some values of x, as they are counted in C order."""
+"""Positions of some values of x, counted in C order."""
 
 Taken = Callable[[Array], Array]
-"""Takes from an array, which may have one value per channel, those at some places."""
+"""A function that takes the values at some positions from an array, which may have one value per channel."""
 
 
 class Parts:
-    """What the pieces are made of, and sums of dy and dy·(x − μ), each worked out once."""
+    """The arrays behind the pieces, and sums of dy and dy·(x − μ), each computed once."""
 
     dy: Array
     cache: Cache
@@ -42,7 +42,7 @@ class Parts:
         self._there: dict[int, Array] = {}
 
     def at(self, places: Places | None) -> Taken:
-        """What takes the values at some places from arrays that broadcast to the shape of dy."""
+        """The function that takes values at some positions from arrays that broadcast to the shape of dy."""
         if places is None:
             return lambda values: values
         if self._places is not places:
@@ -61,7 +61,7 @@ class Parts:
         return taken
 
     def over(self, axes: tuple[int, ...], inner: Array, centred: bool, at: Taken) -> Array:
-        """Σ dy·inner over some axes, or Σ dy·inner·(x − μ), at some places; first along what inner does not change."""
+        """Σ dy·inner or Σ dy·inner·(x − μ) over some axes, at some positions; axes of constant inner come first."""
         varies = tuple(axis for axis in axes if inner.shape[axis] > 1)
         total = self._over(tuple(axis for axis in axes if axis not in varies), centred)
         if not varies:
@@ -80,7 +80,7 @@ class Parts:
 
 
 class Sum(NamedTuple):
-    """A sum over some axes, times a number. γ stands inside or not, as does a power of rstd; the rest stands before."""
+    """A sum over some axes, times a number. γ and a power of rstd may be inside; everything else is before it."""
 
     axes: tuple[int, ...]
     times: float = 1
@@ -92,7 +92,7 @@ UNSHIFTED = (0, 0)
 
 
 class Formula(NamedTuple):
-    """The pieces: of three pathways, of the two sums, of x − μ in its sum and after it."""
+    """The pieces of the three pathways, of the two sums, and of x − μ in its sum and after it."""
 
     parts: Parts
     factors: tuple[Any, Any, Any]
@@ -104,7 +104,7 @@ class Formula(NamedTuple):
 
     @classmethod
     def right(cls, parts: Parts) -> "Formula":
-        """The right one."""
+        """The right formula."""
         cache = parts.cache
         return cls(parts, (1, 1, 1), (1, 1, 1), (cache.rstd,) * 3, (1, 1, 3), (Sum(cache.axes),) * 2, UNSHIFTED)
 
@@ -124,7 +124,7 @@ class Formula(NamedTuple):
         return self._replace(powers=(d + direct, m + mean, v + variance))
 
     def terms(self, places: Places | None = None) -> tuple[Array, Array, Array]:
-        """The three pathways, which broadcast to the shape of dy, or to some places of its values in C order."""
+        """The three pathways, which broadcast to the shape of dy, or to its values at some positions in C order."""
         at, (mean, variance), (inside, after) = self.parts.at(places), self.sums, self.shifts
         through_mean = -at(self.scale(1, mean)) * self._summed(1, mean, UNSHIFTED[0], at)
         through_variance = -at(self.scale(2, variance)) * self._summed(2, variance, inside, at)
@@ -132,14 +132,14 @@ class Formula(NamedTuple):
         return at(self.scale(0)) * at(self.parts.dy), through_mean, through_variance * xmu
 
     def scale(self, pathway: int, of: Sum | None = None) -> Array:
-        """What stands before the sum."""
+        """The factors before the sum."""
         gamma, rstd = (of.gamma_inside, of.rstd_inside) if of else (0, 0)
         power = self.parts.cache.gamma ** (self.gamma[pathway] * (1 - gamma))
         scale: Array = self.factors[pathway] * power * self.rstd[pathway] ** (self.powers[pathway] - rstd)
         return scale
 
     def _summed(self, pathway: int, of: Sum, shift: Any, at: Taken) -> Array:
-        """The sum over n."""
+        """The sum, divided by n."""
         gamma = self.parts.cache.gamma ** (self.gamma[pathway] * of.gamma_inside)
         inner = gamma * self.rstd[pathway] ** of.rstd_inside * (of.times / self.parts.n)
         total = self.parts.over(of.axes, inner, pathway == 2, at)
@@ -153,7 +153,7 @@ class Formula(NamedTuple):
 
     @property
     def replaced(self) -> frozenset[str]:
-        """The pieces that are not the right ones. Powers of rstd do not count: two slips may both be in them."""
+        """The pieces that are wrong. Powers of rstd do not count: two slips may both be in them."""
         right = Formula.right(self.parts)
         same = {
             "gamma": self.gamma == right.gamma,
@@ -165,5 +165,5 @@ class Formula(NamedTuple):
 
 
 def number_of(shape: tuple[int, ...], axes: tuple[int, ...]) -> int:
-    """How many values a sum over these axes adds up."""
+    """The number of values in a sum over these axes."""
     return math.prod(shape[axis] for axis in axes)

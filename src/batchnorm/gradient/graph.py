@@ -1,9 +1,9 @@
-"""The computation graph of batch normalization, and where everything stands in a picture of it.
+"""The computation graph of batch normalization, and the position of everything in a picture of it.
 
 - There is one graph: `page` makes an SVG of it, `picture` draws it. It is 344 units wide, so it fits a phone.
-- Edges run forward, down the picture. Beside them the three pathways run back from dy to dx, a line each. At x − μ they
-  part: the mean's goes on through μ, the other two go straight to x.
-- Boxes and edges name their numbers; `numbers` has them.
+- Edges run forward, down the picture. Beside them the three pathways run back from dy to dx, one line per pathway. They
+  part at x − μ: the mean pathway continues through μ, the other two go straight to x.
+- Boxes and edges name their numbers; `numbers` computes them.
 """
 
 import math
@@ -13,7 +13,7 @@ WIDTH, HEIGHT = 344, 674
 BOX = 50
 """The height of a box: its label, its numbers and their gradients."""
 COLUMN = 39
-"""From one number of a row to the next."""
+"""The distance between neighbouring numbers of a row."""
 
 Point = tuple[float, float]
 
@@ -32,7 +32,7 @@ class Node(NamedTuple):
 
 
 class Edge(NamedTuple):
-    """From one box to the next, straight or around a corner: pathways that run back along it, and its derivative."""
+    """A line from box to box, straight or around a corner, with the pathways that run back along it."""
 
     points: tuple[Point, ...]
     paths: tuple[str, ...]
@@ -41,7 +41,7 @@ class Edge(NamedTuple):
 
 
 class Note(NamedTuple):
-    """Words beside the graph: from a point to the right, or upwards around it."""
+    """Text beside the graph: from a point to the right, or upwards around it."""
 
     text: str
     at: Point
@@ -77,14 +77,14 @@ EDGES = (
 )
 
 LANES = {"forward": 0.0, "direct": -5.0, "mean": 5.0, "variance": 10.0}
-"""How far each line is to the left of the edge, for one who goes along it."""
+"""The distance of each line from the edge, to the left in the direction of the edge."""
 DOUBLED = (268.0, 267.0, 37.0)
-"""Where the local derivatives 2(x − μ) stand, one for each value: the middle, the baseline, from one to the next."""
+"""Positions of the local derivatives 2(x − μ), one for each value: the middle, the baseline, their distance."""
 MATRIX = (182.0, 176.0)
-"""The left and upper corner of I − 11ᵀ/n."""
+"""The upper left corner of I − 11ᵀ/n."""
 CELL = (39.0, 15.0)
 STRIP = (70.0, 388.0, 92.0, 15.0)
-"""What the legend shows of a row of gradients."""
+"""The part of the legend that shows a row of gradients."""
 NOTES = (
     Note("together: I − 11ᵀ/n", (200, 172)),
     Note("direct", (33, 112), "direct", 90),
@@ -101,9 +101,9 @@ NOTES = (
 
 
 def lines(edge: Edge) -> list[tuple[str, list[Point]]]:
-    """What is drawn for an edge: "forward" and its pathways, each as the points of a line or of a quadratic curve.
+    """The lines of an edge: "forward" and its pathways, each as the points of a line or of a quadratic curve.
 
-    Lines of an edge are parallel. A pathway runs from the end of the edge to its start.
+    The lines of an edge are parallel. A pathway runs from the end of the edge to its start.
     """
     first, last = (_left(*leg) for leg in (edge.points[:2], edge.points[-2:]))
     drawn = []
@@ -117,6 +117,6 @@ def lines(edge: Edge) -> list[tuple[str, list[Point]]]:
 
 
 def _left(start: Point, end: Point) -> Point:
-    """One unit to the left of the way from start to end; y grows downwards."""
+    """The unit vector to the left of the way from start to end; y grows downwards."""
     u, v = end[0] - start[0], end[1] - start[1]
     return v / math.hypot(u, v), -u / math.hypot(u, v)

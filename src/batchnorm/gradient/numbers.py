@@ -2,7 +2,7 @@
 
 - They come from the library: `forward`, `moment_gradients`, `pathways` and `backward`. The rest are sums and
   products of those.
-- They are written with few decimals and a true minus sign, by the same rule as in the script of the page.
+- They are shown with few decimals and a true minus sign, by the same rule as in the script of the page.
 """
 
 import math
@@ -18,11 +18,11 @@ PER_SAMPLE = (
     *("x", "xmu", "sq", "xhat", "y", "dy", "dxhat", "dsq", "dxmu", "dx"),
     *("doubled", "direct", "through_mean", "through_variance"),
 )
-"""Names that stand for a number for each sample."""
+"""Names that stand for one number per sample."""
 
 
 def worked_out(x: Array, dy: Array, gamma: float, beta: float, eps: float) -> dict[str, Array]:
-    """Everything that the graph and the table show, by name: n values, or one."""
+    """Everything that the graph and the table show, by name: n values or one."""
     _, saved = functional.forward(x[:, None], [gamma], [beta], eps=eps)
     column, n = dy[:, None], x.size
     found = functional.backward(column, saved)
@@ -75,9 +75,9 @@ def by_name(found: Mapping[str, Array]) -> dict[str, float]:
 
 
 def text(value: float, digits: int) -> str:
-    """A number as it is shown, with fewer decimals the larger it is, so that it fits its place.
+    """The number as text, with fewer decimals the larger it is, so that it fits its place.
 
-    Half a unit is rounded away from 0, also where it is just below for being rounded. The page's script does the same.
+    Half a unit is rounded away from 0, even if rounding put it just below half. The page's script does the same.
     """
     size = abs(value)
     digits = max(0, digits + 1 - len(str(int(size))))

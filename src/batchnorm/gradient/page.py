@@ -1,11 +1,11 @@
 """`python -m batchnorm explain --html FILE`: the gradient as one page with sliders.
 
-- The page is one file and needs no network: no font, no library, no link. Its own policy forbids it to load anything.
-- `page.html` is the page with three kinds of blanks: an element with `data-show="NAME"` shows a number, what stands
-  between `<!-- each i: LIST -->` and `<!-- end i -->` is repeated for each word of the list, and comments like
-  `<!-- graph -->` stand for what is made here.
-- The numbers come from the library and are there without JavaScript. The script works out the same ones again when a
-  slider moves; a test holds them against the library.
+- The page is one file and needs no network: no font, no library, no link. Its own policy forbids loading anything.
+- `page.html` is a template with three kinds of blanks. An element with `data-show="NAME"` shows a number. The text
+  between `<!-- each i: LIST -->` and `<!-- end i -->` is repeated for each word of the list. Comments like
+  `<!-- graph -->` are replaced by what is made here.
+- The numbers come from the library and appear without JavaScript. The script computes them again when a slider moves; a
+  test compares them to the library.
 """
 
 import html
@@ -20,7 +20,7 @@ from ..reference import Array
 from . import graph, numbers
 
 EPS = {0.0: "0", 1e-5: "1e-5", 1e-3: "0.001", 0.01: "0.01", 0.1: "0.1", 1.0: "1"}
-"""What the slider of eps offers, and how that is shown."""
+"""The values of the slider for eps, and how they are shown."""
 
 _REPEATED = re.compile(r"<!-- each (\w+): ([^>]*?) -->(.*?)<!-- end \1 -->\n?", re.DOTALL)
 _NUMBER = re.compile(r'data-show="(\w+)"(?: data-digits="(\d)")?[^>]*>')
@@ -28,7 +28,7 @@ _IN_LABEL = re.compile(r"\{(\w+):(\d)\}")
 
 
 class Start(NamedTuple):
-    """What the sliders stand at in the beginning."""
+    """The initial positions of the sliders."""
 
     four: tuple[Array, Array]
     two: tuple[Array, Array]
@@ -54,7 +54,7 @@ def page(start: Start) -> str:
 
 
 def _json(start: Start) -> str:
-    """What the script starts from: numbers alone, so nothing in it could end the element that holds it."""
+    """The script's initial values: only numbers, so nothing in them could end the element that holds them."""
     cases = {str(x.size): {"x": x.tolist(), "dy": dy.tolist()} for x, dy in (start.four, start.two)}
     eps = {"eps": list(EPS).index(start.eps), "offered": list(EPS.values())}
     values = {"cases": cases, "gamma": start.gamma, "beta": start.beta, **eps}
@@ -82,7 +82,7 @@ def _shown(name: str, digits: int, x: float, y: float, kind: str = "n") -> str:
 
 
 def _row(name: str, digits: int, middle: float, y: float, column: float = graph.COLUMN) -> str:
-    """A number, or one for each sample; the last two are hidden if there are only two."""
+    """One number, or one per sample; the last two are hidden if there are only two."""
     if name not in numbers.PER_SAMPLE:
         return _shown(name, digits, middle, y)
     places = [middle + column * (i - 1.5) for i in range(4)]
@@ -113,7 +113,7 @@ def _edge(edge: graph.Edge) -> str:
 
 
 def _matrix() -> str:
-    """I − 11ᵀ/n, the two ways from x to x − μ as one."""
+    """I − 11ᵀ/n, the two ways from x to x − μ in one."""
     (left, top), (width, height) = graph.MATRIX, graph.CELL
     cells = ""
     for i in range(4):

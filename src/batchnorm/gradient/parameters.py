@@ -14,7 +14,7 @@ from .search import CORRECT, NEARLY, NOT_FINITE, UNKNOWN, ZERO
 
 
 class ParameterSlip(NamedTuple):
-    """One mistake in dgamma and dbeta: its name, what to do about it and the wrong pair."""
+    """One mistake in dgamma and dbeta: its name, its remedy and the wrong pair."""
 
     name: str
     remedy: str
@@ -26,7 +26,7 @@ def _with_rstd(right: Right, rstd: Array) -> tuple[Array, Array]:
 
 
 PARAMETER_SLIPS = (
-    ParameterSlip("wrong sign", "turn the sign", lambda right: (-right.terms.dgamma, -right.terms.dbeta)),
+    ParameterSlip("wrong sign", "flip the sign", lambda right: (-right.terms.dgamma, -right.terms.dbeta)),
     ParameterSlip(
         "dgamma and dbeta exchanged",
         "dgamma = Σdy·xhat, dbeta = Σdy",
@@ -82,7 +82,7 @@ WRONG_AXES = "sum over the wrong axes"
 
 
 class _Parameter:
-    """dgamma or dbeta, compared with formulas."""
+    """dgamma or dbeta, compared to formulas."""
 
     def __init__(self, name: str, values: Array, right: Right) -> None:
         self.name, self.values, self.right = name, values, right
@@ -96,12 +96,12 @@ class _Parameter:
         self.terms = abs(self.summed).sum(right.cache.axes)
 
     def distance(self, other: Array) -> float:
-        """The largest difference, in units of what rounding may do to `other`."""
+        """The largest difference, in units of the possible rounding of `other`."""
         unit = self.lost * np.maximum(1, abs(other) / np.where(self.terms > 0, self.terms, np.inf))
         return float((abs(self.values - other) / np.where(unit > 0, unit, np.finfo(float).tiny)).max())
 
     def of_values(self) -> tuple[str, str]:
-        """What is wrong with numbers that have the right shape."""
+        """What is wrong with values of the right shape."""
         exact = self.distance(self.exact)
         if exact <= 1:
             return CORRECT, ""
@@ -114,7 +114,7 @@ class _Parameter:
         return self.of_axes() or self.of_eps() or (UNKNOWN, "no slip of the catalogue explains it")
 
     def of_eps(self) -> tuple[str, str] | None:
-        """Whether dgamma is made with another eps."""
+        """Whether dgamma was made with another eps."""
         ratio = np.expand_dims(self.values / self.exact, self.right.cache.axes)
         for eps in all_eps_of(ratio, self.right, self.rounding.rest) if self.name == "dgamma" else ():
             if self.distance(_with_rstd(self.right, 1 / np.sqrt(self.right.var + eps))[0]) <= 1:
@@ -139,7 +139,7 @@ class _Parameter:
                     yield axes
 
     def explain(self) -> tuple[str, str]:
-        """What is wrong, and what to do about it."""
+        """The name of the mistake, and its remedy."""
         values, channels = self.values, self.exact.size
         if not np.isfinite(values).all():
             return NOT_FINITE, f"{np.count_nonzero(~np.isfinite(values)):,} of {values.size:,} values"
@@ -169,5 +169,5 @@ def _batch(right: Right) -> int:
 
 @np.errstate(all="ignore")
 def explain_parameter(name: str, values: Array, right: Right) -> tuple[str, str]:
-    """The name of what is wrong with dgamma or dbeta, and what to do about it."""
+    """The name of the mistake in dgamma or dbeta, and its remedy."""
     return _Parameter(name, values, right).explain()

@@ -1,14 +1,14 @@
-"""The gradient taken apart: the three paths through which x reaches the loss, and the matrix that they form.
+"""The gradient taken apart: the three paths by which x reaches the loss, and the matrix that they form.
 
 Decisions:
 
 - The statistics are those that `forward` saved. The rest is the textbook of `reference` in float64, whatever the dtype
   of x. Results are float64 too, because people read and check them. For float64 data, pathways and moment gradients are
-  worked out in long double, so that their last digits are right.
-- Readable before fast: whole arrays are allocated. `backward` computes the same sum in two passes without them, or a
-  part of it with `through=`.
-- Arrays are laid out channel by channel: NumPy sums pairwise along the memory, but one by one across it.
-- A channel needs two values. One value is its own mean: y is beta whatever x is, and there is nothing to take apart.
+  computed in long double, so that their last digits are right.
+- The code is readable rather than fast: it allocates whole arrays. `backward` computes the same sum in two passes
+  without them, or a part of it with `through=`.
+- Arrays are laid out channel by channel, because NumPy sums pairwise along memory but one by one across it.
+- A channel needs two values. One value is its own mean: y is beta for any x, and there is nothing to take apart.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ MAX_BYTES = 1 << 30
 
 
 class Pathways(NamedTuple):
-    """The three summands of dx, each of x's shape."""
+    """The three terms of dx, each of x's shape."""
 
     direct: Array
     mean: Array
@@ -34,11 +34,11 @@ class Pathways(NamedTuple):
 
 
 def textbook(saved: Saved, dtype: DTypeLike = np.float64) -> reference.Cache:
-    """What the textbook's backward pass reads; an error where there is nothing to explain."""
+    """The cache for the textbook's backward pass; an error if there is nothing to explain."""
     if not isinstance(saved, Saved):
         raise TypeError(f"saved must be what forward returned, got {type(saved).__name__}")
     if saved._selection is not None:
-        raise ValueError("saved must be of a batch whose values all count alike, not of a mask, lengths or weights")
+        raise ValueError("saved must be of a batch whose values all count the same, without mask, lengths or weights")
     if saved.count < 2:
         raise ValueError(
             f"x must have at least 2 values per channel, got shape {saved.x.shape} with axis={saved.axis}: "
@@ -53,7 +53,7 @@ def textbook(saved: Saved, dtype: DTypeLike = np.float64) -> reference.Cache:
 
 
 def upstream(dy: ArrayLike, saved: Saved, dtype: DTypeLike = np.float64) -> Array:
-    """dy, or dy·act′ after an activation, like x."""
+    """dy, or dy·act′ with an activation, laid out channel by channel."""
     return _by_channel(functional.upstream(dy, saved), saved, dtype)
 
 
@@ -64,14 +64,14 @@ def _by_channel(array: Array, saved: Saved, dtype: DTypeLike) -> Array:
 
 
 def _in_full(dy: ArrayLike, saved: Any) -> tuple[Array, reference.Cache]:
-    """dy, and what the textbook reads, with more digits than the results."""
+    """dy and the textbook's cache, with more digits than the results."""
     dtype = np.longdouble if isinstance(saved, Saved) and saved.x.dtype == np.float64 else np.float64
     cache = textbook(saved, dtype)
     return upstream(dy, saved, dtype), cache
 
 
 def _like_x(array: Array, saved: Saved) -> Array:
-    """A float64 copy in x's order in memory."""
+    """A float64 copy in x's memory order."""
     return saved._layout.copy(array.astype(np.float64))
 
 
@@ -89,12 +89,12 @@ def pathways(dy: ArrayLike, saved: Saved) -> Pathways:
     Returns
     -------
     Pathways
-        A named tuple (direct, mean, variance) of float64 arrays of x's shape and order in memory. Their sum is dx.
+        A named tuple (direct, mean, variance) of float64 arrays with x's shape and memory order. Their sum is dx.
 
     Raises
     ------
     TypeError, ValueError
-        As `backward`; ValueError also if a channel has fewer than two values.
+        As for `backward`; ValueError also if a channel has fewer than two values.
 
     See Also
     --------
@@ -121,7 +121,7 @@ def pathways(dy: ArrayLike, saved: Saved) -> Pathways:
 
 
 def moment_gradients(dy: ArrayLike, saved: Saved) -> MomentGradients:
-    """How the loss changes with xhat, with σ² and with μ, in the paper's notation.
+    """The gradients of the loss with respect to xhat, σ² and μ, in the paper's notation.
 
     dxhat = dy·gamma, dvar = Σdxhat·(x − μ)·(−½)·rstd³ and dmean = −rstd·Σdxhat + dvar·(−2/n)·Σ(x − μ), with sums over
     all axes but the channel axis. The second term of dmean is 0, because Σ(x − μ) is; the paper keeps it.
@@ -139,7 +139,7 @@ def moment_gradients(dy: ArrayLike, saved: Saved) -> MomentGradients:
     Raises
     ------
     TypeError, ValueError
-        As `pathways`.
+        As for `pathways`.
 
     References
     ----------
@@ -158,17 +158,17 @@ def moment_gradients(dy: ArrayLike, saved: Saved) -> MomentGradients:
 
 
 def centering_matrix(n: int, *, max_bytes: int = MAX_BYTES) -> Array:
-    """∂(x − μ)/∂x = I − 11ᵀ/n: the matrix that takes the mean off n values.
+    """∂(x − μ)/∂x = I − 11ᵀ/n: the matrix that subtracts the mean from n values.
 
-    Because of it the gradient does not vanish: every x moves its own deviation by 1 − 1/n, not by 1 − 1 = 0, and all
-    the others by −1/n. It is symmetric, idempotent (the mean of deviations is 0) and of rank n − 1.
+    It is why the gradient does not vanish: every x moves its own deviation by 1 − 1/n, not by 1 − 1 = 0, and all the
+    others by −1/n. It is symmetric, idempotent (the mean of deviations is 0) and of rank n − 1.
 
     Parameters
     ----------
     n : int
-        Number of values, at least 1.
+        The number of values, at least 1.
     max_bytes : int, default 2**30
-        Memory that the matrix may take.
+        The most memory that the matrix may use.
 
     Returns
     -------
@@ -206,19 +206,19 @@ def jacobian(
     """Every derivative of y by x: ∂y_j/∂x_i = gamma·rstd·(δ_ij − 1/n − xhat_j·xhat_i/n), one matrix per channel.
 
     Its product with dy is dx, dx_i = Σ_j dy_j·∂y_j/∂x_i; `backward` never builds it. Each row and each column adds up
-    to 0, because moving all values of a channel does not change y. For eps = 0 it maps xhat to 0 too, because
-    stretching x does not change y.
+    to 0, because adding a constant to a channel of x does not change y. For eps = 0 it also maps xhat to 0, because
+    scaling x does not change y.
 
     Parameters
     ----------
     x : array_like of float64, float32, float16 or bfloat16, at least 2-D
         Channels along `axis`.
     gamma : array_like, shape (C,), optional
-        Scale; 1 where None, which gives the derivatives of xhat. beta has no part in them.
+        Scale; None means 1, which gives the derivatives of xhat. They do not depend on beta.
     axis, eps
         As in `forward`.
     max_bytes : int, default 2**30
-        Memory that the result may take, 8·C·n² bytes.
+        The most memory that the result may use; it needs 8·C·n² bytes.
 
     Returns
     -------
@@ -228,9 +228,9 @@ def jacobian(
     Raises
     ------
     TypeError
-        If a dtype does not fit.
+        If a dtype is not supported.
     ValueError
-        If a shape, `axis` or `eps` does not fit, a channel has fewer than two values, or the result would need more
+        If a shape, `axis` or `eps` is invalid, a channel has fewer than two values, or the result would need more
         than `max_bytes`.
 
     Examples

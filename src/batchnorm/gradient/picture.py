@@ -12,11 +12,11 @@ COLOURS = {"forward": "0.45", "direct": "#0a5fb4", "mean": "#a84a00", "variance"
 CELLS = {"diagonal": "#cfe3f8", "other": "#f8e2cf"}
 SOFT, STRIP = "#535b66", "#e9edf3"
 SCALE = 70.0
-"""Units of the graph per inch, so that its letters have the size that they have on the page."""
+"""Units of the graph per inch, so that text has the same size as on the page."""
 
 
 def drawn(x: Array, dy: Array, gamma: float, beta: float, eps: float, kind: str) -> bytes:
-    """The graph of these numbers as a file of this kind: png, pdf or svg."""
+    """The graph of these numbers, as the bytes of a png, pdf or svg file."""
     require("matplotlib", "explain").use("Agg")
     pyplot, patches = require("matplotlib.pyplot", "explain"), require("matplotlib.patches", "explain")
     found = numbers.worked_out(x, dy, gamma, beta, eps)

@@ -1,6 +1,6 @@
-"""Batch normalization of values that are grouped otherwise than by channel: over other axes, or after a reshape.
+"""Batch normalization of values that are not grouped by channel: over other axes, or after a reshape.
 
-These are no slips in the right formula but the right formula of something else, so they come as formulas of their own.
+These are not slips in the right formula but the right formula for something else, so each is a formula of its own.
 """
 
 import math
@@ -19,7 +19,7 @@ GAMMA_ELSEWHERE = "gamma along the wrong axis"
 
 
 def regrouped(right: Right) -> Iterator[tuple[str, str, Formula]]:
-    """Name, remedy and formula of each."""
+    """The name, remedy and formula of each mistake."""
     gamma = right.cache.gamma
     for axes in {axes for sets in over_other_axes(right).values() for axes in sets if axes}:
         remedy = f"the statistics of a channel are over the axes {right.cache.axes}, not over {axes}"
@@ -37,7 +37,7 @@ def regrouped(right: Right) -> Iterator[tuple[str, str, Formula]]:
 
 
 def _normalized(x: Array, dxhat: Array, axes: tuple[int, ...], eps: float) -> Formula:
-    """The right formula of values that are normalized over these axes."""
+    """The right formula for values that are normalized over these axes."""
     n = math.prod(x.shape[axis] for axis in axes)
     xmu = x - x.sum(axes, keepdims=True) / n
     rstd = 1 / np.sqrt((xmu * xmu).sum(axes, keepdims=True) / n + eps)

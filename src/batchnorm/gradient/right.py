@@ -1,11 +1,11 @@
-"""The right gradient of one batch in float64, what wrong ones are made of, and how far rounding may take it.
+"""The right gradient of one batch in float64, the pieces of wrong ones, and how far rounding may move it.
 
 Rounding: a plain sum of n values loses some √n eps, so μ is known only to that many eps·|x|. This moves x̂ by the same
 amount everywhere, and dx by a constant and a multiple of x̂ in each channel. For data far from 0 that is most of the
-rounding. The rest is a few eps of the largest term. A gradient that is off by no more is not called wrong. The
-constants are twice what was measured on the published ways of writing the gradient, in float32, at offsets of up to
-10⁵ σ, with 4 to 20,000 values per channel. Sums of values that are nearly equal round the same way every time, so the
-plain mean of x is worked out too, to see how far off it is.
+rounding. The rest is a few eps of the largest term. A gradient with no larger error is not called wrong. The constants
+are twice the errors measured for the published ways of writing the gradient, in float32, at offsets of up to 10⁵ σ,
+with 4 to 20,000 values per channel. Sums of nearly equal values round the same way every time, so the plain mean of x
+is computed too, to see how far off it is.
 """
 
 from typing import NamedTuple
@@ -20,18 +20,18 @@ from . import pathways
 from .formula import Formula, Parts
 
 ROUNDING = 4
-"""How many eps of the largest term may be lost where x is not far from 0 and n is small."""
+"""How many eps of the largest term may be lost if x is not far from 0 and n is small."""
 
 
 class Rounding(NamedTuple):
-    """What may be lost in each channel, as a fraction of its largest term."""
+    """The possible rounding error in each channel, as a fraction of its largest term."""
 
     shift: Array
     rest: Array
 
 
 class Right:
-    """The right gradient, its formula, and what is known of the batch."""
+    """The right gradient, its formula, and the properties of the batch."""
 
     dy: Array
     dx: Array
@@ -48,7 +48,7 @@ class Right:
     channels: int
     correction: float
     largest: Array
-    """Of the terms, in each channel."""
+    """The largest of the terms, in each channel."""
 
     def __init__(self, dy: Array, cache: Cache, x: Array, var: Array, eps: float) -> None:
         self.dy, self.cache, self.x, self.var, self.eps = dy, cache, x, var, eps
@@ -68,7 +68,7 @@ class Right:
 
     @classmethod
     def of(cls, dy: ArrayLike, saved: Saved) -> "Right":
-        """The right gradient of what `forward` saved."""
+        """The right gradient, from what `forward` saved."""
         cache = pathways.textbook(saved)
         return cls(pathways.upstream(dy, saved), cache, saved.x, np.expand_dims(saved.var, cache.axes), saved.eps)
 
@@ -79,12 +79,12 @@ class Right:
 
     @property
     def offset(self) -> Array:
-        """How far x is from 0 in each channel, in standard deviations."""
+        """The distance of x from 0 in each channel, in standard deviations."""
         furthest: Array = abs(self.x).max(self.cache.axes, keepdims=True) * self.cache.rstd
         return furthest
 
     def rounding(self, eps: float) -> Rounding:
-        """What may be lost in arithmetic with this eps: as a shift of x̂, and besides."""
+        """The possible error of arithmetic with this eps: as a shift of x̂, and otherwise."""
         axes, dtype = self.cache.axes, np.float32 if eps > np.finfo(np.float64).eps else np.float64
         seen = abs(self.x.astype(dtype).mean(axes, keepdims=True) - self.mean) * self.cache.rstd
         shift = np.maximum(eps * (3 + self.n**0.5) * (1 + self.offset), 2 * seen)
@@ -97,7 +97,7 @@ class Right:
         return lost
 
     def unbiased_rstd(self) -> Array:
-        """rstd of the variance that is divided by n − 1."""
+        """rstd from the variance with the divisor n − 1."""
         rstd: Array = 1 / np.sqrt(self.correction * self.var + self.eps)
         return rstd
 
@@ -107,5 +107,5 @@ class Right:
         return rstd
 
     def sums(self, dy: Array, xhat: Array) -> tuple[Array, Array]:
-        """dgamma and dbeta, of something in place of dy or xhat."""
+        """dgamma and dbeta, with these arrays instead of dy and xhat."""
         return (dy * xhat).sum(axis=self.cache.axes), dy.sum(axis=self.cache.axes)

@@ -1,15 +1,15 @@
-"""Which formula gives a dx: one of the catalogue, two of its slips at once, or one with a number to be estimated.
+"""Find the formula that gives a dx: a slip of the catalogue, two at once, or one with an estimated number.
 
 Decisions:
 
-- A dx whose error rounding explains is right, even if something else explains the error better.
-- The first of the steps of `candidates` in which rounding explains what is left has the answer. Only if none has, what
-  comes near is named, and as unsure.
-- Within a step the closest formula is named; ties go to the first. Whatever rounding could not tell from it is a rival,
-  and makes the answer unsure. So does a third slip.
-- Formulas are many. Each is worked out at a few hundred places; the factors of the pathways, which are most of the
-  slips, are tried all at once, by the products of the three pathways with each other and with dx.
-- A difference is a fraction of the largest term of its channel, so that small channels count, and every channel has to
+- If rounding explains the error of a dx, it is right, even if something else explains the error better.
+- The answer is in the first step of `candidates` in which rounding explains the remaining difference. Only if there is
+  none, a formula that comes near is named, as unsure.
+- Within a step the closest formula is named; ties go to the first. A formula that rounding cannot distinguish from it
+  is a rival, and makes the answer unsure. So does a third slip.
+- There are many formulas. Each is evaluated at a few hundred positions. The factors of the pathways, which are most of
+  the slips, are tried all at once, through the products of the three pathways with each other and with dx.
+- A difference is a fraction of the largest term of its channel, so that small channels count, and every channel must
   be explained.
 """
 
@@ -32,14 +32,14 @@ NOT_FINITE = "not finite"
 ZERO = "zero everywhere"
 
 NEARLY = 1e-3
-"""What a slip may leave of the difference that it explains."""
+"""The fraction of the difference that a slip may leave unexplained."""
 
 PLACES = 512
-"""So many values of dx decide whether a formula is worth all of them."""
+"""The number of values of dx that decide whether to evaluate a formula on all of them."""
 
 
 class Explanation(NamedTuple):
-    """A name, the remedy, what it leaves as a fraction of the largest term, and why it may be another."""
+    """A name, the remedy, what it leaves as a fraction of the largest term, and the reasons for doubt."""
 
     name: str
     remedy: str
@@ -49,7 +49,7 @@ class Explanation(NamedTuple):
 
 
 class Search:
-    """dx, compared with formulas."""
+    """dx, compared to formulas."""
 
     dx: Array
     right: Right
@@ -77,7 +77,7 @@ class Search:
         return np.broadcast_to(values, self.dx.shape)[np.unravel_index(self.places, self.dx.shape)]
 
     def left(self, dx: Array, form: Array, limit: Array | float, times: Array | float = 1) -> Array:
-        """Root mean square of a difference over the largest term, per channel, without what a shift of x̂ explains."""
+        """Root mean square of the difference per channel, over the largest term, minus what a shift of x̂ explains."""
         xhat, axes = self.right.cache.xhat, self.right.cache.axes
         rest, bound = (dx - form) / self.right.largest, times * self.rounding.shift
         size = self._size(rest)
@@ -101,7 +101,7 @@ class Search:
         return bool((nothing <= self.rounding.rest).all())
 
     def unseen(self, form: Formula) -> bool:
-        """Whether a slip changes no more than the rounding of two results may."""
+        """Whether a slip changes dx by no more than the rounding of two results can."""
         direct, mean, variance = form.terms(self.places)
         change = direct + mean + variance - self._at(self.right.dx)
         if not np.sqrt(np.mean((change / self.largest) ** 2)) <= 6 * self.noise:
@@ -120,7 +120,7 @@ class Search:
         return next(filter(None, (self.nearest(step(), NEARLY) for step in few)), None)
 
     def _beside_the_catalogue(self, found: Explanation, candidates: Candidates) -> Explanation:
-        """Fitted statistics take up rounding too, so a slip of the catalogue that is near may be behind dx."""
+        """Doubt a fit if a slip of the catalogue is nearly as close, because fitted statistics absorb rounding too."""
         near = self.nearest(candidates.singles(), NEARLY)
         if near is None or near.name == found.name:
             return found
@@ -128,7 +128,7 @@ class Search:
         return found._replace(doubts=(*found.doubts, doubt), rivals=(*found.rivals, near.name))
 
     def nearest(self, found: Step, nearly: float = 0) -> Explanation | None:
-        """The nearest of these formulas, if it is near enough."""
+        """The closest of these formulas, if it is close enough."""
         believed: list[tuple[float, Named, float, bool]] = []
         for base, table in found:
             for row in self._worth_a_look(base.formula, table.factors, nearly):
@@ -144,7 +144,7 @@ class Search:
         return _chosen(believed) if believed else None
 
     def _worth_a_look(self, formula: Formula, factors: Array, nearly: float) -> Iterable[int]:
-        """The rows of factors that bring a formula near dx at some places."""
+        """The rows of factors that bring a formula close to dx at the positions that are tried."""
         terms, dx = np.empty((3, self.places.size)), self.there
         for term, values in zip(terms, formula.terms(self.places), strict=True):
             term[:] = values
@@ -156,7 +156,7 @@ class Search:
 
 
 def _chosen(believed: list[tuple[float, Named, float, bool]]) -> Explanation:
-    """The first of the nearest, and what makes it doubtful: distances are in units of what rounding may do."""
+    """The first of the closest, and the reasons for doubt; distances are in units of the possible rounding."""
     best = min(distance for distance, *_ in believed)
     distance, slips, left, certain = next(tie for tie in believed if tie[0] <= 2 * best + 1 / 16)
     names = {" + ".join(_names(other)): set(_names(other)) for far, other, *_ in believed if far <= max(1, best)}

@@ -1,8 +1,8 @@
 """The mistakes that people make with dx: a slip replaces pieces of the right formula.
 
-The catalogue has each slip once: its name, the remedy, and the replacements, in the ways in which people write it. A
-slip is either a factor of each pathway (`factors`), or changes of other pieces (`changes`). Both can be combined, so a
-formula with two slips needs no entry. If some data cannot tell slips apart, the first is the most likely.
+The catalogue has each slip once: its name, its remedy, and the replacements, in every way that people write it. A slip
+is either a factor of each pathway (`factors`), or changes to other pieces (`changes`). Both can be combined, so a
+formula with two slips needs no entry. If the data cannot distinguish slips, the first is the most likely.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -33,7 +33,7 @@ from .right import Right
 
 
 class Slip(NamedTuple):
-    """One mistake: its name, what to do about it, and what it does to the right formula."""
+    """One mistake: its name, its remedy, and its effect on the right formula."""
 
     name: str
     remedy: str
@@ -41,7 +41,7 @@ class Slip(NamedTuple):
     changes: Callable[[Right], Iterable[Change]] = lambda _: ()
 
     def forms(self, right: Right) -> Iterator[Formula]:
-        """The right formula with this slip, in all its ways."""
+        """The right formula with this slip, in every way to make it."""
         for factors in self.factors(right):
             yield right.formula.times(*factors)
         for change in self.changes(right):
@@ -192,7 +192,7 @@ SLIPS = (
         always((1, 1, 2), (1, 1, 0.5)),
     ),
     Slip("pathway counted twice", "dx is the sum of the three pathways, each once", always((2, 1, 1), (1, 2, 1))),
-    Slip("wrong sign", "turn the sign of dx", always((-1, -1, -1))),
+    Slip("wrong sign", "flip the sign of dx", always((-1, -1, -1))),
     Slip("wrong sign of the mean pathway", "dmean = −rstd·Σdxhat", always((1, -1, 1))),
     Slip("wrong sign of the variance pathway", "dvar = Σdxhat·(x − μ)·(−½)·rstd³", always((1, 1, -1))),
     Slip("wrong sign of both pathways", "dmean and dvar both begin with a minus", always((1, -1, -1))),
@@ -220,7 +220,7 @@ FACTOR = "constant factor"
 
 
 def constant_factors(right: Right) -> Iterator[Slip]:
-    """Numbers by which people multiply all of dx too often or too seldom."""
+    """Numbers by which people multiply all of dx once too often or too rarely."""
     known: dict[str, float] = {"2": 2, "1/2": 1 / 2, "1/n": 1 / right.n}
     if right.n > right.batch:
         known |= {"1/the batch size": 1 / right.batch, "1/the number of positions": right.batch / right.n}

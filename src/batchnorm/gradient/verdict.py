@@ -4,11 +4,11 @@ Decisions:
 
 - `search` finds the formula that gives dx, the right one or one with slips. If none is near, the answer is the sum of
   pathways that fits best.
-- What is no gradient at all is named too: a wrong shape, NaN, 0 everywhere.
+- A dx that cannot be a gradient is named too: a wrong shape, NaN, 0 everywhere.
 - Some upstream gradients hide mistakes. A dy that is constant per channel or proportional to xhat makes the right dx
-  vanish, and where gamma is 1 nobody sees that gamma is missing. The answer says what it could not have seen.
-- What is no mistake is not called one: neither rounding (see `right`) nor leaving out a term that is 0.
-- A name that may be another says so, and why.
+  vanish, and if gamma is 1, a missing gamma does not show. The answer lists the mistakes that these data hide.
+- Neither rounding (see `right`) nor leaving out a term that is 0 is called a mistake.
+- If another name is possible, the answer says so, and why.
 """
 
 import math
@@ -30,7 +30,7 @@ TRANSPOSED = "transposed layout"
 
 
 class Verdict(NamedTuple):
-    """The name of what is wrong, the rest of the sentence, and the numbers of the answer."""
+    """The name of the mistake, the rest of the sentence, and the numbers of the answer."""
 
     slip: str
     words: str
@@ -42,7 +42,7 @@ class Verdict(NamedTuple):
 
 
 def first_not_finite(values: Array) -> str:
-    """As in "nan at (2, 3)"."""
+    """The first value that is not finite, and its index, such as "nan at (2, 3)"."""
     where = tuple(int(i) for i in np.argwhere(~np.isfinite(values))[0])
     return f"{values[where]} at {where}"
 
@@ -69,7 +69,7 @@ def of_dx(dx: Array, right: Right) -> Verdict:
 
 
 def _explain(search: Search, error: float) -> Verdict:
-    """The name of what is wrong with a dx of x's shape, and the rest of the sentence."""
+    """What is wrong with a dx of x's shape."""
     dx, right = search.dx, search.right
     off = f"dx is off by {error:.2g} × its largest term"
     if _hides_mistakes(right):
@@ -78,7 +78,7 @@ def _explain(search: Search, error: float) -> Verdict:
         return Verdict(
             CANNOT_TELL,
             f"in every channel it is a constant plus a multiple of xhat{few}, for which the right dx is 0 up to eps "
-            f"and many a wrong one too; take a random one{wrong}",
+            f"and so are many wrong ones; use a random dy{wrong}",
         )
     if search.correct() and (error <= NEARLY or not search.explains_anything()):
         return Verdict(CORRECT, f"dx agrees with the exact gradient to {error:.1g} × its largest term")
@@ -92,7 +92,7 @@ def _explain(search: Search, error: float) -> Verdict:
         return Verdict(
             X_CANNOT_TELL,
             f"it lies up to {right.offset.max():.2g} σ from 0, where {right.x.dtype} arithmetic may lose all of dx; "
-            f"{off}; take x nearer to 0, or float64",
+            f"{off}; use x closer to 0, or float64",
         )
     transposed = _transposed(dx, right, search.eps)
     if transposed:
@@ -100,7 +100,7 @@ def _explain(search: Search, error: float) -> Verdict:
     found = search.explain()
     if found:
         doubts = found.doubts and f"; not sure, as {', and '.join(found.doubts)}"
-        words = f"{found.remedy}; {off}, and mending this leaves {found.left:.1g}{doubts or ''}"
+        words = f"{found.remedy}; {off}, and fixing this leaves {found.left:.1g}{doubts or ''}"
         return Verdict(found.name, words, not doubts, found.rivals)
     words = f"{off} and no slip of the catalogue explains it; {_nearest_sum(search)}"
     return Verdict(UNKNOWN, words, sure=False)
@@ -118,7 +118,7 @@ def _nearest_sum(search: Search) -> str:
 
 
 def _hides_mistakes(right: Right) -> bool:
-    """Whether dy is a constant plus a multiple of xhat in every channel, nearly."""
+    """Whether dy is nearly a constant plus a multiple of xhat in every channel."""
     xhat, axes = right.cache.xhat, right.cache.axes
     norm = (xhat * xhat).sum(axes, keepdims=True)
     rest = right.dy - right.dy.mean(axes, keepdims=True)
@@ -127,7 +127,7 @@ def _hides_mistakes(right: Right) -> bool:
 
 
 def _transposed(dx: Array, right: Right, eps: float) -> Verdict | None:
-    """Whether dx is the right one with its axes in another order, or read in that order with x's shape."""
+    """Check for the right dx with its axes in another order, possibly reshaped to x's shape."""
     noise = min(math.sqrt(eps), max(lost.max() for lost in right.rounding(eps)))
     for order in permutations(range(dx.ndim)):
         turned = right.dx.transpose(order)
@@ -137,13 +137,13 @@ def _transposed(dx: Array, right: Right, eps: float) -> Verdict | None:
             if moved and np.linalg.norm(rest) <= noise * np.linalg.norm(np.broadcast_to(right.largest, right.dx.shape)):
                 return Verdict(
                     TRANSPOSED,
-                    f"the values are right, but lie in the order {order} of x's axes; transpose them back",
+                    f"the values are right, but in the order {order} of x's axes; transpose them back",
                 )
     return None
 
 
 def _fit(dx: Array, right: Right, largest: Array) -> tuple[tuple[float, float, float], float]:
-    """The factor of each pathway in dx, by least squares, and what that leaves (root mean square)."""
+    """The factor of each pathway in dx, by least squares, and the remaining difference (root mean square)."""
     terms = np.broadcast_arrays(right.terms.direct, right.terms.mean, right.terms.variance)
     columns, values = np.stack([(term / largest).ravel() for term in terms], axis=1), (dx / largest).ravel()
     fitted = np.linalg.lstsq(columns, values, rcond=None)[0]

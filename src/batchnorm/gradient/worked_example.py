@@ -1,11 +1,11 @@
 """`python -m batchnorm explain`: batch normalization of four values, with all its numbers, in the terminal.
 
-- The numbers come from the library: `forward`, `moment_gradients`, `pathways` and `backward`. Beside each gradient
-  stands a central difference of the loss Σ y·dy, so that it can be checked at once.
+- The numbers come from the library: `forward`, `moment_gradients`, `pathways` and `backward`. A central difference of
+  the loss Σ y·dy is shown beside each gradient, as a direct check.
 - x occurs in y in three ways: by itself, in the mean, in the variance. Each is a pathway, and the difference beside it
   moves x in that place alone.
 - `--html` and `--plot` write the same four values as a page with sliders (`page`) and as a picture (`picture`).
-- Values have one decimal and no two are equal, so that they can be followed with pencil and paper.
+- Values have one decimal and no two are equal, so that one can follow them with pencil and paper.
 """
 
 import argparse
@@ -34,7 +34,7 @@ FORWARD = """
 """
 
 BACKWARD = """
-[bold]Backward.[/] dy is the gradient of a loss with respect to y. μ and σ² are made of
+[bold]Backward.[/] dy is the gradient of a loss with respect to y. μ and σ² depend on
 the batch, so x reaches the loss in three ways, and dx has three terms:
 
   dxhat = dy·gamma
@@ -50,24 +50,24 @@ in that way alone: by itself, in μ, in σ², or in all three.
 CENTERING = """
 [bold]Not 1 − 1 = 0.[/] ∂(x − μ)/∂x is not a number but the matrix I − 11ᵀ/n: each x
 moves its own deviation by {diagonal:g} and the other {others} by {other:g}. Its columns add up
-to 0, and so does dx ({total:.0e}): moving all of x would move nothing.
+to 0, and so does dx ({total:.0e}): adding a constant to all of x changes nothing.
 """
 
 TWO = """
 [bold]Two values,[/] eps = 0. Whatever they are, xhat is −1 and 1: there is nothing to
 gain by moving them, and the right dx is 0. Without the mean pathway dx moves
-both by the same amount, step after step, and y stays what it was:
+both by the same amount, step after step, and y does not change:
 """
 
 
 def loss(dy: Array, direct: Array, of_mean: Array, of_var: Array, eps: float) -> float:
-    """Σ y·dy, with an x for each way in which x occurs in y."""
+    """Σ y·dy, with a separate x for each of the three ways in which x occurs in y."""
     xhat = (direct - of_mean.mean()) / np.sqrt(of_var.var() + eps)
     return float((dy * (GAMMA * xhat + BETA)).sum())
 
 
 def differences(dy: Array, x: Array, eps: float, moves: tuple[bool, bool, bool]) -> Array:
-    """Central differences of the loss by each value, in those occurrences of x that move."""
+    """Central differences of the loss by each value, moving only these occurrences of x."""
 
     def at(moved: Array) -> float:
         direct, of_mean, of_var = (moved if moves_too else x for moves_too in moves)
@@ -82,7 +82,7 @@ WITHOUT_MEAN = (True, False, True)
 
 
 def _numbers(rng: np.random.Generator, n: int, least: int = -30) -> Array:
-    """Different values with one decimal, from least/10 on."""
+    """Distinct values with one decimal, at least least/10."""
     return rng.choice(np.arange(least, 60), n, replace=False) / 10
 
 
@@ -93,7 +93,7 @@ def _table(columns: Sequence[tuple[str, str, Array]]) -> Any:
     grid = table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 0, 0, 1))
     for header, style, _ in columns:
         grid.add_column(header, style=style, header_style=style, justify="right", no_wrap=True)
-    # Numbers that were chosen have one decimal; adding 0 turns −0 into 0.
+    # Given numbers have one decimal; adding 0 turns −0 into 0.
     texts = [
         [f"{round(value, 4) + 0.0:.{1 if name in GIVEN else 4}f}" for value in values] for name, _, values in columns
     ]
@@ -162,7 +162,7 @@ def _seed(text: str) -> int:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
-    parser.add_argument("--seed", type=_seed, default=0, metavar="N", help="of the numbers (default 0)")
+    parser.add_argument("--seed", type=_seed, default=0, metavar="N", help="seed of the numbers (default 0)")
     parser.add_argument("--html", type=_output.file, metavar="FILE", help="write a page with sliders, for any browser")
     parser.add_argument("--plot", type=_output.picture, metavar="FILE", help="draw the graph (png, pdf, svg)")
 
@@ -187,7 +187,7 @@ def _print(seed: int) -> None:
 
 
 def _write(arguments: argparse.Namespace) -> None:
-    """The page and the picture, with the numbers that are printed for this seed."""
+    """Write the page and the picture, with the numbers that are printed for this seed."""
     from . import page, picture  # here, because nothing else needs them
 
     rng = np.random.default_rng(arguments.seed)

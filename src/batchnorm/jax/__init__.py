@@ -1,13 +1,13 @@
-"""Batch normalization for JAX on the CPU: `forward` and `inference`, to compile, to map and to differentiate twice.
+"""Batch normalization for JAX on the CPU: `forward` and `inference`, for `jit`, `vmap` and two derivatives.
 
 Decisions:
 
-- Arguments and results are XLA's own memory, which `buffer_callback` shows as arrays: JAX's foreign function interface,
-  with a handler that jaxlib brings. `pure_callback` would copy them, and may wait for ever for the first copy
-  (jax-ml/jax#24255). A compiled handler would save some 20 of 30 µs per call, and need jaxlib's headers in every build.
-- A callback must not raise, so everything is checked while JAX traces. Only a negative variance is not known then: its
-  channel becomes NaN. Nor may a callback use JAX: it has NumPy's arrays alone.
-- JAX does not say how many threads it has, so this package's setting counts, when the program runs.
+- Arguments and results are XLA's own memory, which `buffer_callback` shows as arrays. This is JAX's foreign function
+  interface, with a handler from jaxlib. `pure_callback` would copy them, and may wait forever for the first copy
+  (jax-ml/jax#24255). A compiled handler would save some 20 of 30 µs per call, but need jaxlib's headers in every build.
+- A callback must not raise, so everything is checked while JAX traces. Only a negative variance is unknown then: its
+  channel becomes NaN. A callback must not use JAX either, so it works on NumPy arrays alone.
+- JAX does not say how many threads it uses, so this package's setting applies, as it is when the program runs.
 """
 
 from .._extras import requirements

@@ -1,4 +1,4 @@
-"""`forward` and `inference` for JAX: the arguments are checked while it traces, and given to the primitives."""
+"""`forward` and `inference` for JAX: check the arguments while JAX traces, and call the primitives."""
 
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ _DEFAULTS = {"gamma": 1.0, "beta": 0.0}
 
 
 class Statistics(NamedTuple):
-    """Mean and biased variance of a batch, per channel: float64 for x of float64, else float32."""
+    """Mean and biased variance of a batch, per channel: float64 if x is float64, else float32."""
 
     mean: jax.Array
     var: jax.Array
@@ -29,14 +29,14 @@ def forward(
     axis: int = 1,
     eps: float = 1e-5,
 ) -> tuple[jax.Array, Statistics]:
-    """y = gamma·(x − μ)/√(σ² + eps) + beta with μ and σ² of this batch, differentiable twice, in any order of modes.
+    """y = gamma·(x − μ)/√(σ² + eps) + beta with μ and σ² of this batch, differentiable twice, in any mix of modes.
 
     Parameters
     ----------
     x : array_like of float64, float32, float16 or bfloat16, at least 2-D
         Channels along `axis`.
     gamma, beta : array_like, shape (C,), optional
-        Scale and shift; 1 and 0 where None. Taken as float32, or float64 where one of them is.
+        Scale and shift; 1 and 0 where None. They are used as float64 if one of them is float64, else as float32.
     axis : int, default 1
         The channel axis, as everywhere in this package; axes of `vmap` do not count.
     eps : float, default 1e-5
@@ -45,16 +45,16 @@ def forward(
     Returns
     -------
     y : jax.Array
-        Of x's shape and dtype, with the bits of `batchnorm.forward`.
+        With x's shape and dtype, and the bits of `batchnorm.forward`.
     statistics : Statistics
         A named tuple (mean, var), for running statistics. They have no derivative, as after `jax.lax.stop_gradient`.
 
     Raises
     ------
     TypeError, ValueError
-        As `batchnorm.forward`, while JAX traces.
+        As for `batchnorm.forward`, while JAX traces.
     NotImplementedError
-        By a third derivative.
+        For a third derivative.
 
     Examples
     --------
@@ -84,7 +84,7 @@ def inference(
 ) -> jax.Array:
     """y = gamma·(x − mean)/√(var + eps) + beta with given statistics.
 
-    Its derivatives, also with respect to mean and var, are JAX's own of this formula, to any order.
+    JAX itself differentiates this formula, to any order and also with respect to mean and var.
 
     Parameters
     ----------
@@ -98,12 +98,12 @@ def inference(
     Returns
     -------
     jax.Array
-        Of x's shape and dtype, with the bits of `batchnorm.inference`.
+        With x's shape and dtype, and the bits of `batchnorm.inference`.
 
     Raises
     ------
     TypeError, ValueError
-        As `batchnorm.inference`, while JAX traces.
+        As for `batchnorm.inference`, while JAX traces.
 
     Examples
     --------
@@ -120,7 +120,7 @@ def inference(
 
 
 def _checked(x: ArrayLike, axis: int, eps: float, **given: Any) -> tuple[jax.Array, dict[str, Any], list[jax.Array]]:
-    """x, and the rest as the primitives take it: the axis from the end, numbers per channel of one type."""
+    """x, and the arguments of the primitives: the axis counted from the end, numbers per channel in one type."""
     x = jnp.asarray(x)
     _arrays.as_float(_without_values(x), "x")
     layout = _arrays.layout_of(x.shape, _arrays.as_index(axis, "axis"))
@@ -136,5 +136,5 @@ def _checked(x: ArrayLike, axis: int, eps: float, **given: Any) -> tuple[jax.Arr
 
 
 def _without_values(x: jax.Array) -> Array:
-    """What the checks of NumPy's arrays can look at: the same shape and dtype, without memory."""
+    """A NumPy array of the same shape and dtype for the checks, without memory."""
     return np.broadcast_to(np.zeros((), x.dtype), x.shape)

@@ -1,13 +1,13 @@
-"""The primitives of JAX for batch norm: what each of them calculates, and how it is called.
+"""The JAX primitives for batch norm: what each of them computes, and how it is called.
 
 Decisions:
 
-- Four for the batch's own statistics: `forward`, its derivative along a direction `tangent`, the transpose of that
-  `backward`, and `second`, the derivative of `backward`. Their rules for differentiation are in `rules.py`.
-- The first two arguments are x and gamma everywhere, and the axis counts from the end. So axes of `vmap`, which come
-  first, are a loop in the callback, and each batch has the bits that it has alone.
-- `table` is what `batchnorm.Saved` has per channel, of float64. JAX may be without that, so each number travels as two
-  of uint32.
+- Four primitives use the batch's own statistics: `forward`; `tangent`, its derivative along a direction; `backward`,
+  the transpose of that; and `second`, the derivative of `backward`. `rules.py` has their rules for differentiation.
+- The first two arguments are always x and gamma, and the axis counts from the end. So the axes of `vmap`, which come
+  first, are a loop in the callback, and each batch has the same bits as alone.
+- `table` holds the float64 numbers per channel of `batchnorm.Saved`. float64 may be disabled in JAX, so each number is
+  passed as two of uint32.
 """
 
 import itertools
@@ -30,7 +30,7 @@ Shaped = tuple[tuple[int, ...], Any]
 
 
 def _primitive(name: str, calculate: Callable[..., None], shaped: Callable[..., list[Shaped]]) -> Primitive:
-    """A primitive for which `calculate` fills a list of outputs, which are as `shaped` says, from the inputs."""
+    """A primitive: `calculate` fills a list of outputs from the inputs, with the shapes and dtypes of `shaped`."""
     primitive = Primitive(f"batchnorm_{name}")
     primitive.multiple_results = True
 
@@ -67,7 +67,7 @@ def _like(array: Any) -> Shaped:
 
 
 def _statistics(x: Any, gamma: Any) -> list[Shaped]:
-    """Of mean, var and table."""
+    """Shapes and dtypes of mean, var and table."""
     *front, channels = gamma.shape
     dtype = np.dtype(np.float64 if x.dtype == np.float64 else np.float32)
     return [(gamma.shape, dtype)] * 2 + [((*front, STATISTICS_ROWS, 2 * channels), np.dtype(np.uint32))]
@@ -79,7 +79,7 @@ def _fill(outputs: list[Array], results: Any) -> None:
 
 
 def _saved(x: Array, gamma: Array, table: Array, axis: int, eps: float) -> functional.Saved:
-    """What `batchnorm.forward` left, put together again, with this gamma."""
+    """The `Saved` of `batchnorm.forward`, rebuilt with this gamma."""
     statistics = table.view(np.float64).copy()
     statistics[GAMMA] = gamma
     _, layout = _arrays.lay_out(x, axis)
@@ -116,7 +116,7 @@ def _second(
 def _inference(
     outputs: list[Array], x: Array, gamma: Array, beta: Array, mean: Array, var: Array, **options: Any
 ) -> None:
-    var = np.where(var < 0, np.array(np.nan, var.dtype), var)  # which would be refused
+    var = np.where(var < 0, np.array(np.nan, var.dtype), var)  # a negative variance would be refused
     functional.inference(x, mean, var, gamma, beta, out=outputs[0], **options)
 
 

@@ -1,13 +1,13 @@
-"""How the primitives are differentiated: the rules from which JAX makes both modes, in any order.
+"""The differentiation rules of the primitives, from which JAX derives both modes, in any order.
 
 Decisions:
 
-- `forward` has the derivative `tangent`, whose transpose is `backward`, and JAX knows both. `custom_vjp` would have no
-  forward mode, and the rule of a `custom_jvp` must be made of what JAX can transpose.
+- The derivative of `forward` is `tangent`, whose transpose is `backward`, and JAX knows both. `custom_vjp` would have
+  no forward mode, and JAX must be able to transpose the rule of a `custom_jvp`.
 - Second derivatives are those of Σdy·y, linear in dy. They are symmetric in dy and two directions of x, because the
-  Jacobian is. So `second` is its own transpose, and `tangent` has it with dx in place of dy.
+  Jacobian is. So `second` is its own transpose, and also the derivative of `tangent`, with dx instead of dy.
 - There are no third derivatives.
-- `table` is a function of x but has no derivative here: these rules give all of it to x.
+- `table` is a function of x but has no derivative here: the rules assign its whole share to x.
 """
 
 import functools
@@ -24,7 +24,7 @@ Values = tuple[list[Any], list[Any]]
 
 
 def _known(*tangents: Any) -> bool:
-    """Whether one of them is more than a symbol for 0."""
+    """Whether one of them is not a symbolic zero."""
     return any(type(value) is not ad.Zero for value in tangents)
 
 
@@ -75,7 +75,7 @@ def _second_jvp(primals: Any, tangents: Any, **options: Any) -> Values:
     x, gamma, table, _, _, dy = primals
     *others, of_ddx, of_ddgamma, of_dy = tangents
     if _known(*others, of_dy):
-        raise NotImplementedError("batchnorm.jax has first and second derivatives of forward, and no third ones")
+        raise NotImplementedError("batchnorm.jax has first and second derivatives of forward, but no third ones")
     moved = second.bind(x, gamma, table, *_dense(of_ddx, of_ddgamma), dy, **options)
     return second.bind(*primals, **options), moved
 
@@ -87,7 +87,7 @@ def _inference_jvp(primals: Any, tangents: Any, **options: Any) -> Values:
 
 
 def _inference_formula(x: Any, gamma: Any, beta: Any, mean: Any, var: Any, axis: int, eps: float) -> Any:
-    """y, where axes of `vmap` may come first, in all of the arguments."""
+    """y; in every argument, axes of `vmap` may come first."""
     *front, channels = gamma.shape
     shape = *front, *[1] * (x.ndim + axis - len(front)), channels, *[1] * (-axis - 1)
     gamma, beta, mean, var = (number.reshape(shape) for number in (gamma, beta, mean, var))
@@ -95,7 +95,7 @@ def _inference_formula(x: Any, gamma: Any, beta: Any, mean: Any, var: Any, axis:
 
 
 def _wanted(arguments: Any, gradients: Any) -> list[Any]:
-    """The gradients of what is no constant."""
+    """The gradients of the arguments that are not constants."""
     pairs = zip(arguments, gradients, strict=True)
     return [gradient if ad.is_undefined_primal(argument) else None for argument, gradient in pairs]
 

@@ -1,8 +1,8 @@
-"""`mpiexec -n 4 python -m batchnorm.mpi`: the synchronised layer on parts of a batch against one process on all of it.
+"""`mpiexec -n 4 python -m batchnorm.mpi`: compare the synchronised layer to a single process.
 
-Every rank makes the same batch, takes its own part through `SyncBatchNorm` and all of it through `BatchNorm`, and
-compares. Differences are in ulps of the largest term of a channel; rank 0 prints them, and all exit with 1 if one is
-too large or if the ranks do not hold the same bits, twice.
+Every rank makes the same batch, passes its own part through `SyncBatchNorm` and all of it through `BatchNorm`, and
+compares. Differences are in ulps of the largest term of a channel. Rank 0 prints them, and every rank exits with 1 if
+one is too large, or if ranks or two runs differ in their bits.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from .sync import SyncBatchNorm
 
 CHANNELS = 6
 LIMIT = 8.0
-"""Ulps: parts of a batch round differently from the whole."""
+"""Allowed difference in ulps: parts of a batch round differently from the whole."""
 
 SPLITS: dict[str, Callable[[int], list[int]]] = {
     "even": lambda ranks: [8] * ranks,
@@ -28,7 +28,7 @@ SPLITS: dict[str, Callable[[int], list[int]]] = {
     "empty ranks": lambda ranks: ([0, 9] * ranks)[:ranks] if ranks > 1 else [9],
     "all on the last": lambda ranks: [0] * (ranks - 1) + [20],
 }
-"""Samples on each rank."""
+"""The number of samples on each rank."""
 
 
 class Case(NamedTuple):
@@ -70,7 +70,7 @@ def _terms(x: Array, dy: Array, gamma: Array, axis: int) -> dict[str, Array]:
 
 
 def check(case: Case, comm: Any) -> tuple[dict[str, float], bytes]:
-    """Differences by result, and the bytes that must be the same on all ranks."""
+    """The difference of each result, and the bytes that must be the same on all ranks."""
     rng = np.random.default_rng(7)
     sizes = SPLITS[case.split](comm.Get_size())
     stop = sum(sizes[: comm.Get_rank() + 1])

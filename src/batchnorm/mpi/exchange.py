@@ -1,17 +1,16 @@
-"""One packet of each rank, merged for all ranks: the transport of what is synchronised. It knows nothing of layers.
+"""The transport of synchronised statistics: one packet per rank, merged for all ranks. It knows nothing about layers.
 
 Decisions:
 
 - Ranks exchange packets with one partner after another, by recursive doubling. A rank sends log₂P packets, or two more
-  where the number of ranks P is no power of two.
-- Among few ranks all packets go to everybody, by one Allgather, and everybody merges them. Its volume grows with P.
-- Both ways follow the tree of `Moments.merge_all`, so they give the same bits, on every rank and on every run. A
-  reduction of MPI would be free to choose its order.
-- A rank that cannot make its packet takes part nevertheless: its packet says so, and so does what it is merged into.
-  It raises its own error, the others raise one that names it, and no rank is left waiting.
-- Messages to one rank go through a duplicate of the communicator, because receives of the program may take a message
-  from anybody.
-- Ranks are reached through few methods, which are those of mpi4py, so that something else can take its place.
+  if the number of ranks P is not a power of two.
+- Among few ranks, one Allgather sends all packets to every rank, and every rank merges them. Its volume grows with P.
+- Both ways follow the tree of `Moments.merge_all`, so they give the same bits on every rank and in every run. A
+  reduction by MPI could choose any order.
+- A rank that cannot make its packet still takes part: its packet says so, and so does every merged packet. It raises
+  its own error, the others raise one that names it, and no rank is left waiting.
+- Messages to one rank use a duplicate of the communicator, because the program may receive from any rank.
+- Ranks are reached through a few methods, those of mpi4py, so that another transport can replace mpi4py.
 """
 
 import sys
@@ -27,7 +26,7 @@ from .._kernels.runtime import STATUS
 from ..moments import Numbers
 
 GATHERED = 6
-"""Up to so many ranks, all packets go to everybody: docs/distributed.md has the times of both ways."""
+"""The most ranks for which every rank gets all packets: docs/distributed.md has the times of both ways."""
 
 Merge = Callable[[Numbers, Numbers], None]
 """Merges an upper packet into a lower one, like `per_channel.merge_moments`."""
@@ -36,7 +35,7 @@ _Made = TypeVar("_Made")
 
 
 class Communicator(Protocol):
-    """What an exchange needs of its ranks, a part of mpi4py's `Comm`; buffers are arrays of float64."""
+    """The part of mpi4py's `Comm` that an exchange needs; buffers are arrays of float64."""
 
     def Get_rank(self) -> int: ...  # noqa: N802
     def Get_size(self) -> int: ...  # noqa: N802
@@ -61,7 +60,7 @@ def world() -> Any:
 
 @lru_cache(maxsize=1)
 def _key() -> int:
-    """Under which a communicator of MPI has its duplicate, which is freed with it."""
+    """The key under which an MPI communicator stores its duplicate, which is freed with it."""
     from mpi4py import MPI
 
     key: int = MPI.Comm.Create_keyval(delete_fn=lambda _comm, _key, duplicate: duplicate.Free())
@@ -69,7 +68,7 @@ def _key() -> int:
 
 
 def _duplicate(comm: Any) -> Any:
-    """The same ranks for messages of this package alone: one for all its layers, because MPI has not many."""
+    """A communicator of the same ranks for this package alone, one for all layers, because MPI limits their number."""
     mpi = sys.modules.get("mpi4py.MPI")
     if mpi is None or not isinstance(comm, mpi.Comm):
         return comm
@@ -81,11 +80,11 @@ def _duplicate(comm: Any) -> Any:
 
 
 Message = tuple[int, Numbers | None, Numbers | None]
-"""With which rank, what is sent, where it receives."""
+"""The partner's rank, the packet to send, and the buffer to receive into."""
 
 
 def doubling(packet: Numbers, merge: Merge, rank: int, ranks: int) -> Iterator[Message]:
-    """The messages of one rank, each to be done before it goes on; its packet becomes that of all ranks."""
+    """The messages of one rank, each to be sent before the next; its packet becomes that of all ranks."""
     mine, theirs, paired = packet, np.empty_like(packet), rank < 2 * _tree.leading_pairs(ranks)
     if paired and rank % 2:
         yield rank - 1, packet, None
@@ -106,7 +105,7 @@ def doubling(packet: Numbers, merge: Merge, rank: int, ranks: int) -> Iterator[M
 
 
 class Exchange:
-    """Merges packets over the ranks of a communicator; all of them have to call it."""
+    """Merges packets over the ranks of a communicator; all ranks must call it."""
 
     def __init__(self, comm: Communicator) -> None:
         self.comm = comm
@@ -118,7 +117,7 @@ class Exchange:
         return Exchange, (self.comm,)
 
     def merge_all(self, packet: Numbers, merge: Merge) -> None:
-        """Make a packet that of all ranks."""
+        """Turn a rank's packet into that of all ranks."""
         if self.ranks <= GATHERED:
             packets = np.empty((self.ranks, packet.size), packet.dtype)
             self.comm.Allgather(packet, packets)
@@ -138,7 +137,7 @@ class Exchange:
                 comm.Recv(received, partner)
 
     def of_all(self, own: Callable[[Numbers], _Made], size: int, merge: Merge) -> tuple[Numbers, _Made]:
-        """The packet of all ranks, and what `own` made on this rank besides filling its packet, which begins as 0.
+        """The packet of all ranks, and what `own`, which fills this rank's packet of zeros, returned.
 
         Raises
         ------

@@ -1,16 +1,16 @@
-"""Batch normalization over several processes, on mpi4py: one batch, of which every rank has a part.
+"""Batch normalization over several processes, on mpi4py: each rank has a part of one batch.
 
 Decisions:
 
 - Statistics are merged, not averaged: each rank sends count, mean and Σ(x − μ)² of its part. Parts may differ in size,
   be empty or hold one sample.
-- A step has two exchanges, after which every rank has the same bits; `exchange` does them, also where a rank raises.
-- On one rank the layer is `BatchNorm`, and goes its ways.
-- What can fail on one rank alone, such as finding room for y, comes before the exchange; layers move after it.
-- The mean travels as a pair, as it is in the kernels: without its low-order part float64 data at 1e6 would lose five
+- A step has two exchanges, after which every rank has the same bits; `exchange` does them, even if a rank raises.
+- On one rank the layer runs the code of `BatchNorm`.
+- Whatever can fail on one rank alone, such as allocating y, comes before the exchange; layers change after it.
+- The mean is sent as a pair, as the kernels hold it: without its low-order part, float64 data at 1e6 would lose five
   digits of it.
-- Evaluation needs no communication: running statistics are the same bits everywhere. Nor does a frozen layer.
-- Ghost batches are refused: they cut a batch into parts, and this layer makes one of all parts.
+- Neither evaluation nor a frozen layer needs communication: running statistics have the same bits everywhere.
+- Ghost batches are refused: they cut a batch into parts, and this layer makes one batch of all parts.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from .exchange import Communicator, Exchange, world
 if TYPE_CHECKING:
     from .. import _keywords
 
-# What the first number of a packet says, where no rank refused its arguments: the dtypes of x that there are, as bits.
+# The first number of a packet, if no rank refused its arguments: the dtypes of x on the ranks, as bits.
 _BIT = {char: 1 << number for number, char in enumerate(_kernels.NAMES)}
 
 
@@ -57,23 +57,23 @@ class SyncBatchNorm(BatchNorm):
     """`BatchNorm` with the statistics of all ranks: y = gamma·(x − μ)/√(σ² + eps) + beta.
 
     In training, μ = Σx/n and σ² = Σ(x − μ)²/n over the x of all ranks, with n values per channel in all. The
-    running statistics take the variance times n/(n − 1). Every rank has to call the layer, and its `backward`, in every
-    step, also with an x of no samples. In evaluation the running statistics are used and nothing is sent.
+    running variance follows σ²·n/(n − 1). Every rank must call the layer and its `backward` in every step, even if its
+    x has no samples. Evaluation uses the running statistics and sends nothing.
 
     Parameters
     ----------
     num_features : int
         Channels, C.
     comm : mpi4py.MPI.Comm, optional
-        The ranks that share a batch; COMM_WORLD where None. Creating the layer is a collective call, too.
+        The ranks that share a batch; COMM_WORLD if None. Creating the layer is a collective call, too.
     reduce : {"local", "sum"}, default "local"
-        What `dgamma` and `dbeta` are. "local": the sums over this rank's values, to be added up over the ranks like the
-        other gradients of the network. "sum": the sums over all values, which must not be added up again.
+        What `dgamma` and `dbeta` are. "local": sums over this rank's values, to be added up over the ranks like the
+        other gradients of the network. "sum": sums over all values, which must not be added up again.
     axis, eps, momentum, affine, bias, track_running_stats, unbiased, activation, statistics, update, renorm, dtype
-        As for `BatchNorm`. What is changed later must be changed on all ranks. `statistics="running"` needs
-        `reduce="local"`, because no gradient goes through the statistics then, and nothing is sent for it.
+        As in `BatchNorm`. Later changes must be made on all ranks. `statistics="running"` needs `reduce="local"`,
+        because then no gradient passes through the statistics and nothing is sent in the backward pass.
     ghost : None
-        Ghost batches are refused: a rank is one already, so use `BatchNorm` on each rank for them.
+        Ghost batches are refused. The part of a rank already is one: use `BatchNorm` on each rank for that.
 
     Raises
     ------
@@ -84,13 +84,13 @@ class SyncBatchNorm(BatchNorm):
 
     Notes
     -----
-    A packet has 3C + 4 numbers in the forward pass and 2C + 1 in the backward pass, of 8 bytes. An exception elsewhere
+    A packet has 3C + 4 numbers of 8 bytes in the forward pass and 2C + 1 in the backward pass. An exception elsewhere
     in the program of one rank leaves the others waiting, as always with MPI: start programs with
-    ``mpiexec -n 4 python -m mpi4py program.py``, which ends all of them then.
+    ``mpiexec -n 4 python -m mpi4py program.py``, which then ends all of them.
 
     Examples
     --------
-    On one rank, as here, it is `BatchNorm`; `mpiexec -n 4 python -m batchnorm.mpi` compares four with it.
+    On one rank, as here, it is `BatchNorm`; `mpiexec -n 4 python -m batchnorm.mpi` compares four ranks to it.
 
     >>> import numpy as np
     >>> from batchnorm.mpi import SyncBatchNorm
@@ -168,12 +168,12 @@ class SyncBatchNorm(BatchNorm):
     def _checked_way(self, way: Way) -> Way:
         if way.ghost is not None:
             raise ValueError(
-                f"ghost must be None, got {way.ghost}: SyncBatchNorm makes one batch of the parts that ranks have; "
-                "BatchNorm on each rank has ghost batches"
+                f"ghost must be None, got {way.ghost}: SyncBatchNorm makes one batch of the ranks' parts; "
+                "for ghost batches, use BatchNorm on each rank"
             )
         if way.statistics == "running" and self.reduce == "sum":
             raise ValueError(
-                "statistics='running' needs reduce='local': nothing is sent in the backward pass of fixed statistics"
+                "statistics='running' needs reduce='local': with fixed statistics the backward pass sends nothing"
             )
         return super()._checked_way(way)
 
@@ -195,7 +195,7 @@ class SyncBatchNorm(BatchNorm):
         out: Array | None = None,
         num_threads: int | None = None,
     ) -> Array:
-        """Normalize x, and in training move the running statistics; all ranks have to take part in training.
+        """Normalize x, and move the running statistics in training, in which all ranks must take part.
 
         Parameters
         ----------
@@ -203,15 +203,15 @@ class SyncBatchNorm(BatchNorm):
             This rank's part, with `num_features` channels along `axis` and possibly no samples. All ranks need the same
             dtype.
         mask, lengths, weights, fill, add, out, num_threads
-            As in `BatchNorm`, of this rank's part. Weights of different ranks are compared as they are.
+            As in `BatchNorm`, for this rank's part. Weights must have the same scale on all ranks.
 
         Raises
         ------
         TypeError, ValueError
-            As `BatchNorm`, on the rank whose argument is wrong; on every rank if dtypes differ or there is one value
-            per channel in all.
+            As for `BatchNorm`, on the rank whose argument is wrong; on every rank if dtypes differ or there is only one
+            value per channel in all.
         RuntimeError
-            On the other ranks if one raises an error of its own. Then the layers are as they were.
+            On the other ranks, if one rank raises an error of its own. The layers are unchanged then.
         """
         selects: dict[str, Any] = {"mask": mask, "lengths": lengths, "weights": weights}
         if self._alone or (self._fixed and not self._follows):
@@ -267,7 +267,7 @@ class SyncBatchNorm(BatchNorm):
         return y if out is None else _arrays.deliver(y, out)
 
     def _population(self, batches: Iterable[Batch], **how: Any) -> Moments:
-        """The moments of the batches of all ranks, for `recalibrate`, which all ranks have to call."""
+        """The moments of the batches of all ranks, for `recalibrate`, which all ranks must call."""
 
         def own(packet: Numbers) -> None:
             write_moments(packet, super(SyncBatchNorm, self)._population(batches, **how))

@@ -1,6 +1,6 @@
-"""The options of `python -m batchnorm profile`, and what they lead to.
+"""The options of `python -m batchnorm profile`, and the program that runs them.
 
-Arguments are refused before anything is measured, and layers that do not fit in memory before anything is allocated.
+Bad arguments are refused before anything is measured, and layers that do not fit in memory before any allocation.
 """
 
 import argparse
@@ -45,19 +45,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     threads = _numbers("whole numbers from 1 to 4096 joined by commas, such as 1,2", 1, ",", 4096)
     batch = _numbers("a positive whole number", 1, None, 1 << 40)
     layers = parser.add_mutually_exclusive_group()
-    layers.add_argument("--shape", type=shape, action="append", help="of x, such as 32x64x56x56; may be repeated")
+    layers.add_argument("--shape", type=shape, action="append", help="shape of x, such as 32x64x56x56; may be repeated")
     layers.add_argument("--network", choices=NETWORKS, help="all layers of a network instead of a few of ResNet-50")
     parser.add_argument("--batch", type=batch, help="images in a batch of --network (default 8)")
-    parser.add_argument("--axis", type=int, default=1, help="of the channels (default 1); networks are arranged for it")
+    parser.add_argument("--axis", type=int, default=1, help="channel axis (default 1); networks are arranged for it")
     parser.add_argument(
         "--dtype",
         choices=("float32", "float64", "float16", "bfloat16"),
         default="float32",
-        help="of x (default float32)",
+        help="dtype of x (default float32)",
     )
     parser.add_argument("--threads", type=threads, default=(get_num_threads(),), help="one or more, such as 1,2")
     parser.add_argument("--against", type=_rivals, default=["numpy"], help="numpy, torch or both (default numpy)")
-    parser.add_argument("--quick", action="store_true", help="small shapes and little time, to see that it works")
+    parser.add_argument("--quick", action="store_true", help="small shapes and little time, as a test")
     parser.add_argument("--json", type=_output.file, metavar="FILE", help="write all figures, in seconds and bytes")
     parser.add_argument(
         "--plot", type=_output.picture, metavar="FILE", help="draw time over the copy limit (png, pdf, svg)"
@@ -65,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _layers(arguments: argparse.Namespace) -> dict[Shape, int]:
-    """The shapes to measure and how many layers have each; only those of --shape are as the user wrote them."""
+    """The shapes to measure and how many layers have each; shapes from --shape are exactly as given."""
     if arguments.shape:
         return dict.fromkeys(arguments.shape, 1)
     layers: dict[Shape, int] = dict.fromkeys(LAYERS_QUICK if arguments.quick else LAYERS, 1)
@@ -77,7 +77,7 @@ def _layers(arguments: argparse.Namespace) -> dict[Shape, int]:
 
 
 def _free_memory() -> int:
-    """Bytes that are free without swapping."""
+    """Bytes of memory that are free without swapping."""
     meminfo = Path("/proc/meminfo")
     fields = dict(line.split(":") for line in meminfo.read_text().splitlines()) if meminfo.exists() else {}
     if "MemAvailable" in fields:
@@ -103,7 +103,7 @@ def _check(arguments: argparse.Namespace, layers: dict[Shape, int], error: Calla
 
 
 def run(arguments: argparse.Namespace, error: Callable[[str], NoReturn]) -> int:
-    """Measure, print, and write what was asked for."""
+    """Measure, print, and write the requested files."""
     names, layers = [*arguments.against, OURS], _layers(arguments)
     _check(arguments, layers, error)
     console, progress = require("rich.console", "profile"), require("rich.progress", "profile")

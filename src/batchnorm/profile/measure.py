@@ -1,19 +1,19 @@
 """What is measured, and how.
 
-- The yardstick is the copy limit: a pass cannot be quicker than reading its inputs and writing its output, which
-  `np.copyto` and `np.add` do in pieces on as many threads, or on one where that is quicker. Time over limit can be
-  compared between machines and hours; times cannot.
-- Contestants take turns, because cache and memory are shared with strangers and a busy second must hit all of them.
+- The yardstick is the copy limit: a pass cannot be faster than reading its inputs and writing its output, which
+  `np.copyto` and `np.add` do in pieces on as many threads, or on one thread if that is faster. Time divided by the
+  limit can be compared between machines and hours; times cannot.
+- Contestants take turns, because other programs share the cache and memory and a busy second must affect all of them.
   A turn is many calls, so that a small array is in the cache. It starts after a rest, because threads of an OpenMP
   runtime may spin for milliseconds after their last call and would occupy the processors of the next contestant.
-- The best time counts: whatever disturbs a call makes it longer.
-- 16-bit floats: parameters are float32. NumPy, whose own 16-bit arithmetic is slow and loses sums, has them calculated
-  in float32 and rounded, as its users do.
-- batchnorm writes to `out=`, allocated before; NumPy and torch allocate their results, as their users do.
-- A team of threads that is slower than one thread was waiting for a processor that other work had: it stalled. Such a
-  row is measured again, and says so if that does not help.
-- Exact results are the textbook's in the next wider dtype, for the first channels only: channels do not depend on
-  each other.
+- The best time counts: any disturbance makes a call longer.
+- 16-bit floats: parameters are float32. NumPy's own 16-bit arithmetic is slow and loses digits in sums, so NumPy
+  computes in float32 and rounds, as its users do.
+- batchnorm writes to an `out=` allocated in advance; NumPy and torch allocate their results, as their users do.
+- If a team of threads is slower than one thread, it stalled: it was waiting for a processor that did other work. Such
+  a row is measured again, and marked if that does not help.
+- Exact results are the textbook's in the next wider dtype, for the first channels only, because channels do not depend
+  on each other.
 """
 
 import itertools
@@ -37,7 +37,7 @@ from .networks import Shape
 Calls = dict[str, Callable[[], Any]]
 
 PASSES: dict[str, tuple[str, ...]] = {"forward": ("x",), "backward": ("x", "dy"), "inference": ("x",)}
-"""The arrays that a pass cannot avoid reading; it writes one more."""
+"""The arrays that each pass must read; it writes one more."""
 
 EPS = 1e-5
 TURN, REST, ROUNDS = 0.02, 0.01, 3
@@ -48,7 +48,7 @@ ARRAYS = 10
 
 
 class Problem(NamedTuple):
-    """The arrays of one layer, and room for a result."""
+    """The arrays of one layer, and an array for a result."""
 
     x: Array
     dy: Array
@@ -60,7 +60,7 @@ class Problem(NamedTuple):
     axis: int
 
     def first_channels(self, array: Array) -> Array:
-        """The first channels, few enough to calculate exactly."""
+        """The first channels, few enough for an exact computation."""
         channels = max(1, EXACT_VALUES * self.gamma.size // self.x.size)
         return array[(slice(None),) * (self.axis if array.ndim > 1 else 0) + (slice(channels),)]
 
@@ -71,24 +71,24 @@ class Problem(NamedTuple):
         return Problem(x, dy, gamma, beta, mean, var, self.out, self.axis)
 
     def error(self, result: Any, exact: Array) -> float:
-        """The largest difference over the largest exact value."""
+        """The largest difference divided by the largest exact value."""
         array = result if isinstance(result, np.ndarray) else np.moveaxis(result.double().numpy(), 1, self.axis)
         return float(abs(self.first_channels(array) - exact).max() / (abs(exact).max() or 1))
 
     def activated(self) -> Array:
-        """What ReLU makes of y, with the signs of the data's own type."""
+        """ReLU of y, with the signs as in the data's own type."""
         full = (array.astype(self.gamma.dtype, copy=False) for array in self[:4])
         x, _, gamma, beta = full
         y: Array = np.maximum(reference.forward(x, gamma, beta, self.axis, EPS)[0], 0).astype(self.x.dtype)
         return y
 
     def moved(self, which: str) -> int:
-        """Bytes that a pass cannot avoid reading and writing."""
+        """The bytes that a pass must read and write."""
         return (len(PASSES[which]) + 1) * self.x.nbytes
 
 
 def activations(shape: Shape, axis: int, dtype: str) -> Problem:
-    """Random numbers like the activations of a network: each channel has an offset and a spread of its own."""
+    """Random numbers like the activations of a network: each channel has its own offset and spread."""
     rng = np.random.default_rng(0)
     channels, column = shape[axis], (shape[axis],) + (1,) * (len(shape) - axis - 1)
     stored = data_type(dtype)
@@ -103,7 +103,7 @@ def activations(shape: Shape, axis: int, dtype: str) -> Problem:
 
 
 def data_type(name: str) -> np.dtype[Any]:
-    """A type that NumPy knows by itself, or bfloat16."""
+    """The type with this name: one of NumPy's own, or bfloat16."""
     return np.dtype(require("ml_dtypes", "profile").bfloat16 if name == "bfloat16" else name)
 
 
@@ -125,7 +125,7 @@ def numpy_calls(problem: Problem, _threads: int = 1) -> Calls:
 
 
 def as_tensor(array: Array) -> Any:
-    """An array as torch sees it, which takes no bfloat16 from NumPy."""
+    """The array as a tensor; torch does not accept bfloat16 from NumPy directly."""
     torch = require("torch", "profile")
     if array.itemsize > 2:
         return torch.from_numpy(array)
@@ -135,7 +135,7 @@ def as_tensor(array: Array) -> Any:
 def torch_calls(problem: Problem, threads: int) -> Calls:
     torch = require("torch", "profile")
     torch.set_num_threads(threads)
-    # A view with the channels where torch wants them: channels-last memory stays channels-last.
+    # A view with the channel axis where torch expects it: channels-last memory stays channels-last.
     x, dy = (as_tensor(array).movedim(problem.axis, 1) for array in (problem.x, problem.dy))
     gamma, beta, mean, var = map(as_tensor, problem[2:6])
     norm, grad = torch.native_batch_norm, torch.ops.aten.native_batch_norm_backward
@@ -148,7 +148,7 @@ def torch_calls(problem: Problem, threads: int) -> Calls:
 
 
 def batchnorm_calls(problem: Problem, threads: int, allocate: bool = False, **after: Any) -> Calls:
-    """`after` the normalization: an activation."""
+    """The calls of batchnorm; `after` is an activation that follows the normalization."""
     x, dy, gamma, beta, mean, var, out, axis = problem
     given: dict[str, Any] = {"axis": axis, "eps": EPS, **after}
     _, saved = functional.forward(x, gamma, beta, **given)
@@ -175,7 +175,7 @@ CONTESTANTS = {
 
 
 def limit(problem: Problem, threads: int) -> Calls:
-    """Each pass without its arithmetic, cut for this many threads."""
+    """Each pass without its arithmetic, cut into pieces for this many threads."""
     others = ThreadPoolExecutor(max(1, threads - 1))
     whole: Any = np.uint16 if problem.x.itemsize == 2 else problem.x.dtype  # NumPy adds 16-bit floats slowly
     x, dy, out = (
@@ -198,7 +198,7 @@ def limit(problem: Problem, threads: int) -> Calls:
 
 
 def limit_alone(problem: Problem, _threads: int) -> Calls:
-    """The limit on one thread, which is quicker where arrays are small."""
+    """The limit on one thread, which is faster for small arrays."""
     return limit(problem, 1)
 
 
@@ -206,7 +206,7 @@ LIMITS: dict[str, Callable[[Problem, int], Calls]] = {"limit": limit, "limit alo
 
 
 class Timing(NamedTuple):
-    """Seconds."""
+    """The timings of a call, in seconds."""
 
     best: float
     median: float
@@ -214,7 +214,7 @@ class Timing(NamedTuple):
 
 
 def turn(call: Callable[[], Any], seconds: float = TURN) -> list[float]:
-    """The seconds of each call, called after a rest until `seconds` are over."""
+    """The seconds of each call, repeated after a rest until `seconds` have passed."""
     time.sleep(REST)
     taken = []
     stop, end = 0.0, time.perf_counter() + seconds
@@ -227,7 +227,7 @@ def turn(call: Callable[[], Any], seconds: float = TURN) -> list[float]:
 
 
 def in_turns(calls: Calls, seconds: float) -> dict[str, Timing]:
-    """Time each call until the seconds are over."""
+    """Time the calls in turns until `seconds` have passed."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     each = min(TURN, seconds / ROUNDS / len(calls))
     end = time.perf_counter() + seconds
@@ -240,7 +240,7 @@ def in_turns(calls: Calls, seconds: float) -> dict[str, Timing]:
 
 
 def pooled(first: dict[str, Timing], again: dict[str, Timing]) -> dict[str, Timing]:
-    """The best of both."""
+    """The best timings of both."""
     return {
         name: Timing(min(one.best, two.best), min(one.median, two.median), one.calls + two.calls)
         for (name, one), two in zip(first.items(), again.values(), strict=True)
@@ -311,13 +311,13 @@ def totals(results: Sequence[Result]) -> list[Result]:
 
 
 def _stalled(problem: Problem, name: str, timings: Mapping[str, Timing]) -> tuple[str, ...]:
-    """The contestants that were slower than a single thread of their own."""
+    """The contestants that were slower than on a single thread."""
     alone = {rival: min(turn(CONTESTANTS[rival].prepare(problem, 1)[name])) for rival in timings}
     return tuple(rival for rival, timing in timings.items() if timing.best > STALLED * alone[rival])
 
 
 def measured(problem: Problem, name: str, team: int, names: Sequence[str], seconds: float) -> dict[str, Any]:
-    """The timings of a pass, those of the limit, and who stalled."""
+    """The timings of a pass and of the limit, and the contestants that stalled."""
     timings: dict[str, Timing] = {}
     stalled: tuple[str, ...] = ()
     for _ in range(TRIES):
@@ -359,7 +359,7 @@ def machine_facts() -> dict[str, Any]:
 
 
 def busy(load: float) -> str | None:
-    """A sentence, if there is as much other work as there are processors."""
+    """A warning, if there is as much other work as there are processors."""
     processors = os.cpu_count() or 1
     if load < processors:
         return None

@@ -1,6 +1,6 @@
 """Layer shapes of real networks, for images of 224 × 224.
 
-ResNet-50 is the paper's, with the stride in the first convolution of a block.
+ResNet-50 follows the paper, with the stride in the first convolution of a block.
 """
 
 from collections import Counter

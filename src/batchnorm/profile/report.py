@@ -1,7 +1,7 @@
 """The table and the plot.
 
-- A row that stalled is marked in both. In the plot it stands at the edge, so it does not stretch the axis.
-- The layers of a network are added up, each as often as the network has it.
+- A row that stalled is marked in both. The plot draws it at the edge, so that it does not stretch the axis.
+- The layers of a network are added up, each as many times as it occurs.
 """
 
 import itertools
@@ -13,30 +13,30 @@ from .._extras import require
 from .measure import CONTESTANTS, OURS, PASSES, Result
 
 NOTES = """
-µs: best time. vs: time over that of batchnorm. GB/s: traffic no pass can avoid (read x, write y;
-backward: read x and dy, write dx) over the time of batchnorm. limit: time of batchnorm over that of
-np.copyto (backward: np.add) on as many threads. error: largest difference from {exact} over the
-largest value, in the first channels. batchnorm writes to out=, allocated before; the others allocate
-their results. load: other work when it began; a processor that is taken stalls every team of threads."""
+µs: best time. vs: time divided by that of batchnorm. GB/s: traffic that a pass needs (read x,
+write y; backward: read x and dy, write dx), per time of batchnorm. limit: time of batchnorm divided
+by that of np.copyto (backward: np.add) on as many threads. error: largest difference from {exact},
+divided by the largest value, in the first channels. batchnorm writes to an existing out=, the others
+allocate their results. load: other work at the start; a busy processor stalls every team of threads."""
 
-STALLED_NOTE = """*: stalled: the threads waited for a processor that other work had, and one thread alone was quicker.
+STALLED_NOTE = """*: stalled: the threads waited for a processor that was doing other work, and one thread was faster.
 Measure again when the machine is quiet, or with --threads 1."""
 
 
 def threads_text(teams: Sequence[int]) -> str:
-    """As in "1 and 2 threads"."""
+    """The numbers of threads in words, such as "1 and 2 threads"."""
     return f"{' and '.join(map(str, teams))} thread{'s' if teams[-1] > 1 else ''}"
 
 
 def _groups(results: Iterable[Result]) -> Iterator[tuple[str, list[Result]]]:
-    """The results of each shape under its name, those of one pass next to each other."""
+    """The results of each shape under its name, grouped by pass."""
     for (shape, layers), rows in itertools.groupby(results, lambda row: (row.shape, row.layers)):
         label = "x".join(map(str, shape)) + (f" ×{layers}" if layers > 1 else "") if shape else f"all {layers} layers"
         yield label, sorted(rows, key=lambda row: list(PASSES).index(row.name))
 
 
 def _cells(row: Result, names: Sequence[str]) -> Iterator[str]:
-    """What the table says about one pass, without figures that a stalled time would spoil."""
+    """The cells of the table for one pass, without figures that a stalled time would spoil."""
     figures = {name: row.figures(name) for name in names}
     ours = OURS not in row.stalled
     for name in names:
@@ -52,10 +52,10 @@ def _cells(row: Result, names: Sequence[str]) -> Iterator[str]:
 
 
 def print_table(console: Any, results: Sequence[Result], names: Sequence[str], exact: str, facts: str) -> None:
-    """The table, what its columns mean, and the machine."""
+    """Print the table, what its columns mean, and the machine."""
     box, table = require("rich.box", "profile"), require("rich.table", "profile")
     labels, rivals = [CONTESTANTS[name].label for name in names], [name for name in names if name != OURS]
-    # With torch only one space between columns leaves everything within 100.
+    # With torch, the table fits in 100 columns only with one space between its columns.
     grid = table.Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, int("torch" not in names), 0, 0))
     grid.add_column("shape\n  pass", min_width=16)
     headers = ["threads", *(f"{label}\nµs" for label in labels), *(f"vs\n{CONTESTANTS[name].label}" for name in rivals)]
@@ -71,13 +71,13 @@ def print_table(console: Any, results: Sequence[Result], names: Sequence[str], e
 
 
 def _largest(results: Sequence[Result]) -> float:
-    """The largest time over the limit that did not stall."""
+    """The largest time over the limit of those that did not stall."""
     sound = [row.figures(name)["over_limit"] for row in results for name in row.timings if name not in row.stalled]
     return max(sound, default=1.0)
 
 
 def draw(path: Path, results: Sequence[Result], names: Sequence[str], subtitle: str) -> None:
-    """Time over the copy limit, a line for each pass."""
+    """Draw the time over the copy limit, with a line per pass."""
     pyplot, ticker = require("matplotlib.pyplot", "profile"), require("matplotlib.ticker", "profile")
     lines: list[tuple[str, Result | None]] = []
     for label, rows in _groups(results):

@@ -1,16 +1,16 @@
-"""Batch normalization of PyTorch on the CPU with this package's kernels: `from batchnorm.torch import BatchNorm2d`.
+"""Batch normalization for PyTorch on the CPU with this package's kernels: `from batchnorm.torch import BatchNorm2d`.
 
 Decisions:
 
-- The modules are subclasses of PyTorch's and override `forward` alone, so constructor, state dict and checks are
-  PyTorch's own. `convert` changes the class of a module, so nothing else that holds it or its parameters notices.
-- The work is done by operators in the namespace `batchnorm` of `torch.ops`, which have fake kernels for `torch.compile`
-  and first and second derivatives. There is no third derivative and no forward mode.
-- Tensors are seen as NumPy arrays and the results as tensors, without a copy, in whatever order the axes lie in memory.
-  NumPy has no bfloat16: the package ml_dtypes is needed for it, and for nothing else.
-- PyTorch's number of threads counts, `torch.get_num_threads()`, and none of this package's settings. A forked child and
-  small tensors are serial.
-- PyTorch is no dependency and in no extra, because it comes in several builds: install the one you want.
+- The modules are subclasses of PyTorch's and override only `forward`, so constructor, state dict and checks are
+  PyTorch's own. `convert` changes the class of a module in place, so references to it and its parameters stay valid.
+- Operators in the namespace `batchnorm` of `torch.ops` do the work. They have fake kernels for `torch.compile` and
+  first and second derivatives. There is no third derivative and no forward mode.
+- Tensors are viewed as NumPy arrays and results as tensors, without a copy, in any memory order. NumPy has no bfloat16:
+  only for that, the package ml_dtypes is needed.
+- PyTorch's number of threads applies, `torch.get_num_threads()`, and none of this package's settings. A forked child
+  and small tensors are serial.
+- PyTorch is not a dependency and in no extra, because it comes in several builds: install the one you want.
 """
 
 try:

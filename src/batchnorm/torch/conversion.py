@@ -1,4 +1,4 @@
-"""`convert` gives the batch norm modules of a model the classes of this package, and `revert` gives them back."""
+"""`convert` gives the batch norm modules of a model this package's classes, and `revert` gives PyTorch's back."""
 
 from typing import TypeVar
 
@@ -47,7 +47,7 @@ def convert(model: Model) -> Model:
 
 
 def revert(model: Model) -> Model:
-    """Undo `convert`, in place; also for modules that were made with the classes of this package.
+    """Undo `convert`, in place, even for modules that were created with this package's classes.
 
     Parameters
     ----------
@@ -61,7 +61,7 @@ def revert(model: Model) -> Model:
     Raises
     ------
     ValueError
-        If a module has an activation, which PyTorch's would lose. Nothing is changed then.
+        If a module has an activation, which PyTorch's class would lose. Nothing is changed then.
     """
     theirs = {ours: their for their, ours in _OURS.items()}
     found = {name: module for name, module in model.named_modules() if type(module) in theirs}
@@ -69,7 +69,7 @@ def revert(model: Model) -> Model:
         if module.activation is not None:
             raise ValueError(
                 f"model must have no activation in its batch norm modules, got {module.activation!r} in {name!r}: "
-                "put a module of its own behind it and set .activation = None"
+                "add a module for the activation after it and set .activation = None"
             )
     for module in found.values():
         module.__class__ = theirs[type(module)]

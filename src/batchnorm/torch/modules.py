@@ -1,6 +1,6 @@
-"""`BatchNorm1d`, `BatchNorm2d` and `BatchNorm3d`, as PyTorch has them.
+"""`BatchNorm1d`, `BatchNorm2d` and `BatchNorm3d`, like PyTorch's.
 
-Unlike PyTorch's, `num_batches_tracked` does not move with a batch that is refused.
+Unlike in PyTorch, a batch that raises an error does not change `num_batches_tracked`.
 """
 
 from typing import Any
@@ -27,41 +27,41 @@ def batch_norm(
     activation: Activation | None = None,
     num_batches_tracked: Tensor | None = None,
 ) -> Tensor:
-    """y = act(gamma·(x − μ)/√(σ² + eps) + beta), in place of `torch.nn.functional.batch_norm`.
+    """y = act(gamma·(x − μ)/√(σ² + eps) + beta), a replacement for `torch.nn.functional.batch_norm`.
 
-    In training μ and σ² are of the batch, and the running statistics move towards them:
+    In training μ and σ² are those of the batch, and the running statistics move towards them:
     r ← (1 − momentum)·r + momentum·batch.
 
     Parameters
     ----------
     input : Tensor of float32, float64, float16 or bfloat16, at least 2-D, on the CPU
-        x, with channels along axis 1, in any order in memory. bfloat16 needs the package ml_dtypes.
+        x, with channels along axis 1, in any memory order. bfloat16 needs the package ml_dtypes.
     running_mean, running_var : Tensor of shape (C,), optional
-        In training they are changed in place, if they are given; otherwise they are what x is normalized with.
+        Changed in place in training, if given. In evaluation they normalize x and must be given.
     weight, bias : Tensor of shape (C,), optional
         gamma and beta; 1 and 0 where None.
     training : bool, default False
     momentum : float, default 0.1
-        The weight of the new batch. None for the mean of all batches, of which there are `num_batches_tracked`.
+        The weight of the new batch. None means the mean of all batches, counted by `num_batches_tracked`.
     eps : float, default 1e-5
     activation : "relu", ("leaky_relu", slope) or ("clip", low, high), optional
         Applied in the pass that writes y, and in the one that writes dx.
     num_batches_tracked : Tensor, optional
-        How many batches there have been, with this one. It is read, and only if momentum is None.
+        The number of batches so far, including this one. It is only read, and only if momentum is None.
 
     Returns
     -------
     Tensor
-        Of x's shape, dtype and order in memory.
+        With x's shape, dtype and memory order.
 
     Raises
     ------
     TypeError
-        If x has another dtype, or is sparse.
+        If x has an unsupported dtype, or is sparse.
     ValueError
-        If x is not on the CPU, has one value per channel in training, or a shape does not fit. Nothing is written then.
+        If x is not on the CPU, has one value per channel in training, or a shape is wrong. Nothing is written then.
     NotImplementedError
-        In forward mode: PyTorch would lose the tangent without a word.
+        In forward mode, where PyTorch would silently drop the tangent.
 
     Examples
     --------
@@ -76,7 +76,7 @@ def batch_norm(
     eps = float(eps)
     if not training:
         if running_mean is None or running_var is None:
-            raise ValueError("running_mean and running_var must be given where training is false, got None")
+            raise ValueError("running_mean and running_var must be given if training is false, got None")
         y, _ = operators.inference(input, running_mean, running_var, weight, bias, eps, limits)
         return y
     if input.numel() == input.shape[1]:
@@ -87,11 +87,11 @@ def batch_norm(
 
 
 def check(x: Tensor, running_mean: Tensor | None, running_var: Tensor | None) -> None:
-    """Refuse what PyTorch's dispatcher or NumPy would refuse in their own words."""
+    """Raise clear errors for input that PyTorch's dispatcher or NumPy would refuse with less clear ones."""
     if x.device.type not in ("cpu", "meta"):
         raise ValueError(
-            f"input must be on the CPU, got {x.device}: batchnorm.torch.revert(model) gives a model PyTorch's own "
-            "modules back, input.cpu() brings a tensor here"
+            f"input must be on the CPU, got {x.device}: batchnorm.torch.revert(model) restores PyTorch's own "
+            "modules, input.cpu() copies a tensor to the CPU"
         )
     if x.layout is not torch.strided:
         raise TypeError(f"input must be dense, got {x.layout}: input.to_dense() converts it")
@@ -106,7 +106,7 @@ def check(x: Tensor, running_mean: Tensor | None, running_var: Tensor | None) ->
 
 
 class Norm(torch.nn.modules.batchnorm._BatchNorm):
-    """What the three modules have in common."""
+    """The common part of the three modules."""
 
     activation: Activation | None = None
 
@@ -147,7 +147,7 @@ class BatchNorm1d(Norm, torch.nn.BatchNorm1d):
     Parameters
     ----------
     num_features, eps, momentum, affine, track_running_stats, device, dtype
-        As PyTorch's, and with its other keywords.
+        As in PyTorch; its other keywords are accepted too.
     activation : "relu", ("leaky_relu", slope) or ("clip", low, high), optional
         Applied in the pass that writes y; see `batch_norm`.
 

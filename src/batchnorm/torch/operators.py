@@ -2,14 +2,14 @@
 
 Decisions:
 
-- `statistics` is what `batchnorm.Saved` has per channel, float64, as the kernels left it. It goes from operator to
-  operator in place of `Saved`, which PyTorch could not trace.
-- It is a function of x, so it gets no gradient: `double_backward` gives x all of it. Where it is `fixed`, mean and
-  variance are constants.
+- `statistics` is the float64 table per channel of `batchnorm.Saved`, as the kernels left it. Operators pass it on
+  instead of `Saved`, which PyTorch could not trace.
+- It is a function of x, so it gets no gradient of its own: `double_backward` assigns all of it to x. If `fixed`, mean
+  and variance are constants.
 - `limits` are an activation, (low, high, slope); empty for none.
-- y and dx lie in memory as x does; if x has gaps, they are contiguous.
-- An operator is a schema, a function of arrays, a fake kernel and a rule for gradients, registered at the dispatcher:
-  `custom_op` of PyTorch does the same and takes 40 µs for each call.
+- y and dx have the memory order of x; if x has gaps, they are contiguous.
+- An operator is a schema, a function of arrays, a fake kernel and a rule for gradients, registered at the dispatcher.
+  PyTorch's `custom_op` does the same but takes 40 µs per call.
 - Plain tensors do not go through the dispatcher, which takes 7 µs to convert the arguments twice.
 """
 
@@ -32,7 +32,7 @@ from .tensors import as_array, as_tensor, as_tensor_like, dense
 _LIBRARY = library.Library("batchnorm", "DEF")
 
 _THROUGH: dict[bool, functional.Through] = {False: ("mean", "variance"), True: ()}
-"""The paths of the gradient, by whether the statistics are fixed."""
+"""The paths of the gradient, indexed by whether the statistics are fixed."""
 
 
 def _maybe_array(tensor: Tensor | None) -> Array | None:
@@ -40,14 +40,14 @@ def _maybe_array(tensor: Tensor | None) -> Array | None:
 
 
 def _parameter_dtype(x: Tensor, weight: Tensor | None) -> torch.dtype:
-    """That of dgamma and dbeta."""
+    """The dtype of dgamma and dbeta."""
     if weight is not None:
         return weight.dtype
     return x.dtype if x.dtype.itemsize > 2 else torch.float32
 
 
 def _saved(x: Tensor, statistics: Tensor, weight: Tensor | None, eps: float, limits: Sequence[float]) -> bn.Saved:
-    """What `forward` left, put together again."""
+    """The `Saved` of `forward`, rebuilt."""
     array, layout = _arrays.lay_out(as_array(x), 1)
     full = np.dtype(np.float64 if x.dtype is torch.float64 else np.float32)
     dtype = full if weight is None else as_array(weight).dtype
@@ -70,7 +70,7 @@ def _operator(
     keep: Callable[[Any, Any, Any], None],
     gradients: Callable[..., Any],
 ) -> Callable[..., Any]:
-    """Register an operator, and return it; `keep(ctx, inputs, output)` keeps what `gradients(ctx, …)` needs."""
+    """Register and return an operator; `keep(ctx, inputs, output)` keeps what `gradients(ctx, …)` needs."""
     _LIBRARY.define(schema)
     name = schema.split("(")[0]
     operator = getattr(torch.ops.batchnorm, name).default
@@ -107,7 +107,7 @@ def _forward(
     eps: float,
     limits: Sequence[float],
 ) -> tuple[Tensor, Tensor]:
-    """y with the statistics of the batch, and these; the running ones move, if there are any."""
+    """y with the statistics of the batch, and these statistics; moves the running ones, if there are any."""
     x = dense(x)
     y, saved = bn.forward(
         as_array(x),
@@ -130,7 +130,7 @@ def update_running(running_mean: Tensor, running_var: Tensor, saved: bn.Saved, m
         bn.update_running(as_array(running_mean), as_array(running_var), saved, momentum=momentum)
         torch.autograd.graph.increment_version(running_mean)
         torch.autograd.graph.increment_version(running_var)
-    else:  # 16 bits could not move by small steps
+    else:  # 16-bit statistics could not move by small steps
         mean, var = running_mean.float(), running_var.float()
         bn.update_running(as_array(mean), as_array(var), saved, momentum=momentum)
         running_mean.copy_(mean)
@@ -146,7 +146,7 @@ def _inference(
     eps: float,
     limits: Sequence[float],
 ) -> tuple[Tensor, Tensor]:
-    """y with given statistics, and these as the other operators take them."""
+    """y with given statistics, and these statistics as the other operators take them."""
     x = dense(x)
     given = as_array(mean), as_array(var), _maybe_array(weight), _maybe_array(bias)
     statistics, _ = functional.table_of(*given, eps, x.shape[1])
@@ -209,7 +209,7 @@ def _fake_double_backward(ddx, ddgamma, ddbeta, dy, x, statistics, weight, eps, 
 
 
 def _keep(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, statistics: Tensor, fixed: bool) -> None:
-    """For the gradients of `forward` and `inference`."""
+    """Keep what the gradients of `forward` and `inference` need."""
     ctx.fixed, ctx.has_bias = fixed, bias is not None
     ctx.mark_non_differentiable(statistics)
     ctx.set_materialize_grads(True)

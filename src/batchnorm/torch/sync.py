@@ -2,12 +2,12 @@
 
 Decisions:
 
-- The work is done by `batchnorm.mpi.SyncBatchNorm`: the same packets, in the same order of merging, and the same way to
-  let no rank wait for one that raises. Only the transport is `torch.distributed`'s, gloo or another backend that has
-  `send` and `recv` of tensors on the CPU.
-- Gradients of weight and bias are those of the rank's own values, as PyTorch's are, so DistributedDataParallel averages
+- `batchnorm.mpi.SyncBatchNorm` does the work: the same packets, merged in the same order, and the same protection from
+  waiting for a rank that raises. Only the transport is `torch.distributed`, with gloo or another backend that has
+  `send` and `recv` for tensors on the CPU.
+- Gradients of weight and bias are those of the rank's own values, as in PyTorch, so DistributedDataParallel averages
   them like all others.
-- There is no second derivative over several ranks, and `torch.compile` leaves the module as it is. On one rank, and in
+- There is no second derivative over several ranks, and `torch.compile` does not compile the module. On one rank, and in
   evaluation, nothing is sent and it is a `BatchNorm`.
 """
 
@@ -28,11 +28,11 @@ from .modules import Norm, check
 from .tensors import as_array, as_tensor, as_tensor_like, dense
 
 _TAG = 2015
-"""Of the messages, which share the process group with those of the program."""
+"""The tag of the messages, which share the process group with those of the program."""
 
 
 class _Ranks:
-    """A process group, as `batchnorm.mpi.Communicator` has it."""
+    """A process group, with the methods of `batchnorm.mpi.Communicator`."""
 
     def __init__(self, group: Any) -> None:
         self.group = group
@@ -67,7 +67,7 @@ class _Ranks:
 
 
 class _Normalize(torch.autograd.Function):
-    """y of this rank's part, with the statistics of all; the layer knows what `backward` needs."""
+    """y of this rank's part, with the statistics of all ranks; the layer keeps what `backward` needs."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, layer: Layer) -> Tensor:
@@ -89,21 +89,21 @@ class _Normalize(torch.autograd.Function):
 
 
 class SyncBatchNorm(Norm, torch.nn.SyncBatchNorm):
-    """`torch.nn.SyncBatchNorm` on the CPU: y = gamma·(x − μ)/√(σ² + eps) + beta, μ and σ² of the x of all ranks.
+    """`torch.nn.SyncBatchNorm` on the CPU: y = gamma·(x − μ)/√(σ² + eps) + beta, with μ and σ² over all ranks.
 
-    Ranks may have parts of different sizes, or none. All of them have to call the module in every step of training, and
-    the backward pass. A rank that raises an error of its own makes the others raise RuntimeError.
+    Ranks may have parts of different sizes, or none. In training, every rank must call the module in every step, and
+    the backward pass. If a rank raises an error of its own, the others raise RuntimeError.
 
     Parameters
     ----------
     num_features, eps, momentum, affine, track_running_stats, process_group, device, dtype
-        As PyTorch's, and with its other keywords.
+        As in PyTorch; its other keywords are accepted too.
     activation : "relu", ("leaky_relu", slope) or ("clip", low, high), optional
         Applied in the pass that writes y; see `batch_norm`.
 
     Examples
     --------
-    Where `torch.distributed` is not initialized, it is `BatchNorm1d` for x of any number of dimensions.
+    If `torch.distributed` is not initialized, it is `BatchNorm1d` for x of any number of dimensions.
 
     >>> import torch
     >>> from batchnorm.torch import SyncBatchNorm
@@ -134,7 +134,7 @@ class SyncBatchNorm(Norm, torch.nn.SyncBatchNorm):
                     setattr(layer, name, as_array(parameter))
         except Exception:
             with contextlib.suppress(TypeError):
-                layer(None)  # type: ignore[call-overload]  # takes part and is refused, so no other rank waits
+                layer(None)  # type: ignore[call-overload]  # takes part with a refused x, so that no other rank waits
             raise
         y: Tensor = _Normalize.apply(x, self.weight, self.bias, layer)
         if self.track_running_stats:
@@ -146,7 +146,7 @@ class SyncBatchNorm(Norm, torch.nn.SyncBatchNorm):
         return y
 
     def _made(self) -> Layer:
-        """The layer that does the work, made on all ranks in their first step of training."""
+        """The layer that does the work; all ranks make it in their first training step."""
         if self._layer is None:
             double = self.weight is not None and self.weight.dtype is torch.float64
             self._layer = Layer(

@@ -1,6 +1,6 @@
-"""Tensors seen as arrays and arrays as tensors, without a copy, in whatever order the axes lie in memory.
+"""Tensors viewed as arrays and arrays as tensors, without a copy, in any memory order.
 
-NumPy has no bfloat16: the package ml_dtypes is needed for it, and for nothing else.
+NumPy has no bfloat16: only for that, the package ml_dtypes is needed.
 """
 
 from typing import Any
@@ -42,13 +42,13 @@ def as_tensor(array: Array | None) -> Tensor:
 
 
 def as_tensor_like(x: Tensor, array: Array | None) -> Tensor:
-    """The same of an array that lies as x does, with the very strides of x also along axes of length 1."""
+    """The same for an array with the layout of x, with exactly x's strides, even along axes of length 1."""
     tensor = as_tensor(array)
     return tensor if tensor.stride() == x.stride() else tensor.as_strided(x.shape, x.stride())
 
 
 def dense(x: Tensor) -> Tensor:
-    """x itself if its values lie together in memory, in any order of the axes."""
+    """x itself if its memory has no gaps, in any order of the axes; else a contiguous copy."""
     if x.is_contiguous():
         return x
     expected = 1
