@@ -294,7 +294,7 @@ BAD = {
     "ddx": (lambda: bn.double_backward(X[:1], X, SAVED), ValueError, "ddx must have the shape of x"),
     "dy": (lambda: bn.double_backward(X, X[:1], SAVED), ValueError, "dy must have the shape of x"),
     "ddgamma": (lambda: bn.double_backward(X, X, SAVED, ddgamma=ONES[:1]), ValueError, "ddgamma must have shape"),
-    "ddadd": (lambda: bn.double_backward(X, X, SAVED, ddadd=X), ValueError, "ddadd must be None where"),
+    "ddadd": (lambda: bn.double_backward(X, X, SAVED, ddadd=X), ValueError, "ddadd must be None if"),
     "need": (lambda: bn.double_backward(X, X, SAVED, need="beta"), ValueError, "need must be one or more .*got .*beta"),
     "second sums": (
         lambda: bn.double_backward(X, X, SAVED, sums=np.ones((2, 3))),
