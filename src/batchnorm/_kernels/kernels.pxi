@@ -19,7 +19,7 @@ a) One partition. `cut` makes tiles and blocks from the shape, the item size and
    have a fixed order, and a fixed tree merges blocks. Threads only decide who computes a block, so the bits do not
    depend on them. They do not depend on the processor either: nothing is reassociated or contracted, and the number of
    lanes is fixed.
-b) Each type in itself. float32 is computed in float32, in sums of at most 60 values that are added up in float64, and
+b) Each type in itself. float32 is computed in float32, in sums of at most 48 values that are added up in float64, and
    float64 in float64. 16-bit floats are float32 from load to store, in the same blocks, so their results are those of
    float32, rounded. Statistics are shifted by a pivot with few bits, so that the differences are exact, and Chan's rule
    merges blocks (Chan, Golub, LeVeque 1983). E[x²] − E[x]² is never used.

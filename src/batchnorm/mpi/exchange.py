@@ -2,8 +2,8 @@
 
 Decisions:
 
-- Ranks exchange packets with one partner after another, by recursive doubling. A rank sends log₂P packets, or two more
-  if the number of ranks P is not a power of two.
+- Ranks exchange packets with one partner after another, by recursive doubling. A rank sends log₂P packets. If the
+  number of ranks P is not a power of two, ranks are paired first, and the first of a pair sends one more.
 - Among few ranks, one Allgather sends all packets to every rank, and every rank merges them. Its volume grows with P.
 - Both ways follow the tree of `Moments.merge_all`, so they give the same bits on every rank and in every run. A
   reduction by MPI could choose any order.
