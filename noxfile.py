@@ -4,6 +4,7 @@ Each session has a virtual environment of its own. A Python that is not installe
 """
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -30,6 +31,11 @@ COVERED = 90
 def group(name):
     """The requirements of a dependency group; pip itself knows groups from 25.1 on."""
     return nox.project.dependency_groups(PYPROJECT, name)
+
+
+def package(extras):
+    """The checkout with extras; in place of a build of it, the wheel that BATCHNORM_WHEEL names, if it names one."""
+    return f"{os.environ.get('BATCHNORM_WHEEL', '.')}[{extras}]"
 
 
 EVERYTHING = ("-m", "not large")
@@ -155,7 +161,7 @@ def sanitize(session, kind):
 @nox.session
 def bench(session):
     """Check that the benchmarks work, on small shapes, against all contestants that PyPI has for this Python."""
-    session.install(".[bench,mpi,dask]", "mpich")
+    session.install(package("bench,mpi,dask"), "mpich")
     folder = Path(session.create_tmp())
     rivals = "numpy,jax,onnxruntime,numba"
     session.run("python", "-m", "bench", "--quick", "--against", rivals, "--output", str(folder / "bench.md"))
@@ -177,7 +183,7 @@ def frameworks(session):
     frameworks = "torch", "torchvision", "expecttest", "keras", "flax", "dm-haiku"
     tables = "pandas", "polars", "pyarrow", "xarray"
     types = "pyright[nodejs]", "scikit-learn-stubs"
-    session.install(".[test,sklearn,autograd,dask,jax]", *frameworks, *tables, *types)
+    session.install(package("test,sklearn,autograd,dask,jax"), *frameworks, *tables, *types)
     session.run("pyright", "--verifytypes", "batchnorm", "--ignoreexternal")
     for backend in ("torch", "jax"):
         session.run(
@@ -199,6 +205,8 @@ def frameworks(session):
     adapters = *of_torch, "tests/test_sklearn.py", "tests/test_autograd.py", "tests/test_jax.py"
     arrays = "tests/test_array_types.py", "tests/test_engines.py"
     session.run("python", "-m", "pytest", *adapters, *arrays, *EVERYTHING, *session.posargs)
+    plot = Path(session.create_tmp()) / "torch_resnet.png"
+    session.run("python", "-W", "error", "examples/torch_resnet.py", "--steps", "3", "--plot", str(plot))
 
 
 def site(session, extras, groups, *options):
@@ -243,7 +251,7 @@ def wheel(session):
     On Linux. `-- --only 3.12` leaves it at that Python, `-- --only none` at the audit.
     """
     session.install("--require-hashes", "-r", "requirements/build.txt")
-    session.install(".", *group("wheel"))
+    session.install(*group("wheel"))
     epoch = session.run("git", "log", "-1", "--format=%ct", external=True, silent=True).strip()
     env = {"SOURCE_DATE_EPOCH": epoch}
     elsewhere = Path(session.create_tmp()).absolute() / "again"
