@@ -205,8 +205,6 @@ def frameworks(session):
     adapters = *of_torch, "tests/test_sklearn.py", "tests/test_autograd.py", "tests/test_jax.py"
     arrays = "tests/test_array_types.py", "tests/test_engines.py"
     session.run("python", "-m", "pytest", *adapters, *arrays, *EVERYTHING, *session.posargs)
-    plot = Path(session.create_tmp()) / "torch_resnet.png"
-    session.run("python", "-W", "error", "examples/torch_resnet.py", "--steps", "3", "--plot", str(plot))
 
 
 def site(session, extras, groups, *options):
