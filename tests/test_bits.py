@@ -244,6 +244,36 @@ def test_in_place_is_out_of_place(view, dtype, made, rng, always_threaded):
     assert dy.tobytes() == expected_dx.tobytes()
 
 
+def placed(values, address):
+    """The values at so many bytes from the beginning of a line of the cache."""
+    room = np.empty(values.nbytes + 128, np.uint8)
+    start = -room.ctypes.data % 64 + address
+    array = room[start : start + values.nbytes].view(values.dtype).reshape(values.shape)
+    array[...] = values
+    return array
+
+
+@pytest.mark.parametrize("activation", [None, "relu"])
+@pytest.mark.parametrize("dtype", [*DTYPES, "float16"])
+@pytest.mark.parametrize("view", [(41, 160, 1), (41, 32, 1), (19, 64, 12)], ids=str)
+def test_columns_at_any_address(view, dtype, activation, rng):
+    """Where a line begins changes no bits, and nothing that is not finite reaches the channels beside it."""
+    x, dy = (rng.standard_normal(view).astype(dtype) for _ in range(2))
+    good = np.delete(np.arange(view[1]), [1, 5, 17, 30])
+
+    def results(x, dy):
+        with np.errstate(invalid="ignore"):
+            y, saved = bn.forward(x, activation=activation)
+            dx = bn.backward(dy, saved).dx
+        return [array.tobytes() for array in (y[:, good], saved.mean[good], saved.var[good], dx[:, good])]
+
+    expected = results(placed(x, 0), placed(dy, 0))
+    x[3, [1, 17]], x[7, 5], x[9, 30] = np.nan, np.inf, -np.inf
+    dy[4, 5] = np.nan
+    for address in range(0, 64, x.itemsize):
+        assert results(placed(x, address), placed(dy, (3 * address) % 64)) == expected, address
+
+
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("float64", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("view", [(4200, 1029, 1), (70000, 61, 1), (21, 50, 4099), (32, 2700, 49)], ids=str)
 def test_results_written_around_the_cache(view, dtype, rng):
