@@ -109,6 +109,9 @@ def test_an_x_that_changes_during_the_call(name, rng):
                 call(x, Changes(x, change))
 
 
+BESIDE_A_VIEW = ("forward", "normalize", "normalize_prepared", "backward")
+
+
 def test_the_doors_of_the_kernels_measure_every_array(rng):
     """Whatever the façade has checked: memory of another size than the view needs is not touched."""
     kernels, view = _kernels.of_type["d"], (*SHAPE, 1)
@@ -125,11 +128,18 @@ def test_the_doors_of_the_kernels_measure_every_array(rng):
     calls = {
         "moments": (lambda a: kernels.moments(a["x"], a["statistics"], 0.0, 1), ("statistics",)),
         "forward": (
-            lambda a: kernels.forward(a["x"], a["y"], a["statistics"], None, None, 0.0, 1),
+            lambda a: kernels.forward(a["x"], a["y"], view, a["statistics"], None, None, 0.0, 1),
             ("x", "y", "statistics"),
         ),
         "coefficients": (lambda a: kernels.coefficients(a["statistics"], a["table"]), ("table",)),
-        "normalize": (lambda a: kernels.normalize(a["x"], a["y"], view, a["table"], True, 1), ("x", "y", "table")),
+        "normalize": (
+            lambda a: kernels.normalize(a["x"], a["y"], view, a["statistics"], 1),
+            ("x", "y", "statistics"),
+        ),
+        "normalize_prepared": (
+            lambda a: kernels.normalize_prepared(a["x"], a["y"], view, a["table"], True, 1),
+            ("x", "y", "table"),
+        ),
         "grad_sums": (
             lambda a: kernels.grad_sums(a["dy"], a["x"], a["statistics"], a["gradients"], None, None, 1),
             ("x", "dy", "statistics", "gradients"),
@@ -139,7 +149,9 @@ def test_the_doors_of_the_kernels_measure_every_array(rng):
             ("x", "y", "dy", "statistics", "gradients"),
         ),
         "backward": (
-            lambda a: kernels.backward(a["dy"], a["x"], a["y"], a["statistics"], a["gradients"], None, None, 3, 4.0, 1),
+            lambda a: kernels.backward(
+                a["dy"], a["x"], a["y"], view, a["statistics"], a["gradients"], None, None, 3, 4.0, 1
+            ),
             ("x", "y", "dy", "statistics", "gradients"),
         ),
     }
@@ -156,7 +168,7 @@ def test_the_doors_of_the_kernels_measure_every_array(rng):
         call(arrays())
         for name in names:
             for how, make in wrong.items():
-                if door == "normalize" and name in "xy" and how == "one axis":  # which says where they lie, too
+                if door in BESIDE_A_VIEW and name in ("x", "y", "dy") and how == "one axis":  # the view says the rest
                     continue
                 given = arrays()
                 given[name] = make(given[name])
@@ -173,10 +185,10 @@ def test_the_doors_of_the_kernels_measure_every_parameter(values, rng):
     kernels = _kernels.of_type["d"]
     for given in ((values, None), (None, values)):
         with pytest.raises(ValueError, match="there must be 6 floating-point numbers"):
-            kernels.forward(x, y, statistics, *given, 0.0, 1)
+            kernels.forward(x, y, x.shape, statistics, *given, 0.0, 1)
         for write in (
             lambda given=given: kernels.grad_sums(y, x, statistics, gradients, *given, 1),
-            lambda given=given: kernels.backward(y, x, y, statistics, gradients, *given, 3, 4.0, 1),
+            lambda given=given: kernels.backward(y, x, y, x.shape, statistics, gradients, *given, 3, 4.0, 1),
             lambda given=given: per_channel.channel_gradients(statistics, gradients, *given),
         ):
             with pytest.raises((ValueError, BufferError), match=r"there must be 6 floating-point numbers|readonly"):

@@ -78,8 +78,12 @@ class Layout:
             array = array.view(_UINT16)
         return array if self.order is None else array.transpose(self.order)
 
+    def memory(self, *arrays: Array) -> tuple[Array, ...]:
+        """The same for several arrays of one type."""
+        return arrays if self.order is None and arrays[0].itemsize > 2 else tuple(map(self.lying, arrays))
+
     def seen(self, array: Array) -> Array:
-        """The same as a view of shape (N, C, S)."""
+        """The array as a view of shape (N, C, S)."""
         return self.lying(array).reshape(self.view)
 
     def empty(self, dtype: np.dtype[Any]) -> Array:
@@ -120,7 +124,7 @@ def as_float(value: ArrayLike, name: str, integers: bool = False) -> Array:
 
     If `integers` is true, integers and booleans become float64, as in NumPy's own arithmetic.
     """
-    if type(value) is np.ndarray and value.dtype in _known:
+    if type(value) is np.ndarray and ((dtype := value.dtype) is _FLOAT32 or dtype is _FLOAT64 or dtype in _known):
         return value
     array = as_array(value, name)
     if integers and array.dtype.kind in "iub":

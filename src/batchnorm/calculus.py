@@ -200,10 +200,9 @@ class _Passes:
             slope, offset = besides
             table[UPSTREAM_DMEAN], table[UPSTREAM_DVAR] = n * offset, n * slope / 2
             paths |= UPSTREAM
-        u, x, to = map(self._layout.seen, (array, self._x, out))
-        self._kernels.backward(
-            u, x, to, self._statistics, table, None, None, paths, n, self._threads, None, self._chosen
-        )
+        u, x, to = self._layout.memory(array, self._x, out)
+        view, statistics, threads = self._layout.view, self._statistics, self._threads
+        self._kernels.backward(u, x, to, view, statistics, table, None, None, paths, n, threads, None, self._chosen)
         return out, table[SUM_DY : SUM_DY_XMU + 1]
 
     def add(self, out: Array, factor: Numbers, array: Array) -> None:

@@ -23,7 +23,6 @@ from ._activation import Activation
 from ._arrays import Array, Float, Float_co, Gradient_co, Layout, MaybeNone
 from ._kernels import Bits, Chosen, Limits, per_channel
 from ._kernels.runtime import (
-    COEFFICIENT_ROWS,
     DMEAN,
     DVAR,
     GAMMA,
@@ -46,7 +45,6 @@ from .moments import GradientSums, Moments, moments_of
 
 if TYPE_CHECKING:
     from . import _keywords
-    from ._kernels.kernels import Kernels
 
 After = tuple[Limits | None, Array | None, Bits | None]
 """What follows the normalization: an activation, what is added before it, and bits for where it is closed."""
@@ -144,7 +142,6 @@ class Saved(Generic[Float_co]):
         "_limits",
         "_selection",
         "_statistics",
-        "_strides",
         "_x",
     )
 
@@ -162,7 +159,6 @@ class Saved(Generic[Float_co]):
         closed: Bits | None = None,
     ) -> None:
         self._x = x
-        self._strides = x.strides
         self._eps = eps
         self._layout = layout
         self._statistics = statistics
@@ -183,7 +179,7 @@ class Saved(Generic[Float_co]):
 
     def _unchanged_x(self) -> NDArray[Float_co]:
         x, layout, dtype = self._x, self._layout, self._dtypes[0]
-        if x.dtype != dtype or x.shape != layout.shape or x.strides != self._strides:
+        if x.dtype != dtype or x.shape != layout.shape or not layout.fits(x):
             raise ValueError(
                 f"x must stay what forward saw, <{dtype} {layout.shape}>, until backward has run; "
                 f"it is now {_shape_and_dtype(x)}"
@@ -402,7 +398,7 @@ def forward(
     """
     given = _arrays.as_float(x, "x")
     x, layout = _arrays.lay_out(given, axis)
-    dtype, channels = x.dtype, layout.view[1]
+    dtype, size, channels = x.dtype, x.size, layout.view[1]
     if gamma is not None:
         gamma = _arrays.as_channels(gamma, "gamma", channels, layout)
     if beta is not None:
@@ -413,12 +409,13 @@ def forward(
         selection = selection_of(layout, dtype, mask, lengths, weights)
     if moments is not None:
         _check_moments(moments, layout, selection)
-    elif weights is not None and selection is not None and x.size and not selection.tally.weight:
+    elif weights is not None and selection is not None and size and not selection.tally.weight:
         raise ValueError("weights must not all be 0")
     residual, after = None, _NOTHING
     if activation is not None or add is not None:
         residual, after = _after(activation, add, x, layout)
-    threads = _threads.threads_for(x.size, num_threads)
+    limits, added, closed = after
+    threads = _threads.threads_for(size, num_threads)
     if out is None:
         y = layout.empty(dtype)
     else:
@@ -439,24 +436,21 @@ def forward(
         per_channel.fix_statistics(
             statistics, channels, moments.mean, moments.m2, gamma, beta, eps, moments.mean_low, moments.weight or 1
         )
-        if x.size:
+        if size:
             normalize(x, y, layout, statistics, threads, after, chosen)
-    elif x.size if counted is None else counted.values:
-        kernels.forward(layout.seen(x), layout.seen(y), statistics, gamma, beta, eps, threads, *after, chosen)
+    elif size if counted is None else counted.values:
+        x_memory, y_memory = layout.memory(x, y)
+        kernels.forward(
+            x_memory, y_memory, layout.view, statistics, gamma, beta, eps, threads, limits, added, closed, chosen
+        )
     else:
         statistics[...] = 0
-        if x.size:
+        if size:
             normalize(x, y, layout, statistics, threads, after, chosen)
     if out is not None:
         y = _arrays.deliver(y, out)
     dtypes = (dtype, None if gamma is None else gamma.dtype, None if beta is None else beta.dtype)
-    return y, Saved(x, eps, layout, statistics, dtypes, counted, selection, after[0], residual is not None, after[2])
-
-
-def coefficients_of(statistics: NDArray[np.float64], kernels: Kernels) -> tuple[NDArray[np.float64], bool]:
-    """The coefficients from which the kernels compute y, and whether all of them fit the kernels' type."""
-    table = np.empty((COEFFICIENT_ROWS, statistics.shape[1]))
-    return table, kernels.coefficients(statistics, table)
+    return y, Saved(x, eps, layout, statistics, dtypes, counted, selection, limits, added is not None, closed)
 
 
 def normalize(
@@ -470,8 +464,9 @@ def normalize(
 ) -> None:
     """Write y, computed with known statistics."""
     kernels = _kernels.of_type[x.dtype.char]
-    table, fit = coefficients_of(statistics, kernels)
-    kernels.normalize(layout.lying(x), layout.lying(y), layout.view, table, fit, threads, *after, chosen)
+    x, y = layout.memory(x, y)
+    limits, added, closed = after
+    kernels.normalize(x, y, layout.view, statistics, threads, limits, added, closed, chosen)
 
 
 def _after(
@@ -688,18 +683,23 @@ def _backward(
     if "dbeta" in need and beta_dtype is not None:
         dbeta = np.empty(layout.view[1], beta_dtype)
     kernels = _kernels.of_type[x.dtype.char]
-    views = layout.seen(layout.bring(dy)), layout.seen(x)
+    dy = layout.bring(dy)
     if not size and not summed:
         table[...] = 0  # sums over no values
         summed = True
     if summed:
         per_channel.channel_gradients(statistics, table, dgamma, dbeta)
         if dx is not None and size:
-            kernels.grad_apply(*views, layout.seen(dx), statistics, table, paths, n, threads, limits, chosen)
+            dy, x, seen = layout.seen(dy), layout.seen(x), layout.seen(dx)
+            kernels.grad_apply(dy, x, seen, statistics, table, paths, n, threads, limits, chosen)
     elif dx is None:
-        kernels.grad_sums(*views, statistics, table, dgamma, dbeta, threads, limits, chosen)
+        dy, x = layout.seen(dy), layout.seen(x)
+        kernels.grad_sums(dy, x, statistics, table, dgamma, dbeta, threads, limits, chosen)
     else:
-        kernels.backward(*views, layout.seen(dx), statistics, table, dgamma, dbeta, paths, n, threads, limits, chosen)
+        dy, x, memory = layout.memory(dy, x, dx)
+        kernels.backward(
+            dy, x, memory, layout.view, statistics, table, dgamma, dbeta, paths, n, threads, limits, chosen
+        )
     if dx is not None and out is not None:
         dx = _arrays.deliver(dx, out)
     gradients = tuple.__new__(Gradients, (dx, dgamma, dbeta))  # takes half as long as Gradients(…)

@@ -30,7 +30,7 @@ from ._activation import Activation
 from ._arrays import Array, Float, MaybeNone
 from ._foreign import as_array
 from ._kernels import per_channel
-from ._selection import Tally, check_one_of_three
+from ._selection import Tally, one_of_three
 from ._state import ARRAYS, MOST_BATCHES, State
 from .functional import Gradients, Need, Saved, Through
 from .moments import Batch, Moments, Numbers, population
@@ -441,7 +441,7 @@ class BatchNorm:
             As for `forward` and `inference`; ValueError also if statistics of the batch are needed but only one value
             per channel counts. The layer is unchanged then.
         """
-        selects: dict[str, Any] = {"mask": mask, "lengths": lengths, "weights": weights}
+        selects = one_of_three(mask, lengths, weights)
         fixed = self._fixed
         if fixed and not self._follows:
             return self._normalize_by_running(x, selects, fill, add, out, num_threads)
@@ -512,10 +512,8 @@ class BatchNorm:
             "activation": self._activation,
             "add": add,
         }
-        mask, lengths, weights = selects.values()
-        if mask is not None or lengths is not None or weights is not None:
-            check_one_of_three(mask, lengths, weights)
-            given |= {"mask": mask, "lengths": lengths}
+        if selects:
+            given |= {name: value for name, value in selects.items() if name != "weights"}
         try:
             y = functional.inference(x, fill=fill, out=out, num_threads=num_threads, **given)
         except ValueError:

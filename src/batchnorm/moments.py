@@ -26,7 +26,7 @@ from ._arrays import Array, Layout
 from ._extras import with_progress
 from ._kernels import per_channel
 from ._kernels.runtime import M2, STATISTICS_ROWS
-from ._selection import Selection, Tally, by_sample, check_one_of_three, selection_of
+from ._selection import Selection, Tally, by_sample, one_of_three, selection_of
 
 Numbers = NDArray[np.float64]
 
@@ -635,7 +635,7 @@ def population(
     >>> bn.population(x[i : i + 64] for i in range(0, 1000, 64)) == bn.population([x[:1], x[1:]])
     True
     """
-    check_one_of_three(mask, lengths, weights)
+    one_of_three(mask, lengths, weights)
     given = {"mask": mask, "lengths": lengths, "weights": weights}
     name, selecting = next(((name, value) for name, value in given.items() if value is not None), ("", ()))
     axis = _arrays.as_index(axis, "axis")

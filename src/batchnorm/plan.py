@@ -28,8 +28,8 @@ from ._activation import Activation
 from ._arrays import Array, Layout
 from ._foreign import as_array
 from ._kernels import Limits, Three, lookup
-from ._kernels.runtime import BETA, GAMMA, MEAN, VAR
-from .functional import coefficients_of, normalize, table_of
+from ._kernels.runtime import BETA, COEFFICIENT_ROWS, GAMMA, MEAN, VAR
+from .functional import normalize, table_of
 from .moments import Moments
 
 Order = Literal["C", "K"]
@@ -156,7 +156,9 @@ class Plan:
         """The kernel of a type, its coefficients, and whether all of them fit the type."""
         if char not in self._kernels:
             kernels = _kernels.of_type[char]
-            self._kernels[char] = kernels.normalize, *coefficients_of(self._statistics, kernels)
+            table = np.empty((COEFFICIENT_ROWS, self.num_features))
+            fit = kernels.coefficients(self._statistics, table)
+            self._kernels[char] = kernels.normalize_prepared, table, fit
         return self._kernels[char]
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -438,7 +440,8 @@ class Plan:
         """Write y of x's type and layout, with the kernel."""
         normalize, table, fit = self._prepared(x.dtype.char)
         residual = None if add is None else layout.lying(layout.bring(add))
-        normalize(layout.lying(x), layout.lying(y), layout.view, table, fit, threads, self._limits, residual)
+        x, y = layout.memory(x, y)
+        normalize(x, y, layout.view, table, fit, threads, self._limits, residual)
 
     def _write_elsewhere(self, x: Array, y: Array, target: Layout, add: Array | None, threads: int) -> None:
         """Write y of another type or layout, in place in the wider type."""

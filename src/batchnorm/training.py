@@ -172,9 +172,10 @@ def check_spread(
     shape: tuple[int, ...], dtype: np.dtype[Any], axis: int, selects: Mapping[str, Any], ghost: str = ""
 ) -> None:
     """Check that a batch or a ghost batch has more than one value per channel, or none."""
-    layout, selection = _arrays.layout_of(shape, axis), None
-    if any(value is not None for value in selects.values()):
-        selection = selection_of(layout, dtype, **selects)
+    layout = _arrays.layout_of(shape, axis)
+    if not selects and layout.values > 1:
+        return
+    selection = selection_of(layout, dtype, **selects) if selects else None
     tally = Tally.of_all(layout.values) if selection is None else selection.tally
     values = tally.values if selection is None or not ghost else selection.normalized(layout)
     if values and not tally.has_spread:

@@ -111,12 +111,21 @@ include "passes.pxi"
 
 # ---- Doors ----------------------------------------------------------------------------------------------------------
 # The façade has checked the user's arguments. The checks here prevent writes beyond an array.
+#
+# x, y, dy and dx of a single step are typed views of shape (N, C, S). Whole passes borrow the memory of these arrays,
+# beside that shape: a typed view, and the reshape before it, would add a tenth of a call on (32, 64) per array.
 
 cdef int check_view(str name, const stored[:, :, ::1] array, const Py_ssize_t *view) except -1:
     if array.shape[0] != view[0] or array.shape[1] != view[1] or array.shape[2] != view[2]:
         raise ValueError(f"{name} must have the view of x, {(view[0], view[1], view[2])}, "
                          f"got {(array.shape[0], array.shape[1], array.shape[2])}")
     return 0
+
+
+cdef Py_ssize_t set_view(Py_ssize_t *shape, view) except -1:
+    """Set N, C and S; return the number of values."""
+    shape[0], shape[1], shape[2] = view
+    return shape[0] * shape[1] * shape[2]
 
 
 cdef void *borrow_array(str name, values, Py_ssize_t size, bint written) except NULL:
@@ -159,11 +168,11 @@ cdef int prepare(Work *work, const Py_ssize_t *view, Py_ssize_t arrays, activati
     return 0
 
 
-cdef int begin(Work *work, const stored[:, :, ::1] x, Py_ssize_t arrays, statistics, gradients, activation, add,
-               closed, selection) except -1:
+cdef int begin(Work *work, const Py_ssize_t *view, Py_ssize_t arrays, statistics, gradients, activation, add, closed,
+               selection) except -1:
     """The same, with scratch memory for a few numbers per block and channel; `free(work.coefficient)` frees it."""
     cdef Py_ssize_t numbers
-    prepare(work, x.shape, arrays, activation, add, closed, selection)
+    prepare(work, view, arrays, activation, add, closed, selection)
     work.statistics = borrow("statistics", statistics, STATISTICS_ROWS, work.C)
     if gradients is not None:
         work.gradients = borrow("gradients", gradients, GRADIENT_ROWS, work.C)
@@ -180,7 +189,7 @@ def moments(const stored[:, :, ::1] x, statistics, double eps, int num_threads, 
     """Write mean, m2, var and rstd of each channel to `statistics`."""
     cdef Work work
     cdef int threads = team_size(num_threads)
-    begin(&work, x, 1, statistics, None, None, None, None, selection)
+    begin(&work, x.shape, 1, statistics, None, None, None, None, selection)
     work.eps = eps
     with nogil:
         take_census(&work)
@@ -188,17 +197,17 @@ def moments(const stored[:, :, ::1] x, statistics, double eps, int num_threads, 
     free(work.coefficient)
 
 
-def forward(const stored[:, :, ::1] x, stored[:, :, ::1] y, statistics, gamma, beta, double eps, int num_threads,
-            activation=None, add=None, closed=None, selection=None):
+def forward(x, y, view, statistics, gamma, beta, double eps, int num_threads, activation=None, add=None, closed=None,
+            selection=None):
     """`moments`, then y = act(gamma·(x − mean)·rstd + beta + add); `closed` gets the bits for where act is closed."""
     cdef Work work
+    cdef Py_ssize_t shape[3]
     cdef int threads = team_size(num_threads)
-    cdef const stored *x0 = &x[0, 0, 0]
-    cdef stored *y0 = &y[0, 0, 0]
-    cdef Py_ssize_t tile
-    check_view("y", y, x.shape)
-    set_parameters(borrow("statistics", statistics, STATISTICS_ROWS, x.shape[1]), gamma, beta, x.shape[1])
-    begin(&work, x, 2, statistics, None, activation, add, closed, selection)
+    cdef Py_ssize_t tile, values = set_view(shape, view)
+    cdef const stored *x0 = <const stored *> borrow_array("x", x, values, False)
+    cdef stored *y0 = <stored *> borrow_array("y", y, values, True)
+    set_parameters(borrow("statistics", statistics, STATISTICS_ROWS, shape[1]), gamma, beta, shape[1])
+    begin(&work, shape, 2, statistics, None, activation, add, closed, selection)
     work.eps = eps
     with nogil:
         take_census(&work)
@@ -215,6 +224,21 @@ def forward(const stored[:, :, ::1] x, stored[:, :, ::1] y, statistics, gamma, b
     free(work.coefficient)
 
 
+def normalize(x, y, view, statistics, int num_threads, activation=None, add=None, closed=None, selection=None):
+    """y = act(gamma·(x − mean)·rstd + beta + add) from the mean and rstd in `statistics`."""
+    cdef Work work
+    cdef Py_ssize_t shape[3]
+    cdef int threads = team_size(num_threads)
+    cdef Py_ssize_t values = set_view(shape, view)
+    cdef const stored *x0 = <const stored *> borrow_array("x", x, values, False)
+    cdef stored *y0 = <stored *> borrow_array("y", y, values, True)
+    # Counted as one array: streaming pays only if that alone exceeds the cache.
+    begin(&work, shape, 1, statistics, None, activation, add, closed, selection)
+    with nogil:
+        normalize_all(&work, x0, y0, finish_normalize_all(&work), threads)
+    free(work.coefficient)
+
+
 def coefficients(statistics, table):
     """Write the coefficients of y from the mean and rstd in `statistics`; return whether all fit the data's type."""
     cdef Work work
@@ -224,20 +248,15 @@ def coefficients(statistics, table):
     return finish_normalize(&work, 0)
 
 
-def normalize(x, y, view, table, bint fit, int num_threads, activation=None, add=None, closed=None, selection=None):
-    """y = act(gamma·(x − mean)·rstd + beta + add) from such a table; x and y have the memory layout of (N, C, S).
-
-    They are borrowed, because typed views of them would take half of the time for small x.
-    """
+def normalize_prepared(x, y, view, table, bint fit, int num_threads, activation=None, add=None):
+    """The same from the coefficients in `table`, and whether all of them fit."""
     cdef Work work
     cdef Py_ssize_t shape[3]
     cdef int threads = team_size(num_threads)
-    shape[0], shape[1], shape[2] = view
-    cdef Py_ssize_t values = shape[0] * shape[1] * shape[2]
+    cdef Py_ssize_t values = set_view(shape, view)
     cdef const stored *x0 = <const stored *> borrow_array("x", x, values, False)
     cdef stored *y0 = <stored *> borrow_array("y", y, values, True)
-    # Counted as one array: streaming pays only if that alone exceeds the cache.
-    prepare(&work, shape, 1, activation, add, closed, selection)
+    prepare(&work, shape, 1, activation, add, None, None)
     work.coefficient = borrow("table", table, COEFFICIENT_ROWS, work.C)
     with nogil:
         normalize_all(&work, x0, y0, fit, threads)
@@ -252,7 +271,7 @@ def grad_sums(const stored[:, :, ::1] dy, const stored[:, :, ::1] x, statistics,
     cdef Work work
     cdef int threads = team_size(num_threads)
     check_view("dy", dy, x.shape)
-    begin(&work, x, 2, statistics, gradients, activation, None, None, selection)
+    begin(&work, x.shape, 2, statistics, gradients, activation, None, None, selection)
     with nogil:
         take_census(&work)
         grad_sums_of_all(&work, &x[0, 0, 0], &dy[0, 0, 0], threads)
@@ -271,25 +290,24 @@ def grad_apply(const stored[:, :, ::1] dy, const stored[:, :, ::1] x, stored[:, 
     cdef int threads = team_size(num_threads)
     check_view("dy", dy, x.shape)
     check_view("dx", dx, x.shape)
-    begin(&work, x, 3, statistics, gradients, activation, None, None, selection)
+    begin(&work, x.shape, 3, statistics, gradients, activation, None, None, selection)
     work.through, work.count = through, count
     with nogil:
         grad_apply_all(&work, &x[0, 0, 0], &dy[0, 0, 0], &dx[0, 0, 0], threads)
     free(work.coefficient)
 
 
-def backward(const stored[:, :, ::1] dy, const stored[:, :, ::1] x, stored[:, :, ::1] dx, statistics, gradients, dgamma,
-             dbeta, int through, double count, int num_threads, activation=None, selection=None):
+def backward(dy, x, dx, view, statistics, gradients, dgamma, dbeta, int through, double count, int num_threads,
+             activation=None, selection=None):
     """`grad_sums`, then `grad_apply`."""
     cdef Work work
+    cdef Py_ssize_t shape[3]
     cdef int threads = team_size(num_threads)
-    cdef const stored *x0 = &x[0, 0, 0]
-    cdef const stored *dy0 = &dy[0, 0, 0]
-    cdef stored *dx0 = &dx[0, 0, 0]
-    cdef Py_ssize_t tile
-    check_view("dy", dy, x.shape)
-    check_view("dx", dx, x.shape)
-    begin(&work, x, 3, statistics, gradients, activation, None, None, selection)
+    cdef Py_ssize_t tile, values = set_view(shape, view)
+    cdef const stored *dy0 = <const stored *> borrow_array("dy", dy, values, False)
+    cdef const stored *x0 = <const stored *> borrow_array("x", x, values, False)
+    cdef stored *dx0 = <stored *> borrow_array("dx", dx, values, True)
+    begin(&work, shape, 3, statistics, gradients, activation, None, None, selection)
     work.through, work.count = through, count
     with nogil:
         take_census(&work)

@@ -1,4 +1,6 @@
-"""The functions of every compiled kernel module, for one dtype each: x, y, dy and dx are its (N, C, S) views.
+"""The functions of every compiled kernel module, for one dtype each.
+
+x, y, dy and dx are views of shape (N, C, S), or contiguous memory beside a `view`, which is that shape.
 
 `statistics` and `gradients` are float64 tables with the rows that `runtime` names and one column per channel.
 `activation` is (low, high, slope), and `closed` has one bit per value that says where it is closed. `selection` is
@@ -14,6 +16,7 @@ from numpy.typing import NDArray
 from . import Bits, Chosen, Limits, Three
 
 View = NDArray[np.floating[Any]]
+Memory = NDArray[np.floating[Any]]
 PerChannel = NDArray[np.floating[Any]]
 Table = NDArray[np.float64]
 
@@ -23,31 +26,42 @@ class Kernels(Protocol):
     ) -> None: ...
     def forward(
         self,
-        x: View,
-        y: View,
+        x: Memory,
+        y: Memory,
+        view: Three,
         statistics: Table,
         gamma: PerChannel | None,
         beta: PerChannel | None,
         eps: float,
         num_threads: int,
         activation: Limits | None = None,
-        add: View | None = None,
+        add: Memory | None = None,
+        closed: Bits | None = None,
+        selection: Chosen | None = None,
+    ) -> None: ...
+    def normalize(
+        self,
+        x: Memory,
+        y: Memory,
+        view: Three,
+        statistics: Table,
+        num_threads: int,
+        activation: Limits | None = None,
+        add: Memory | None = None,
         closed: Bits | None = None,
         selection: Chosen | None = None,
     ) -> None: ...
     def coefficients(self, statistics: Table, table: Table) -> bool: ...
-    def normalize(
+    def normalize_prepared(
         self,
-        x: View,
-        y: View,
+        x: Memory,
+        y: Memory,
         view: Three,
         table: Table,
         fit: bool,
         num_threads: int,
         activation: Limits | None = None,
-        add: View | None = None,
-        closed: Bits | None = None,
-        selection: Chosen | None = None,
+        add: Memory | None = None,
     ) -> None: ...
     def grad_sums(
         self,
@@ -76,9 +90,10 @@ class Kernels(Protocol):
     ) -> None: ...
     def backward(
         self,
-        dy: View,
-        x: View,
-        dx: View,
+        dy: Memory,
+        x: Memory,
+        dx: Memory,
+        view: Three,
         statistics: Table,
         gradients: Table,
         dgamma: PerChannel | None,

@@ -26,7 +26,7 @@ from .._activation import Activation
 from .._arrays import Array, Float
 from .._kernels import per_channel
 from .._kernels.runtime import HEAD, M2, STATUS, VALUES
-from .._selection import Tally, selection_of
+from .._selection import Tally, one_of_three, selection_of
 from ..functional import Gradients, Need, Saved
 from ..layer import BatchNorm
 from ..moments import Batch, GradientSums, Moments, Numbers, moments_of
@@ -245,7 +245,7 @@ class SyncBatchNorm(BatchNorm):
         if total.count and not total._tally.has_spread:
             raise ValueError(f"training needs more than one value per channel on all ranks together, got {total.count}")
         if self._fixed:
-            self._normalize_by_running(given, selects, fill, residual, y, num_threads)
+            self._normalize_by_running(given, one_of_three(**selects), fill, residual, y, num_threads)
             self._follow(training.statistics_of(total, self.eps), total._tally)
         else:
             kept: Saved | Renormed | Ghosts
