@@ -195,6 +195,13 @@ def test_the_doors_of_the_kernels_measure_every_parameter(values, rng):
                 write()
 
 
+@pytest.mark.parametrize("block", [np.zeros(12), np.zeros(13, np.int8), np.zeros(13, np.float16)], ids=repr)
+def test_the_door_of_running_statistics_measures_them(block):
+    with pytest.raises(ValueError, match="block must have 13 values of 8 bytes"):
+        per_channel.follow(block, np.ones((runtime.STATISTICS_ROWS, 6)), 0.1, 1.0)
+    assert not block.any()
+
+
 def test_what_is_read_only_stays_so(rng):
     """Whoever asks for it to be writeable."""
     x = rng.standard_normal(SHAPE)

@@ -4,8 +4,8 @@ Decisions:
 
 - The arrays that a user sees are views of the block as long as the layer lives, so an optimizer may hold them. Nothing
   is rebound: new values are copied into the block.
-- New values are prepared elsewhere, and one assignment to a memoryview copies them. Unlike NumPy's assignment, it holds
-  the GIL during the whole copy: signal handlers, other threads and forks run before it or after it.
+- New values are prepared elsewhere. One assignment to a memoryview, or one compiled call, copies them. Unlike NumPy's
+  assignment, it holds the GIL during the whole copy: signal handlers, other threads and forks run before or after it.
 - The lock is for threads that read before they write, and for Python without a GIL. A signal handler may use the layer
   while its own thread holds the lock, so the lock is reentrant.
 """
@@ -15,9 +15,11 @@ import threading
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
 from . import _threads
-from ._arrays import Array
+from ._arrays import Array, MaybeNone
+from ._kernels import per_channel
 
 ARRAYS = ("running_mean", "running_var", "gamma", "beta")
 """The arrays in the order of the block, after the counter."""
@@ -36,7 +38,6 @@ class State:
         "_first",
         "_rows",
         "_statistics",
-        "_statistics_bytes",
         "beta",
         "gamma",
         "lock",
@@ -56,7 +57,6 @@ class State:
         self._block = np.zeros(start + len(names) * channels, dtype)
         self._rows = self._block[start:].reshape(len(names), channels)
         self._statistics = self._block[: start + channels * sum(name.startswith("running") for name in names)]
-        self._statistics_bytes = self._statistics.data
         rows = dict(zip(names, self._rows, strict=True))
         self._arrays = tuple(rows.get(name) for name in ARRAYS)
         self.running_mean, self.running_var, self.gamma, self.beta = self._arrays
@@ -88,7 +88,7 @@ class State:
         with self.lock:
             _COUNTER.pack_into(self._block.data, 0, counter)
 
-    def snapshot(self) -> tuple[Array | None, Array | None, Array | None, Array | None]:
+    def snapshot(self) -> tuple[Array | MaybeNone, Array | MaybeNone, Array | MaybeNone, Array | MaybeNone]:
         """Copies of running_mean, running_var, gamma and beta, all taken at one moment."""
         mean, var, gamma, beta = self._arrays
         with self.lock:
@@ -113,16 +113,20 @@ class State:
         with self.lock:
             self._block.data[:] = new.data
 
-    def following(self) -> tuple[int, Array, Array, Array]:
-        """The counter, a copy of counter and running statistics, and its arrays, to be moved and given to `follow`."""
-        moved = self._statistics.copy()
-        middle = self._first + self._rows.shape[1]
-        return _COUNTER.unpack_from(self._statistics_bytes)[0], moved, moved[self._first : middle], moved[middle:]
+    def set_statistics(self, mean: ArrayLike, var: ArrayLike, counter: int | None = None) -> None:
+        """Replace the running statistics, and the counter if one is given, in one step."""
+        with self.lock:
+            new = self._statistics.copy()
+            rows = new[self._first :].reshape(2, -1)
+            rows[0], rows[1] = mean, var
+            if counter is not None:
+                _COUNTER.pack_into(new.data, 0, counter)
+            self._statistics.data[:] = new.data
 
-    def follow(self, counter: int, moved: Array) -> None:
-        """Put a counter and moved running statistics in place, in one step."""
-        _COUNTER.pack_into(moved.data, 0, counter)
-        self._statistics_bytes[:] = moved.data
+    def follow(self, statistics: NDArray[np.float64], momentum: float | None, correction: float) -> None:
+        """Move the running statistics towards those of a batch and count it, in one step."""
+        with self.lock:
+            per_channel.follow(self._statistics, statistics, momentum, correction)
 
 
 def _restored(channels: int, dtype: np.dtype[Any], names: tuple[str, ...], block: Array) -> State:

@@ -29,7 +29,6 @@ from . import _activation, _arrays, functional, training
 from ._activation import Activation
 from ._arrays import Array, Float, MaybeNone
 from ._foreign import as_array
-from ._kernels import per_channel
 from ._selection import Tally, one_of_three
 from ._state import ARRAYS, MOST_BATCHES, State
 from .functional import Gradients, Need, Saved, Through
@@ -398,9 +397,7 @@ class BatchNorm:
         state = self._state
         with state.lock:
             if state.running_mean is not None:
-                _, moved, mean, var = state.following()
-                mean[...], var[...] = 0, 1
-                state.follow(0, moved)
+                state.set_statistics(0, 1, counter=0)
 
     def reset_parameters(self) -> None:
         """Set gamma to 1 and beta to 0, and the running statistics as `reset_running_stats` does."""
@@ -530,12 +527,7 @@ class BatchNorm:
     def _follow(self, statistics: Numbers, tally: Tally) -> None:
         """Move the running statistics towards those of a batch, unless it was empty."""
         if tally.values:
-            state, correction = self._state, tally.correction() if self.unbiased else 1.0
-            with state.lock:
-                batches, moved, mean, var = state.following()
-                momentum = 1 / (batches + 1) if self._momentum is None else self._momentum
-                per_channel.update_running(mean, var, statistics, momentum, correction)
-                state.follow(batches + 1, moved)
+            self._state.follow(statistics, self._momentum, tally.correction() if self.unbiased else 1.0)
 
     def _keep(self, kept: Saved | Renormed | Ghosts) -> None:
         """Follow the statistics of a batch that was normalized by them, and keep what `backward` needs."""
@@ -812,10 +804,7 @@ class BatchNorm:
         moments = self._population(batches, progress=progress, num_threads=num_threads, **selects)
         if moments.count < 2:
             raise ValueError(f"batches must hold at least 2 values per channel, got {moments.count}")
-        with state.lock:
-            counter, moved, mean, var = state.following()
-            mean[...], var[...] = moments.mean, moments.var(ddof=1)
-            state.follow(counter, moved)
+        state.set_statistics(moments.mean, moments.var(ddof=1))
 
     def _population(self, batches: Iterable[Batch], **how: Any) -> Moments:
         moments = population(batches, self.axis, **how)

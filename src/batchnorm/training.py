@@ -153,9 +153,8 @@ def renormed(
     x: Array, moments: Moments, state: State, bounds: tuple[float, float], *, eps: float, **how: Any
 ) -> tuple[Array, Renormed]:
     """y = γ·(xhat·ρ + d) + β, computed by `forward` with γρ and β + γd."""
-    with state.lock:
-        _, _, mean, var = state.following()
-        gamma, beta = _wide(state.gamma), _wide(state.beta)
+    mean, var, *parameters = state.snapshot()
+    gamma, beta = map(_wide, parameters)
     rho, d = corrections(moments, mean, var, eps, bounds)
     with np.errstate(all="ignore"):
         scale = rho if gamma is None else gamma * rho

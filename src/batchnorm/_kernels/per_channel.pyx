@@ -66,12 +66,34 @@ cdef int get_buffer(values, Py_buffer *buffer, int flags, Py_ssize_t channels) e
     return 0
 
 
+cdef void widen(double *row, const char *values, Py_ssize_t itemsize, Py_ssize_t channels) noexcept nogil:
+    """Fill a row from contiguous floats of 4 or 8 bytes."""
+    cdef Py_ssize_t c
+    cdef float single
+    if itemsize == sizeof(double):
+        memcpy(row, values, channels * sizeof(double))
+    else:
+        for c in range(channels):
+            memcpy(&single, values + c * sizeof(float), sizeof(float))
+            row[c] = single
+
+
+cdef void narrow(char *values, const double *row, Py_ssize_t itemsize, Py_ssize_t channels) noexcept nogil:
+    """Round a row to contiguous floats of 4 or 8 bytes."""
+    cdef Py_ssize_t c
+    cdef float single
+    if itemsize == sizeof(double):
+        memcpy(values, row, channels * sizeof(double))
+    else:
+        for c in range(channels):
+            single = <float> row[c]
+            memcpy(values + c * sizeof(float), &single, sizeof(float))
+
+
 cdef int fill_row(double *row, values, Py_ssize_t channels, double otherwise) except -1:
     """Fill a row of a table from one number per channel, of any float type and stride, or None."""
     cdef Py_buffer buffer
     cdef Py_ssize_t c
-    cdef const char *at
-    cdef float single
     if values is None:
         for c in range(channels):
             row[c] = otherwise
@@ -85,13 +107,7 @@ cdef int fill_row(double *row, values, Py_ssize_t channels, double otherwise) ex
     if buffer.strides[0] != buffer.itemsize:
         PyBuffer_Release(&buffer)
         return fill_row(row, values.copy(), channels, otherwise)
-    at = <const char *> buffer.buf
-    if buffer.itemsize == sizeof(double):
-        memcpy(row, at, channels * sizeof(double))
-    else:
-        for c in range(channels):
-            memcpy(&single, at + c * sizeof(float), sizeof(float))
-            row[c] = single
+    widen(row, <const char *> buffer.buf, buffer.itemsize, channels)
     PyBuffer_Release(&buffer)
     return 0
 
@@ -99,7 +115,6 @@ cdef int fill_row(double *row, values, Py_ssize_t channels, double otherwise) ex
 cdef int take_row(const double *row, values, Py_ssize_t channels) except -1:
     """Copy a row of a table to one number per channel, of any float type; None is ignored."""
     cdef Py_buffer buffer
-    cdef Py_ssize_t c
     if values is None:
         return 0
     try:
@@ -111,11 +126,7 @@ cdef int take_row(const double *row, values, Py_ssize_t channels) except -1:
         take_row(row, rounded, channels)
         values[...] = rounded
         return 0
-    for c in range(channels):
-        if buffer.itemsize == sizeof(double):
-            (<double *> buffer.buf)[c] = row[c]
-        else:
-            (<float *> buffer.buf)[c] = <float> row[c]
+    narrow(<char *> buffer.buf, row, buffer.itemsize, channels)
     PyBuffer_Release(&buffer)
     return 0
 
@@ -228,21 +239,54 @@ def weigh(weights, Py_ssize_t places):
     return weight + weight_low, squares + squares_low
 
 
-def update_running(running_mean, running_var, statistics, double momentum, double correction):
-    """r ← (1 − momentum)·r + momentum·batch; the batch variance is multiplied by `correction`."""
-    cdef Py_ssize_t c, C = len(running_mean)
-    cdef const double *s = borrow("statistics", statistics, STATISTICS_ROWS, C)
-    cdef double *mean = <double *> malloc(2 * C * sizeof(double))
-    cdef double *var = mean + C
-    if mean == NULL:
+cdef double *room_to_follow(Py_ssize_t C) except NULL:
+    cdef double *running = <double *> malloc(2 * C * sizeof(double) + 1)
+    if running == NULL:
         raise MemoryError(f"no memory for the running statistics of {C} channels")
+    return running
+
+
+cdef void move(double *running, const double *s, double momentum, double correction, Py_ssize_t C) noexcept nogil:
+    """r ← (1 − momentum)·r + momentum·batch, for the rows mean and var; the batch's var is times `correction`."""
+    cdef Py_ssize_t c
+    for c in range(C):
+        running[c] = followed(running[c], s[MEAN * C + c], momentum)
+        running[C + c] = followed(running[C + c], correction * s[VAR * C + c], momentum)
+
+
+def update_running(running_mean, running_var, statistics, double momentum, double correction):
+    """Move the running statistics towards a batch."""
+    cdef Py_ssize_t C = len(running_mean)
+    cdef const double *s = borrow("statistics", statistics, STATISTICS_ROWS, C)
+    cdef double *running = room_to_follow(C)
     try:
-        fill_row(mean, running_mean, C, 0)
-        fill_row(var, running_var, C, 0)
-        for c in range(C):
-            mean[c] = followed(mean[c], s[MEAN * C + c], momentum)
-            var[c] = followed(var[c], correction * s[VAR * C + c], momentum)
-        take_row(mean, running_mean, C)
-        take_row(var, running_var, C)
+        fill_row(running, running_mean, C, 0)
+        fill_row(running + C, running_var, C, 0)
+        move(running, s, momentum, correction, C)
+        take_row(running, running_mean, C)
+        take_row(running + C, running_var, C)
     finally:
-        free(mean)
+        free(running)
+
+
+def follow(block, statistics, momentum, double correction):
+    """The same for a block of memory with a counter, the mean and the variance, of which all or nothing changes.
+
+    If `momentum` is None, it is 1 over the number of batches, so that the statistics are the average of all of them.
+    """
+    cdef Py_ssize_t C = statistics.shape[1]
+    cdef Py_ssize_t itemsize = sizeof(float) if block.itemsize == sizeof(float) else sizeof(double)
+    cdef const double *s = borrow("statistics", statistics, STATISTICS_ROWS, C)
+    cdef char *counter = <char *> borrow_values("block", block, sizeof(long long) // itemsize + 2 * C, itemsize, True)
+    cdef char *values = counter + sizeof(long long)
+    cdef long long batches
+    cdef double *running = room_to_follow(C)
+    memcpy(&batches, counter, sizeof(long long))
+    batches += 1
+    try:
+        widen(running, values, itemsize, 2 * C)
+        move(running, s, 1.0 / batches if momentum is None else momentum, correction, C)
+        narrow(values, running, itemsize, 2 * C)
+        memcpy(counter, &batches, sizeof(long long))
+    finally:
+        free(running)
