@@ -172,6 +172,8 @@ def check_channels(shape: tuple[int, ...], axis: int, channels: int) -> None:
 
 def as_like(value: ArrayLike, name: str, shape: tuple[int, ...], dtype: np.dtype[Any], like: str = "x") -> Array:
     """The argument as an array of the shape and dtype of x, or of another one."""
+    if type(value) is np.ndarray and value.dtype is dtype and value.shape == shape:
+        return value
     array = as_float(value, name)
     if array.shape != shape:
         raise ValueError(f"{name} must have the shape of {like}, {shape}, got {array.shape}")

@@ -14,7 +14,7 @@ Decisions:
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, Unpack, overload
 
 import numpy as np
@@ -78,15 +78,17 @@ class _Channels(NamedTuple):
 
     @classmethod
     def of(cls, saved: Saved, through: Through) -> _Channels:
-        through = functional.as_names(through, "through", _BOTH)
-        n, gamma, rstd = saved._tally.weight or 1.0, saved._statistics[GAMMA], saved._statistics[RSTD]
+        if through is not _BOTH:
+            through = functional.as_names(through, "through", _BOTH)
+        n, gamma, rstd = float(saved._tally.weight or 1), saved._statistics[GAMMA], saved._statistics[RSTD]
         return cls(n, gamma, rstd, float("mean" in through), float("variance" in through))
 
 
 def _moved(sums: Numbers, channels: _Channels, dmean: Numbers | None, dvar: Numbers | None) -> tuple[Numbers, Numbers]:
     """μ̇ and σ̇², including the given dmean and dvar."""
     n, _, _, mean, variance = channels
-    moved_mean, moved_var = mean * sums[0] / n, variance * 2 * sums[1] / n
+    moved_mean = sums[0] / n if mean else np.zeros_like(sums[0])
+    moved_var = sums[1] / (n / 2) if variance else np.zeros_like(sums[1])
     return (
         moved_mean if dmean is None else moved_mean + dmean,
         moved_var if dvar is None else moved_var + dvar,
@@ -152,12 +154,6 @@ class _Passes:
         array = _arrays.as_like(value, name, self._layout.shape, self._given)
         return self._layout.copy(array, self._x.dtype) if self._given != self._x.dtype else self._layout.bring(array)
 
-    def room(self, out: Array | None = None) -> Array:
-        """An array for the result of a pass: `out` if it fits, else new memory."""
-        if out is None or out.dtype != self._x.dtype:
-            return self._layout.empty(self._x.dtype)
-        return self._layout.room(out, self._x.dtype)
-
     def weighted(self, array: Array, out: Array | None = None) -> Array:
         """The array times its weights, in units of `unit`, as a copy or in `out`; unchanged without weights."""
         if self.weights is None:
@@ -185,25 +181,11 @@ class _Passes:
         statistics, table = self._statistics.copy(), np.zeros((GRADIENT_ROWS, self._layout.view[1]))
         statistics[GAMMA], statistics[RSTD] = factor, 1
         table[UPSTREAM_DMEAN], table[UPSTREAM_DVAR] = offset, slope / 2
-        out = self.room()
+        out = self._layout.empty(self._x.dtype)
         if out.size:
             u, x, to = map(self._layout.seen, (array, self._x, out))
             self._kernels.grad_apply(u, x, to, statistics, table, UPSTREAM, 1.0, self._threads, None, self._chosen)
         return out
-
-    def projected(
-        self, array: Array, paths: int, n: float, besides: tuple[Numbers, Numbers] | None, out: Array
-    ) -> tuple[Array, Numbers]:
-        """γ·rstd·P(array) + slope·(x − μ) + offset, and the sums of array, tile by tile within the cache."""
-        table = np.empty((GRADIENT_ROWS, self._layout.view[1]))
-        if besides is not None:
-            slope, offset = besides
-            table[UPSTREAM_DMEAN], table[UPSTREAM_DVAR] = n * offset, n * slope / 2
-            paths |= UPSTREAM
-        u, x, to = self._layout.memory(array, self._x, out)
-        view, statistics, threads = self._layout.view, self._statistics, self._threads
-        self._kernels.backward(u, x, to, view, statistics, table, None, None, paths, n, threads, None, self._chosen)
-        return out, table[SUM_DY : SUM_DY_XMU + 1]
 
     def add(self, out: Array, factor: Numbers, array: Array) -> None:
         """out ← out + factor·array."""
@@ -213,11 +195,9 @@ class _Passes:
             after = None, self._layout.seen(out), None
             functional.normalize(array, out, self._layout, statistics, self._threads, after, self._chosen)
 
-    def finished(self, result: Array, out: Array | None = None) -> Array:
-        """The result in the type of x, in `out` if it is given."""
-        if result.dtype != self._given:
-            result = self._layout.copy(result, self._given)
-        return result if out is None else _arrays.deliver(result, out)
+    def finished(self, result: Array) -> Array:
+        """The result in the type of x."""
+        return result if result.dtype == self._given else self._layout.copy(result, self._given)
 
 
 def per_channel(channels: int, **given: ArrayLike | None) -> list[Numbers | None]:
@@ -235,24 +215,24 @@ def _check_saved(saved: Saved) -> None:
 
 def check(
     saved: Saved,
-    like_x: Mapping[str, ArrayLike],
-    numbers: Mapping[str, ArrayLike | None],
-    added: Mapping[str, ArrayLike | None],
+    like_x: dict[str, ArrayLike],
+    numbers: dict[str, ArrayLike | None],
+    added: dict[str, ArrayLike | None],
     out: Array | None = None,
-) -> None:
-    """Raise the errors of `jvp` and `double_backward`, with the names of their arguments."""
+) -> list[Numbers | None]:
+    """The numbers per channel; raises the errors of `jvp` and `double_backward`, with the names of their arguments."""
     _check_saved(saved)
     x, layout = saved.x, saved._layout
     given = {name: value for name, value in added.items() if value is not None}
     if given and not saved._added:
         raise ValueError(f"{next(iter(given))} must be None if forward had no add")
     arrays = {"x": x}
-    for name, value in (*like_x.items(), *given.items()):
+    for name, value in (like_x | given).items():
         arrays[name] = _arrays.as_like(value, name, layout.shape, x.dtype)
-    per_channel(layout.view[1], **numbers)
     if out is not None:
         _arrays.check_out(out, layout.shape, x.dtype)
         _arrays.check_overlap(out, arrays, tuple(like_x))
+    return per_channel(layout.view[1], **numbers)
 
 
 def _check_sums(sums: Numbers, rows: int, channels: int) -> Numbers:
@@ -375,25 +355,45 @@ def jvp(
     True
     """
     numbers = {"dgamma": dgamma, "dbeta": dbeta, "dmean": dmean, "dvar": dvar}
-    check(saved, {"dx": dx}, numbers, {"dadd": dadd}, out)
-    C, channels, passes = saved._layout.view[1], _Channels.of(saved, through), _Passes(saved, num_threads)
-    given, (*along, move_mean, move_var) = passes.like_x(dx, "dx"), per_channel(C, **numbers)
-    moments = move_mean, move_var
-    if sums is None and passes.weights is None and given.size:
-        paths = THROUGH_MEAN * bool(channels.mean) | THROUGH_VARIANCE * bool(channels.variance)
-        besides = None
-        if any(value is not None for value in (*along, *moments)):
-            besides = _combination(channels, *_moved(np.zeros((2, C)), channels, *moments), *along)
-        dy, sums = passes.projected(given, paths, channels.n, besides, passes.room(out))
-        moved = _moved(sums, channels, *moments)
+    *along, move_mean, move_var = check(saved, {"dx": dx}, numbers, {"dadd": dadd}, out)
+    moments, channels = (move_mean, move_var), _Channels.of(saved, through)
+    selection, C = saved._selection, saved._layout.view[1]
+    if sums is None and dadd is None and (selection is None or selection.weights is None) and saved.x.size:
+        dy, moved = _projected(dx, saved, channels, moments, along, out, num_threads)
     else:
+        passes = _Passes(saved, num_threads)
         sums = tangent_sums(dx, saved, num_threads=num_threads) if sums is None else _check_sums(sums, 2, C)
         moved = _moved(sums, channels, *moments)
-        dy = passes.combined(given, channels.gamma * channels.rstd, *_combination(channels, *moved, *along))
-    if dadd is not None:
-        passes.add(dy, np.ones(C), passes.like_x(dadd, "dadd"))
-    finished: NDArray[Any] = functional.upstream(passes.finished(dy), saved)
+        dy = passes.combined(
+            passes.like_x(dx, "dx"), channels.gamma * channels.rstd, *_combination(channels, *moved, *along)
+        )
+        if dadd is not None:
+            passes.add(dy, np.ones(C), passes.like_x(dadd, "dadd"))
+        dy = passes.finished(dy)
+    finished: NDArray[Any] = functional.upstream(dy, saved)
     return Tangents(finished if out is None or finished is out else _arrays.deliver(finished, out), *moved)
+
+
+def _projected(
+    dx: ArrayLike,
+    saved: Saved,
+    channels: _Channels,
+    moments: tuple[Numbers | None, Numbers | None],
+    along: list[Numbers | None],
+    out: Array | None,
+    num_threads: int | None,
+) -> tuple[Array, tuple[Numbers, Numbers]]:
+    """The tangent of the normalization, by the pass of `backward`, and those of the moments."""
+    C, n = saved._layout.view[1], channels.n
+    table = np.empty((GRADIENT_ROWS, C))
+    paths = THROUGH_MEAN * bool(channels.mean) | THROUGH_VARIANCE * bool(channels.variance)
+    if any(value is not None for value in (*along, *moments)):
+        slope, offset = _combination(channels, *_moved(np.zeros((2, C)), channels, *moments), *along)
+        table[UPSTREAM_DMEAN], table[UPSTREAM_DVAR] = n * offset, n * slope / 2
+        paths |= UPSTREAM
+    alone = functional.normalization_of(saved)
+    dy: Any = functional.gradients_of(dx, alone, paths, ("dx",), table, out, num_threads).dx
+    return dy, _moved(table[SUM_DY : SUM_DY_XMU + 1], channels, *moments)
 
 
 def second_sums(ddx: ArrayLike, dy: ArrayLike, saved: Saved, *, num_threads: int | None = None) -> Numbers:
@@ -528,10 +528,9 @@ def double_backward(
     >>> bool(np.isclose(second.x[2, 0], (loss(x + step) - loss(x - step)) / 2e-5, rtol=1e-6))
     True
     """
-    check(saved, {"ddx": ddx, "dy": dy}, {"ddgamma": ddgamma, "ddbeta": ddbeta}, {"ddadd": ddadd})
+    a, b = check(saved, {"ddx": ddx, "dy": dy}, {"ddgamma": ddgamma, "ddbeta": ddbeta}, {"ddadd": ddadd})
     C, channels, passes = saved._layout.view[1], _Channels.of(saved, through), _Passes(saved, num_threads)
     u, dy = passes.like_x(ddx, "ddx"), passes.like_x(functional.upstream(dy, saved), "dy")
-    a, b = per_channel(C, ddgamma=ddgamma, ddbeta=ddbeta)
     need = functional.as_names(need, "need", _SECOND_NEED)
     sums = _second_sums(passes, u, dy) if sums is None else _check_sums(sums, 5, C)
     second = _Second.of(sums, channels, a)

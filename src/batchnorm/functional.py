@@ -269,10 +269,7 @@ def as_names(names: Any, argument: str, known: tuple[str, ...]) -> Collection[An
 
 def like_x(dy: ArrayLike, saved: Saved) -> Array:
     """dy as an array; it must have x's shape and dtype."""
-    shape, dtype = saved._layout.shape, saved._dtypes[0]
-    if type(dy) is np.ndarray and dy.dtype is dtype and dy.shape == shape:
-        return dy
-    return _arrays.as_like(dy, "dy", shape, dtype)
+    return _arrays.as_like(dy, "dy", saved._layout.shape, saved._dtypes[0])
 
 
 @overload
@@ -621,7 +618,7 @@ def backward(
         table[SUM_DY : SUM_DY_XMU + 1] = sums._table
     if need is not NEED:
         need = as_names(need, "need", (*NEED, "dadd"))
-    return _backward(dy, saved, paths, need, table, out, num_threads, sums is not None)
+    return gradients_of(dy, saved, paths, need, table, out, num_threads, sums is not None)
 
 
 def _check_sums(sums: GradientSums, saved: Saved) -> None:
@@ -648,7 +645,7 @@ def check_backward(dy: ArrayLike, saved: Saved, need: Collection[str], out: Arra
         _check_out(out, need, saved.x, dy)
 
 
-def _backward(
+def gradients_of(
     dy: ArrayLike,
     saved: Saved,
     paths: int,
@@ -738,7 +735,15 @@ def before_addition(dy: Array, saved: Saved, threads: int | None = None) -> tupl
         dadd = _pass_back(dy, closed, limits, layout, threads or _threads.threads_for(dy.size, None))
     if saved._selection is not None:
         saved._selection.blank(dadd, layout)
-    return dadd, Saved(saved.x, saved.eps, layout, saved._statistics, saved._dtypes, saved._counted, saved._selection)
+    return dadd, normalization_of(saved)
+
+
+def normalization_of(saved: Saved) -> Saved:
+    """The same without what follows the normalization."""
+    if saved._limits is None and not saved._added:
+        return saved
+    statistics, dtypes, counted = saved._statistics, saved._dtypes, saved._counted
+    return Saved(saved.x, saved.eps, saved._layout, statistics, dtypes, counted, saved._selection)
 
 
 def upstream(dy: ArrayLike, saved: Saved) -> Array:
@@ -1156,7 +1161,7 @@ def inference_backward(
     table = np.empty((GRADIENT_ROWS, layout.view[1]))
     if need is not NEED:
         need = as_names(need, "need", _INFERENCE_NEED)
-    found = _backward(dy, saved, 0, need, table, out, num_threads)
+    found = gradients_of(dy, saved, 0, need, table, out, num_threads)
     gradients = InferenceGradients(*found)
     if found.dadd is not None:
         gradients.dadd = found.dadd
