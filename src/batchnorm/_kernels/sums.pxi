@@ -249,29 +249,31 @@ cdef inline void sum_block_of_lanes(const Work *work, const Block *block, const 
     cdef const stored *x
     cdef const stored *dy
     cdef const Py_ssize_t *lengths
-    cdef Block part = no_rows(block), rows
+    cdef Block part = no_rows(block), rows, copy
     cdef Py_ssize_t c, r, at
     memset(total1, 0, block.channels * TOTALS * sizeof(double))
     memset(total2, 0, block.channels * TOTALS * sizeof(double))
     while next_rows(work, block, &part):
         for r from 0 <= r < part.rows by part.visit:
+            rows = part
+            rows.rows = min(part.visit, part.rows - r)
+            rows.left -= r
+            rows.place += r * part.run
+            lengths = lengths_at(work, rows.place)
             for c in range(block.channels):
-                rows = part
-                rows.rows = min(part.visit, part.rows - r)
-                rows.left -= r
-                rows.place += r * part.run
-                lengths = lengths_at(work, rows.place)
                 at = part.first - block.first + r * part.stride + c * part.run
                 x, dy = summed.x + at, summed.dy + at
                 if summed.copies != NULL:
-                    rows.run *= take(work, &rows, 1, x, dy, summed.gradient, pivot + c, summed.copies)
-                    rows.rows, rows.left = 1, 1
+                    copy = rows
+                    copy.run *= take(work, &rows, 1, x, dy, summed.gradient, pivot + c, summed.copies)
+                    copy.rows, copy.left = 1, 1
                     x, dy = summed.copies.x, summed.copies.a
                 k[CENTRE] = same(pivot[c], zero)
                 if act != NULL:
                     k[SCALE] = same(pivot[SCALE * work.C + c], zero)
                     k[SHIFT] = same(pivot[SHIFT * work.C + c], zero)
-                sum_lanes(x, dy, two, act, &rows, lengths, k, total1 + c * TOTALS, total2 + c * TOTALS)
+                sum_lanes(x, dy, two, act, &rows if summed.copies == NULL else &copy, lengths, k, total1 + c * TOTALS,
+                          total2 + c * TOTALS)
     fold_all(total1, block.channels, sum1)
     fold_all(total2, block.channels, sum2)
 
