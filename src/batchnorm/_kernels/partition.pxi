@@ -103,7 +103,7 @@ cdef void cut_columns(Work *work, Py_ssize_t size) noexcept nogil:
     whole = UNROLLED * work.group
     work.block_rows = whole * ceil_div(ceil_div(N, row_blocks), whole)
     row_blocks = ceil_div(N, work.block_rows)
-    work.by_tile = (work.tiles >= 4 and N * work.tile_channels * S * size <= CACHE) or row_blocks * work.tiles == 1
+    work.by_tile = row_blocks == 1 or (work.tiles >= 4 and N * work.tile_channels * S * size <= CACHE)
 
 
 cdef void cut_lanes(Work *work, Py_ssize_t size, Py_ssize_t arrays) noexcept nogil:
