@@ -526,6 +526,7 @@ def interrupted(call, when):
         return trace
 
     before = sys.gettrace()
+    sys._getframe().f_trace_opcodes = True  # Python 3.12 looks for such frames when tracing starts
     sys.settrace(trace)
     try:
         call()

@@ -270,6 +270,7 @@ def test_idle_threads_soon_sleep_unless_the_environment_says_otherwise(setting, 
     assert f"GOMP_SPINCOUNT = '{spins}'" in done.stderr
 
 
+@pytest.mark.measures
 def test_a_python_thread_with_a_small_stack(level):
     """32 KiB are for Python and NumPy."""
     program = """

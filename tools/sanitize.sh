@@ -23,10 +23,12 @@ build() {       # build NAME OPTIONS OF PIP…
 
 address() {
     build kernels -C cmake.define.BATCHNORM_DEBUG=ON -C cmake.define.BATCHNORM_SANITIZE=address,undefined
-    # Tests that measure memory or time would measure the sanitizer's.
+    # Tests that measure memory or time would measure the sanitizer's. A child of a fork waits for ever if another thread
+    # held the sanitizer's own lock.
     LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libubsan.so)" PYTHONMALLOC=malloc \
         ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH="$work/kernels" \
-        python -m pytest -q -m "not large and not measures" "$@"
+        python -m pytest -q -m "not large and not measures" --deselect tests/test_forks.py \
+        --deselect tests/test_plan.py::test_threads_and_children_of_a_fork_may_share_it "$@"
 }
 
 # libgomp's barriers are invisible to ThreadSanitizer, libomp's are told by Archer. clang instruments no access wider than 16
