@@ -9,7 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import batchnorm as bn
-from batchnorm.gradient import parameters, slips
+from batchnorm.gradient import deviations, parameters, slips
 from batchnorm.gradient.right import Right
 
 DTYPES = ["float32", "float64"]
@@ -67,7 +67,8 @@ def is_a_form_of(name, dx, dy, saved):
 
 def test_the_tests_have_the_whole_catalogue():
     assert list(hand_written.SLIPS) == [slip.name for slip in slips.SLIPS]
-    assert list(hand_written.PARAMETER_SLIPS) == [slip.name for slip in parameters.PARAMETER_SLIPS]
+    in_rstd = deviations.SPREADS + deviations.DEVIATIONS
+    assert list(hand_written.PARAMETER_SLIPS) == [slip.name for slip in parameters.PARAMETER_SLIPS + in_rstd]
 
 
 @settings(max_examples=40)
@@ -335,6 +336,19 @@ def test_another_eps_is_estimated():
         dgamma = (dy * handed_in.normalized(x, eps)).sum(axis=0)
         words = str(bn.diagnose(dx, dy, saved, dgamma))
         assert words.count(f"is made with eps = {eps:.3g}, but `forward` was given 1e-05") == 2, words
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_two_mistakes_in_the_deviation_of_dgamma(dtype):
+    x, dy, _, saved = handed_in_problem(dtype, (24, 5))
+    xmu, sample, dx = x - x.mean(axis=0), x.std(axis=0, ddof=1), bn.backward(dy, saved).dx
+    for std, name in (
+        (np.sqrt(sample**2 + x.dtype.type(0.03)), "n - 1 in the variance + another eps"),
+        (sample**2, "n - 1 in the variance + variance taken for the standard deviation"),
+        (x.std(axis=0) + x.dtype.type(0.01), "eps outside the root + another eps"),
+        (x.max(axis=0) - x.min(axis=0), "unknown"),
+    ):
+        assert bn.diagnose(dx, dy, saved, (dy * xmu / std).sum(axis=0)).dgamma == name
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

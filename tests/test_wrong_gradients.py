@@ -5,6 +5,7 @@ from itertools import product
 import hand_written
 import numpy as np
 import pytest
+import wrong_deviations  # noqa: F401
 import wrong_formulas  # noqa: F401, adds to ALL
 import wrong_images  # noqa: F401
 import wrong_pairs  # noqa: F401
@@ -72,6 +73,23 @@ def test_coincidences_are_rivals(rng, rival):
     assert rival in (diagnosis.slip, *diagnosis.rivals)
     assert not diagnosis.sure
     assert "these data do not tell it from " in str(diagnosis)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(24, 5), (16, 2)], ids=str)
+def test_running_statistics_are_sure_only_if_the_mean_is_another_too(shape, dtype, rng):
+    """Any deviation may come from elsewhere, and a mean of 0 in every channel from a forgotten one."""
+    x, dy = rng.standard_normal((2, *shape)).astype(dtype)
+    x += rng.standard_normal(shape[1]).astype(dtype)
+    own, away = x.mean(axis=0), (rng.random(shape[1]) / 2 + 0.2).astype(dtype)
+    std = x.std(axis=0) * (1 + away)
+    gamma = (rng.random(shape[1]) + 1.5).astype(dtype)
+    _, saved = bn.forward(x, gamma)
+    for mean, sure in ((own + away, True), (own, False), (0 * own, False), (0 * own + 0.7, False)):
+        z, g = (x - mean) / std, dy * gamma / std
+        diagnosis = bn.diagnose(g - g.mean(axis=0) - z * (g * z).mean(axis=0), dy, saved)
+        assert (diagnosis.slip, diagnosis.sure) == ("running statistics", sure), diagnosis
+        assert ("σ is another, of running statistics perhaps" in str(diagnosis)) == (mean is own)
 
 
 STYLES = [style.__name__ for style in hand_written.RIGHT]

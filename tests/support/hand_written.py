@@ -131,6 +131,10 @@ def unbiased(p):
     return 1 / np.sqrt(p.var * p.n / (p.n - 1) + p.eps)
 
 
+def absolute(p):
+    return abs(p.xmu).mean(axis=p.axes, keepdims=True)
+
+
 SLIPS = {
     "mean pathway missing": [
         lambda dy, p: dy * p.gamma * p.rstd - p.gamma * p.rstd * p.xhat * p.s(dy * p.xhat) / p.n,
@@ -178,6 +182,10 @@ SLIPS = {
         lambda dy, p: graph(dy, p, rstd=unbiased(p)),
         lambda dy, p: graph(dy, p, rstd=unbiased(p), n_var=p.n - 1),
         lambda dy, p: compact(dy, p, rstd=unbiased(p), xhat=p.xmu * unbiased(p)),
+    ],
+    "mean absolute deviation": [
+        lambda dy, p: graph(dy, p, rstd=1 / (absolute(p) + p.eps)),
+        lambda dy, p: compact(dy, p, rstd=1 / absolute(p), xhat=p.xmu / absolute(p)),
     ],
     "eps outside the root": [
         lambda dy, p: graph(dy, p, rstd=1 / (np.sqrt(p.var) + p.eps)),
@@ -279,7 +287,11 @@ PARAMETER_SLIPS = {
     "x - μ in place of xhat": lambda dy, p: (p.s(dy * p.xmu), None),
     "x in place of xhat": lambda dy, p: (p.s(dy * p.x), None),
     "n - 1 in the variance": lambda dy, p: (p.s(dy * p.xmu * unbiased(p)), None),
+    "mean absolute deviation": lambda dy, p: (p.s(dy * p.xmu / absolute(p)), None),
     "eps outside the root": lambda dy, p: (p.s(dy * p.xmu / (np.sqrt(p.var) + p.eps)), None),
     "eps forgotten": lambda dy, p: (p.s(dy * p.xmu / np.sqrt(p.var)), None),
+    "eps added twice": lambda dy, p: (p.s(dy * p.xmu / np.sqrt(p.var + 2 * p.eps)), None),
     "variance taken for the standard deviation": lambda dy, p: (p.s(dy * p.xmu / (p.var + p.eps)), None),
+    "variance taken for the inverse standard deviation": lambda dy, p: (p.s(dy * p.xmu * p.var), None),
+    "standard deviation taken for its inverse": lambda dy, p: (p.s(dy * p.xmu * np.sqrt(p.var)), None),
 }

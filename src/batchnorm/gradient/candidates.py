@@ -20,7 +20,8 @@ import numpy as np
 
 from ..reference import Array
 from . import fitted
-from .changes import WRONG_AXES, Change, Factors
+from .changes import WRONG_AXES, Change, Factors, with_rstd
+from .deviations import Named, pairs
 from .formula import Formula
 from .regrouped import regrouped
 from .right import Right
@@ -29,16 +30,13 @@ from .slips import GAMMA_FORGOTTEN, SLIPS, Slip, constant_factors
 FAR = 10
 """If x is more than this many σ from 0, lost digits in E[x²] − μ² are more likely than another eps."""
 
-Named = tuple[tuple[str, str], ...]
-"""The names and remedies of slips."""
-
 
 class Base(NamedTuple):
-    """A formula without the factors of its pathways; not certain if any dx like this could have been fitted."""
+    """A formula without the factors of its pathways, and the doubt if any dx like this could have been fitted."""
 
     slips: Named
     formula: Formula
-    certain: bool = True
+    doubt: str = ""
 
 
 class Table(NamedTuple):
@@ -80,7 +78,7 @@ class Candidates:
         early = [self._usual_eps, self._lost_variance]
         if self.right.channels == 1 and self.right.offset.item() > FAR:
             early.reverse()  # with one channel, another eps explains any rstd
-        late = [self.pairs, self.other_eps, self._eps_and_factors, self._estimates, self._estimates_and_factors]
+        late = [self.pairs, self.other_eps, self._rstd_and_factors, self._estimates, self._estimates_and_factors]
         return [self.singles, *early, *late, self._three]
 
     def singles(self) -> Step:
@@ -90,10 +88,10 @@ class Candidates:
             yield base, NO_FACTORS
 
     def _usual_eps(self) -> Step:
-        return (step for step in self.other_eps() if len(step[0].slips) == 1 and step[0].certain)
+        return (step for step in self.other_eps() if len(step[0].slips) == 1 and not step[0].doubt)
 
     def other_eps(self) -> Step:
-        """Another eps, with gamma or without."""
+        """Another eps, alone, with another mistake in rstd, without gamma."""
         for base in self._with(lambda form: fitted.another_eps(self.dx, self.right, form, self.noise)):
             yield base, NO_FACTORS
 
@@ -110,6 +108,7 @@ class Candidates:
     def pairs(self) -> Step:
         """Two slips."""
         yield from self.pairs_with_factors()
+        yield from ((base, NO_FACTORS) for base in self._two_in_rstd(self.right.formula))
         direct = fitted.direct_of(self.dx, self.right) if self._in_channels() else None
         common = [slip for slip in self._changed if slip.common]
         for one, other in combinations(common, 2):
@@ -127,11 +126,18 @@ class Candidates:
         size = np.maximum(1, np.maximum(abs(ratio), abs(expected)))
         return bool((weight * abs(ratio - expected) <= 4 * size * self.noise * np.sqrt(self.right.n)).all())
 
+    def _two_in_rstd(self, formula: Formula) -> Iterator[Base]:
+        for slips, rstd in pairs(self.right):
+            yield Base(slips, next(with_rstd(rstd))(formula))
+
     def _running(self) -> Iterator[Base]:
         return self._with(lambda form: fitted.running_statistics(self.dx, self.right, form, self.noise))
 
-    def _eps_and_factors(self) -> Step:
-        for base, _ in self.other_eps():
+    def _rstd_and_factors(self) -> Step:
+        """Another eps or two mistakes in rstd, and one in the factors or in gamma."""
+        two = list(self._with(lambda form: [fitted.Estimate(*base) for base in self._two_in_rstd(form)]))
+        yield from ((base, NO_FACTORS) for base in two)
+        for base in (*(base for base, _ in self.other_eps()), *two):
             yield base, self._one
 
     def _estimates(self) -> Step:
@@ -142,11 +148,11 @@ class Candidates:
 
     def _estimates_and_factors(self) -> Step:
         for base in self._running():
-            yield base._replace(certain=False), self._one
+            yield base._replace(doubt=base.doubt or fitted.ANY_FACTOR), self._one
         for slip, change in self._factors():
-            for name, remedy, formula, _ in fitted.factors(self.dx, self.right, self.right.formula.times(*change)):
-                named = (slip.name, slip.remedy), (name, remedy)
-                yield Base(named, formula, certain=name == fitted.PER_SAMPLE), NO_FACTORS
+            for named, formula, _ in fitted.factors(self.dx, self.right, self.right.formula.times(*change)):
+                doubt = "" if named[0][0] == fitted.PER_SAMPLE else fitted.ANY_FACTOR
+                yield Base(((slip.name, slip.remedy), *named), formula, doubt), NO_FACTORS
 
     def _three(self) -> Step:
         for base in self._bases:
@@ -158,8 +164,8 @@ class Candidates:
         formula = self.right.formula
         forgotten = ((GAMMA_FORGOTTEN, remedy),)
         for slips, form in (((), formula), (forgotten, formula.more_gamma(-1, -1, -1))):
-            for name, remedy, estimated, certain in estimates(form):
-                yield Base((*slips, (name, remedy)), estimated, certain)
+            for named, estimated, doubt in estimates(form):
+                yield Base((*slips, *named), estimated, doubt)
 
     def _factors(self) -> Iterator[tuple[Slip, Factors]]:
         for slip in chain(SLIPS, constant_factors(self.right)):

@@ -8,6 +8,7 @@ from itertools import combinations, product
 from typing import Any
 
 from ..reference import Array
+from .deviations import UNBIASED, Deviation, of_spread
 from .formula import Formula, Sum, number_of
 from .right import Right
 
@@ -59,22 +60,24 @@ def with_rstd(wrong: Array, derivative: float = 1) -> Iterator[Change]:
     yield lambda formula: formula._replace(rstd=(*formula.rstd[:2], wrong))
 
 
-def rstds(*wrong: Callable[[Right], Array], partly: bool = False) -> Callable[[Right], Iterator[Change]]:
-    """Any of these instead of rstd, possibly in only one or two of the three factors of dvar."""
+def rstds(deviation: Deviation) -> Callable[[Right], Iterator[Change]]:
+    """A wrong rstd, possibly in only one or two of the three factors of dvar."""
 
     def changes(right: Right) -> Iterator[Change]:
-        for number in wrong:
-            yield from with_rstd(number(right))
-            for power in (1, 2) if partly else ():
-                yield applied(Formula.times, 1, 1, (number(right) / right.cache.rstd) ** power)
+        for form in deviation.rstds:
+            number = form(right.var, right.eps)
+            yield from with_rstd(number)
+            for power in (1, 2) if deviation.partly else ():
+                yield applied(Formula.times, 1, 1, (number / right.cache.rstd) ** power)
 
     return changes
 
 
 def sample_variance(right: Right) -> Iterator[Change]:
     """n − 1 in the variance, with and without n − 1 in its derivative."""
-    yield from with_rstd(right.unbiased_rstd())
-    yield next(with_rstd(right.unbiased_rstd(), right.correction))
+    (rstd,) = of_spread(UNBIASED, right)
+    yield from with_rstd(rstd)
+    yield next(with_rstd(rstd, right.correction))
 
 
 def shifted(*shifts: Callable[[Right], tuple[Any, Any]]) -> Callable[[Right], Iterable[Change]]:

@@ -21,7 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..reference import Array
-from .candidates import Candidates, Named, Step
+from .candidates import Candidates, Step
+from .deviations import Named
 from .fitted import RUNNING
 from .formula import Formula
 from .right import Right, Rounding
@@ -129,7 +130,7 @@ class Search:
 
     def nearest(self, found: Step, nearly: float = 0) -> Explanation | None:
         """The closest of these formulas, if it is close enough."""
-        believed: list[tuple[float, Named, float, bool]] = []
+        believed: list[tuple[float, Named, float, str]] = []
         for base, table in found:
             for row in self._worth_a_look(base.formula, table.factors, nearly):
                 form = base.formula.times(*table.factors[row]).dx(self.dx.shape)
@@ -140,7 +141,7 @@ class Search:
                 left = self.left(self.dx, form, limit, larger)
                 if (left <= limit).all():
                     slips = *base.slips, *table.slips[row]
-                    believed.append((float((left / noise).max()), slips, float(left.max()), base.certain))
+                    believed.append((float((left / noise).max()), slips, float(left.max()), base.doubt))
         return _chosen(believed) if believed else None
 
     def _worth_a_look(self, formula: Formula, factors: Array, nearly: float) -> Iterable[int]:
@@ -155,17 +156,17 @@ class Search:
         return np.flatnonzero(rest <= limit**2 + 1e-13 * (dx @ dx + size)).tolist()
 
 
-def _chosen(believed: list[tuple[float, Named, float, bool]]) -> Explanation:
+def _chosen(believed: list[tuple[float, Named, float, str]]) -> Explanation:
     """The first of the closest, and the reasons for doubt; distances are in units of the possible rounding."""
     best = min(distance for distance, *_ in believed)
-    distance, slips, left, certain = next(tie for tie in believed if tie[0] <= 2 * best + 1 / 16)
+    distance, slips, left, doubt = next(tie for tie in believed if tie[0] <= 2 * best + 1 / 16)
     names = {" + ".join(_names(other)): set(_names(other)) for far, other, *_ in believed if far <= max(1, best)}
     rivals = tuple(name for name, parts in names.items() if parts != set(_names(slips)))
     doubts = {
         f"these data do not tell it from {_some(rivals)}": bool(rivals),
         "it leaves more than rounding explains": distance > 1,
         "three slips are needed": len(slips) > 2,
-        "any such factor could be fitted": not certain,
+        doubt: bool(doubt),
     }
     remedy = "; ".join(remedy for _, remedy in slips)
     why = tuple(doubt for doubt, holds in doubts.items() if holds)

@@ -6,9 +6,8 @@ formula with two slips needs no entry. If the data cannot distinguish slips, the
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from typing import NamedTuple
-
-import numpy as np
 
 from .changes import (
     DIAGONAL,
@@ -27,7 +26,9 @@ from .changes import (
     sample_variance,
     shifted,
     summed,
+    with_rstd,
 )
+from .deviations import ABSOLUTE, DEVIATIONS, UNBIASED, of_spread
 from .formula import Formula
 from .right import Right
 
@@ -104,43 +105,9 @@ SLIPS = (
         "n counts the values of a channel: the batch size times the positions",
         counted(lambda right: right.batch),
     ),
-    Slip(
-        "n - 1 in the variance",
-        "the batch is normalized with the biased variance Σ(x − μ)²/n",
-        changes=sample_variance,
-    ),
-    Slip(
-        "eps outside the root", "rstd = 1/√(σ² + eps), not 1/(√σ² + eps)", changes=rstds(Right.eps_outside, partly=True)
-    ),
-    Slip(
-        "eps forgotten",
-        "rstd = 1/√(σ² + eps), not 1/√σ²",
-        changes=rstds(lambda right: 1 / np.sqrt(right.var), partly=True),
-    ),
-    Slip(
-        "eps added twice",
-        "rstd = 1/√(σ² + eps), with eps added once",
-        changes=rstds(
-            lambda right: 1 / np.sqrt(right.var + 2 * right.eps),
-            lambda right: 1 / (np.sqrt(right.var + right.eps) + right.eps),
-            partly=True,
-        ),
-    ),
-    Slip(
-        "variance taken for the standard deviation",
-        "divide by √(σ² + eps), not by σ² + eps",
-        changes=rstds(lambda right: 1 / (right.var + right.eps), lambda right: 1 / right.var),
-    ),
-    Slip(
-        "variance taken for the inverse standard deviation",
-        "multiply by 1/√(σ² + eps), not by σ² + eps",
-        changes=rstds(lambda right: right.var + right.eps, lambda right: right.var),
-    ),
-    Slip(
-        "standard deviation taken for its inverse",
-        "multiply by 1/√(σ² + eps), not by √(σ² + eps)",
-        changes=rstds(lambda right: np.sqrt(right.var + right.eps), lambda right: np.sqrt(right.var)),
-    ),
+    Slip(*UNBIASED[:2], changes=sample_variance),
+    Slip(*ABSOLUTE[:2], changes=lambda right: chain(*map(with_rstd, of_spread(ABSOLUTE, right)))),
+    *(Slip(*deviation[:2], changes=rstds(deviation)) for deviation in DEVIATIONS),
     Slip(
         NO_AXIS,
         "sum over all axes but the channel axis; np.sum without axis= adds up everything",
