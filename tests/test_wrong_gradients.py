@@ -10,6 +10,7 @@ import wrong_formulas  # noqa: F401, adds to ALL
 import wrong_images  # noqa: F401
 import wrong_pairs  # noqa: F401
 from wrong_gradients import ALL, EPS, Kept
+from wrong_terms import PLACES
 
 import batchnorm as bn
 
@@ -42,6 +43,7 @@ def test_they_are_named(case, dtype):
     )
     assert named in acceptable, diagnosis
     assert diagnosis.slip in str(diagnosis)
+    assert PLACES.get(case.gradient.__name__, "") in str(diagnosis)
     assert diagnosis.sure == (", not sure" not in str(diagnosis).replace(";", ",") and diagnosis.slip != "unknown")
 
 

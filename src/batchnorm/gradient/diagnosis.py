@@ -102,8 +102,9 @@ def diagnose(
     none is near, the answer is the sum of the three pathways that fits best.
 
     The catalogue has pathways that are missing, counted twice or of the wrong sign; gamma, rstd, n, a factor 2 or an
-    eps forgotten, misplaced or used too often; n − 1, the batch size and other counts instead of n; sums and
-    statistics over the wrong axes; x instead of x − μ; running statistics; constant factors, and factors per sample.
+    eps forgotten, misplaced or used too often, everywhere or in some pathways; terms without gamma·rstd/n; n − 1, the
+    batch size and other counts instead of n; sums that are forgotten or over the wrong axes, as statistics may be; x
+    instead of x − μ; wrong standard deviations, running statistics; constant factors, and factors per sample.
 
     Parameters
     ----------

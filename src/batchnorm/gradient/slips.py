@@ -6,10 +6,11 @@ formula with two slips needs no entry. If the data cannot distinguish slips, the
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from itertools import chain
 from typing import NamedTuple
 
 from .changes import (
+    BOTH,
+    COMMON_FACTOR,
     DIAGONAL,
     NO_AXIS,
     OVER_CHANNELS,
@@ -18,17 +19,19 @@ from .changes import (
     Change,
     Factors,
     always,
+    common_factor,
     counted,
     gamma,
-    not_summed,
+    mean_not_summed,
     rstd,
     rstds,
     sample_variance,
     shifted,
     summed,
+    where,
     with_rstd,
 )
-from .deviations import ABSOLUTE, DEVIATIONS, UNBIASED, of_spread
+from .deviations import ABSOLUTE, DEVIATIONS, UNBIASED, Named, of_spread
 from .formula import Formula
 from .right import Right
 
@@ -40,6 +43,16 @@ class Slip(NamedTuple):
     remedy: str
     factors: Callable[[Right], Iterable[Factors]] = lambda _: ()
     changes: Callable[[Right], Iterable[Change]] = lambda _: ()
+
+    def named(self, where: str = "") -> Named:
+        """The name and the remedy, which says where the mistake is."""
+        return ((self.name, f"{where}: {self.remedy}" if where else self.remedy),)
+
+    def rows(self, right: Right) -> Iterator[tuple[Named, Factors]]:
+        """The factors, with the places if there are several."""
+        found = list(self.factors(right))
+        for factors in found:
+            yield self.named(where(factors) if len(found) > 1 else ""), factors
 
     def forms(self, right: Right) -> Iterator[Formula]:
         """The right formula with this slip, in every way to make it."""
@@ -98,6 +111,16 @@ SLIPS = (
         lambda right: [(1, 1 / right.n, 1), (1, 1, 1 / right.n), (1, 1 / right.n, 1 / right.n)],
     ),
     Slip(
+        "n forgotten before dy",
+        "the compact formula is gamma·rstd/n·(n·dy − dbeta − xhat·dgamma)",
+        lambda right: [(1 / right.n, 1, 1)],
+    ),
+    Slip(
+        COMMON_FACTOR,
+        "gamma·rstd/n multiplies all terms of the bracket (n·dy − dbeta − xhat·dgamma)",
+        changes=common_factor,
+    ),
+    Slip(
         "n - 1 in place of n", "μ and σ² are divided by n, so both pathways are too", counted(lambda right: right.n - 1)
     ),
     Slip(
@@ -105,8 +128,29 @@ SLIPS = (
         "n counts the values of a channel: the batch size times the positions",
         counted(lambda right: right.batch),
     ),
+    Slip(
+        "rstd not cubed",
+        "dvar = Σdxhat·(x − μ)·(−½)·rstd³, from the derivative of (σ² + eps)^(−½)",
+        changes=rstd((0, 0, -2), (0, 0, -1), (0, 0, -3)),
+    ),
+    Slip("rstd forgotten", "xhat = (x − μ)·rstd, so every pathway has the factor rstd", changes=rstd((-1, -1, -1))),
+    Slip(
+        "rstd forgotten in a pathway",
+        "xhat = (x − μ)·rstd: dxhat·rstd is the direct pathway, and dmean = −rstd·Σdxhat",
+        changes=rstd((-1, 0, 0), (0, -1, 0), (-1, -1, 0)),
+    ),
+    Slip(
+        "rstd applied twice in a pathway",
+        "xhat = (x − μ)·rstd: dxhat·rstd is the direct pathway, and dmean = −rstd·Σdxhat",
+        changes=rstd((0, 1, 0), (1, 0, 0), (1, 1, 0)),
+    ),
+    Slip(
+        "xhat in place of x - μ",
+        "dvar = Σdxhat·(x − μ)·(−½)·rstd³ and ∂σ²/∂x = 2(x − μ)/n",
+        changes=rstd((0, 0, 1), (0, 0, 2)),
+    ),
     Slip(*UNBIASED[:2], changes=sample_variance),
-    Slip(*ABSOLUTE[:2], changes=lambda right: chain(*map(with_rstd, of_spread(ABSOLUTE, right)))),
+    Slip(*ABSOLUTE[:2], changes=lambda right: [next(with_rstd(rstd)) for rstd in of_spread(ABSOLUTE, right)]),
     *(Slip(*deviation[:2], changes=rstds(deviation)) for deviation in DEVIATIONS),
     Slip(
         NO_AXIS,
@@ -116,7 +160,17 @@ SLIPS = (
     Slip(
         DIAGONAL,
         "every y of the channel depends on x_i through μ and σ², so both pathways are sums over the channel",
-        changes=not_summed,
+        changes=summed(DIAGONAL, BOTH[:1]),
+    ),
+    Slip(
+        "sum forgotten in the mean pathway",
+        "dmean = −rstd·Σdxhat is one number per channel: every y of it depends on x_i through μ",
+        changes=mean_not_summed,
+    ),
+    Slip(
+        "sum forgotten in the variance pathway",
+        "dvar = Σdxhat·(x − μ)·(−½)·rstd³ is one number per channel: every y of it depends on x_i through σ²",
+        changes=summed(DIAGONAL, BOTH[2:]),
     ),
     Slip(
         WITHOUT_BATCH,
@@ -128,30 +182,12 @@ SLIPS = (
     Slip(
         "x in place of x - μ",
         "dvar = Σdxhat·(x − μ)·(−½)·rstd³ and ∂σ²/∂x = 2(x − μ)/n",
-        changes=shifted(
-            lambda right: (right.mean, 0), lambda right: (0, right.mean), lambda right: (right.mean, right.mean)
-        ),
+        changes=shifted((1, 0), (0, 1), (1, 1)),
     ),
     Slip(
         "x in place of x - μ in the second term of dmean",
         "it is dvar·(−2/n)·Σ(x − μ), which is 0 and may be left out",
-        changes=shifted(lambda right: (0, -right.mean)),
-    ),
-    Slip(
-        "rstd not cubed",
-        "dvar = Σdxhat·(x − μ)·(−½)·rstd³, from the derivative of (σ² + eps)^(−½)",
-        changes=rstd((0, 0, -2), (0, 0, -1)),
-    ),
-    Slip("rstd forgotten", "xhat = (x − μ)·rstd, so every pathway has the factor rstd", changes=rstd((-1, -1, -1))),
-    Slip(
-        "rstd forgotten in a pathway",
-        "xhat = (x − μ)·rstd: dxhat·rstd is the direct pathway, and dmean = −rstd·Σdxhat",
-        changes=rstd((-1, 0, 0), (0, -1, 0), (-1, -1, 0)),
-    ),
-    Slip(
-        "xhat in place of x - μ",
-        "dvar = Σdxhat·(x − μ)·(−½)·rstd³ and ∂σ²/∂x = 2(x − μ)/n",
-        changes=rstd((0, 0, 1), (0, 0, 2)),
+        changes=shifted((0, -1)),
     ),
     Slip(
         "factor 2 in the variance pathway",
@@ -187,13 +223,14 @@ FACTOR = "constant factor"
 
 
 def constant_factors(right: Right) -> Iterator[Slip]:
-    """Numbers by which people multiply all of dx once too often or too rarely."""
-    known: dict[str, float] = {"2": 2, "1/2": 1 / 2, "1/n": 1 / right.n}
+    """Numbers by which people multiply or divide all of dx once too often."""
+    counts = {"2": 2, "n": right.n}
     if right.n > right.batch:
-        known |= {"1/the batch size": 1 / right.batch, "1/the number of positions": right.batch / right.n}
+        counts |= {"the batch size": right.batch, "the number of positions": right.n // right.batch}
     if right.channels > 1:
-        known |= {"the number of channels": right.channels, "1/the number of channels": 1 / right.channels}
-        known |= {"the size of x": right.dy.size, "1/the size of x": 1 / right.dy.size}
-    for name, k in known.items():
-        if k != 1:
+        counts |= {"the number of channels": right.channels, "the size of x": right.dy.size}
+    for name, k in counts.items():
+        if k != 1 and name in ("2", "the number of channels", "the size of x"):
             yield Slip(f"{FACTOR} {name}", f"divide dx by {name}", always((k, k, k)))
+        if k != 1:
+            yield Slip(f"{FACTOR} 1/{name}", f"multiply dx by {name}", always((1 / k, 1 / k, 1 / k)))
