@@ -364,6 +364,33 @@ def test_two_mistakes_in_the_deviation_of_dgamma(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_a_dy_that_was_reshaped_without_a_transpose_is_in_all_gradients(dtype):
+    dy, saved, p = problem((6, 4, 5, 3), 1, dtype)
+    g, z = dy.reshape(-1, 4), p.xhat.transpose(0, 2, 3, 1).reshape(-1, 4)
+    dx = p.gamma.ravel() * p.rstd.ravel() * (g - g.mean(axis=0) - z * (g * z).mean(axis=0))
+    dx = dx.reshape(6, 5, 3, 4).transpose(0, 3, 1, 2)
+    diagnosis = bn.diagnose(dx, dy, saved, (g * z).sum(axis=0), g.sum(axis=0))
+    assert (diagnosis.slip, diagnosis.dgamma, diagnosis.dbeta) == ("dy reshaped without transposing",) * 3
+    assert diagnosis.sure
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("moved", [0.3, 0], ids=["mean and variance", "variance"])
+def test_dgamma_with_the_running_statistics_of_dx(moved, dtype):
+    x, dy, gamma, saved = handed_in_problem(dtype, (24, 5))
+    channel = np.arange(1, 6, dtype=dtype)
+    std, mean = x.std(axis=0) * (1 + channel / 10), x.mean(axis=0) + x.dtype.type(moved) * channel
+    z, g = (x - mean) / std, gamma * dy / std
+    dx = g - g.mean(axis=0) - z * (g * z).mean(axis=0)
+    diagnosis = bn.diagnose(dx, dy, saved, (dy * z).sum(axis=0), dy.sum(axis=0))
+    assert (diagnosis.slip, diagnosis.dgamma, diagnosis.dbeta) == ("running statistics",) * 2 + ("correct",)
+    assert bn.diagnose(dx, dy, saved, (dy * z).sum(axis=0) + 1).dgamma == "unknown"
+    right = bn.backward(dy, saved)
+    assert bn.diagnose(right.dx, dy, saved, (dy * z).sum(axis=0)).dgamma == "unknown"
+    assert bn.diagnose(dx, dy, saved, right.dgamma).dgamma == "correct"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(24, 5), (6, 4, 5, 3)], ids=str)
 def test_dgamma_as_it_is_handed_in(shape, dtype):
     x, dy, _, saved = handed_in_problem(dtype, shape)

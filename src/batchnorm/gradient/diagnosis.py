@@ -168,8 +168,8 @@ def diagnose(
     found: dict[str, str | None] = {"dgamma": None, "dbeta": None}
     for name, value in (("dgamma", dgamma), ("dbeta", dbeta)):
         if value is not None:
-            found[name], remedy = explain_parameter(name, _arrays.as_float(value, name), right)
+            found[name], remedy = explain_parameter(name, _arrays.as_float(value, name), right, verdict.statistics)
             words.append(f"{name}: {found[name]}{remedy and ': '}{remedy}.")
-    slip, _, sure, rivals, error, pathways, unseen = verdict
+    slip, _, sure, rivals, error, pathways, unseen, _ = verdict
     parameters = found["dgamma"], found["dbeta"]
     return Diagnosis(slip, sure, rivals, error, pathways, unseen, *parameters, " ".join(words), dx, right)

@@ -10,8 +10,9 @@ from .. import _arrays
 from ..reference import Array
 from . import deviations, fitted
 from .deviations import Named
+from .regrouped import DY_RESHAPED, DY_TRANSPOSED, misread
 from .right import ROUNDING, Right
-from .search import CORRECT, NEARLY, NOT_FINITE, UNKNOWN, ZERO
+from .search import CORRECT, NEARLY, NOT_FINITE, UNKNOWN, ZERO, Statistics
 
 
 class ParameterSlip(NamedTuple):
@@ -63,8 +64,8 @@ WRONG_AXES = "sum over the wrong axes"
 class _Parameter:
     """dgamma or dbeta, compared to formulas."""
 
-    def __init__(self, name: str, values: Array, right: Right) -> None:
-        self.name, self.values, self.right = name, values, right
+    def __init__(self, name: str, values: Array, right: Right, statistics: Statistics | None) -> None:
+        self.name, self.values, self.right, self.statistics = name, values, right, statistics
         self.which = ("dgamma", "dbeta").index(name)
         self.summed = (right.dy * right.cache.xhat, right.dy)[self.which]
         self.exact: Array = (right.terms.dgamma, right.terms.dbeta)[self.which]
@@ -97,7 +98,12 @@ class _Parameter:
         """Every value with one mistake."""
         for slip in PARAMETER_SLIPS:
             yield ((slip.name, slip.remedy),), slip.gradients(self.right)[self.which]
+        for dy in misread(self.right):
+            yield ((DY_RESHAPED, DY_TRANSPOSED),), self.right.sums(dy, self.right.cache.xhat)[self.which]
         yield from self.of_rstd(deviations.singles(self.right))
+        if self.statistics and self.name == "dgamma":
+            named, xhat = self.statistics
+            yield named, self.right.sums(self.right.dy, xhat)[0]
 
     def two(self) -> Iterator[tuple[Named, Array]]:
         """Every value with two mistakes in rstd."""
@@ -166,6 +172,6 @@ def _batch(right: Right) -> int:
 
 
 @np.errstate(all="ignore")
-def explain_parameter(name: str, values: Array, right: Right) -> tuple[str, str]:
-    """The name of the mistake in dgamma or dbeta, and its remedy."""
-    return _Parameter(name, values, right).explain()
+def explain_parameter(name: str, values: Array, right: Right, statistics: Statistics | None = None) -> tuple[str, str]:
+    """The name of the mistake in dgamma or dbeta, and its remedy; `statistics` are those found in dx."""
+    return _Parameter(name, values, right, statistics).explain()
