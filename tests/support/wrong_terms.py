@@ -67,6 +67,11 @@ def products_of_dxhat_outside(dout, k):
     return k.ivar / k.N * (k.N * g - total(g)) - k.xhat * total(g * k.xhat)
 
 
+@there("rstd/n is missing in the variance pathway: ", f"{COMMON} + {NO_GAMMA}")
+def products_of_dout_outside_and_no_gamma(dout, k):
+    return k.ivar / k.N * (k.N * dout - total(dout)) - k.xhat * total(dout * k.xhat)
+
+
 @there("1/n is missing in the direct pathway: ", COMMON)
 def count_times_dout_outside(dout, k):
     return k.gamma * k.ivar * (k.N * dout - (total(dout) + k.xhat * total(dout * k.xhat)) / k.N)
@@ -101,6 +106,12 @@ def root_forgotten_in_dvar(dout, k):
     g = dout * k.gamma
     dvar = -0.5 * total(g * k.xmu) / (k.var + k.eps) ** 3
     return g * k.ivar + 2 * k.xmu * dvar / k.N - total(g * k.ivar) / k.N
+
+
+@there("before the bracket: rstd is made with eps = 0.02", "another eps")
+def an_eps_of_its_own_before_the_bracket(dout, k):
+    scale = k.gamma / np.sqrt(k.var + k.x.dtype.type(0.02))
+    return scale * (dout - dout.mean(axis=0) - k.xhat * (dout * k.xhat).mean(axis=0))
 
 
 @there("in the direct and variance pathways: ", SOME_GAMMA)

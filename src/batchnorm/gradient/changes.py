@@ -47,7 +47,7 @@ def pathways_of(changed: Iterable[Any]) -> str:
     return f"the {' and '.join(names)} pathway{'s' if len(names) > 1 else ''}"
 
 
-def where(factors: Factors) -> str:
+def place_of(factors: Factors) -> str:
     """Which pathways have such a factor."""
     changed, sizes = pathways_of(k != 1 for k in factors), {k for k in factors if k != 1}
     how = {2: "doubled", 0.5: "halved"}.get(*sizes) if len(sizes) == 1 else None

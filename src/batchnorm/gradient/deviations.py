@@ -19,6 +19,12 @@ Named = tuple[tuple[str, str], ...]
 """The names and remedies of slips."""
 
 
+def placed(slips: Named, where: str) -> Named:
+    """The same, with the place of the last mistake before its remedy."""
+    *others, (name, remedy) = slips
+    return (*others, (name, f"{where}: {remedy}")) if where else slips
+
+
 class Deviation(NamedTuple):
     """One mistake: its name, its remedy, and rstd as people then write it, from a variance and eps.
 

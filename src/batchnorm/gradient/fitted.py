@@ -17,7 +17,7 @@ import numpy as np
 
 from ..reference import Array
 from .changes import with_rstd
-from .deviations import Named, with_any_eps
+from .deviations import Named, placed, with_any_eps
 from .formula import Formula
 from .right import Right
 from .slips import FACTOR
@@ -78,7 +78,7 @@ def another_eps(dx: Array, right: Right, formula: Formula, noise: Array) -> Iter
     for slips, eps, rstd in of_any_eps(rstd_of(dx, right, formula), right, noise):
         doubt = "" if right.channels > 1 or eps in EPS_IN_USE else ANY_FACTOR
         for change in with_rstd(rstd):
-            yield Estimate(slips, change(formula), doubt)
+            yield Estimate(placed(slips, change.where), change(formula), doubt)
 
 
 def lost_variance(dx: Array, right: Right, formula: Formula, eps: float) -> Iterator[Estimate]:

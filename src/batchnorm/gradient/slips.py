@@ -23,15 +23,15 @@ from .changes import (
     counted,
     gamma,
     mean_not_summed,
+    place_of,
     rstd,
     rstds,
     sample_variance,
     shifted,
     summed,
-    where,
     with_rstd,
 )
-from .deviations import ABSOLUTE, DEVIATIONS, UNBIASED, Named, of_spread
+from .deviations import ABSOLUTE, DEVIATIONS, UNBIASED, Named, of_spread, placed
 from .formula import Formula
 from .right import Right
 
@@ -46,13 +46,13 @@ class Slip(NamedTuple):
 
     def named(self, where: str = "") -> Named:
         """The name and the remedy, which says where the mistake is."""
-        return ((self.name, f"{where}: {self.remedy}" if where else self.remedy),)
+        return placed((self[:2],), where)
 
     def rows(self, right: Right) -> Iterator[tuple[Named, Factors]]:
         """The factors, with the places if there are several."""
         found = list(self.factors(right))
         for factors in found:
-            yield self.named(where(factors) if len(found) > 1 else ""), factors
+            yield self.named(place_of(factors) if len(found) > 1 else ""), factors
 
     def forms(self, right: Right) -> Iterator[Formula]:
         """The right formula with this slip, in every way to make it."""
