@@ -79,15 +79,21 @@ def test_coincidences_are_rivals(rng, rival):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(24, 5), (16, 2)], ids=str)
-def test_running_statistics_are_sure_only_if_the_mean_is_another_too(shape, dtype, rng):
-    """Any deviation may come from elsewhere, and a mean of 0 in every channel from a forgotten one."""
+def test_running_statistics_are_sure_only_if_both_are_others(shape, dtype, rng):
+    """Any μ or σ alone may come from elsewhere, and a μ of 0 in every channel from a forgotten one."""
     x, dy = rng.standard_normal((2, *shape)).astype(dtype)
     x += rng.standard_normal(shape[1]).astype(dtype)
     own, away = x.mean(axis=0), (rng.random(shape[1]) / 2 + 0.2).astype(dtype)
-    std = x.std(axis=0) * (1 + away)
     gamma = (rng.random(shape[1]) + 1.5).astype(dtype)
     _, saved = bn.forward(x, gamma)
-    for mean, sure in ((own + away, True), (own, False), (0 * own, False), (0 * own + 0.7, False)):
+    for mean, std, sure in (
+        (own + away, x.std(axis=0) * (1 + away), True),
+        (own, x.std(axis=0) * (1 + away), False),
+        (0 * own, x.std(axis=0) * (1 + away), False),
+        (0 * own + 0.7, x.std(axis=0) * (1 + away), False),
+        (own + away, np.sqrt(x.var(axis=0) + x.dtype.type(1e-5)), False),
+        (own + away, x.std(axis=0, ddof=1), False),
+    ):
         z, g = (x - mean) / std, dy * gamma / std
         diagnosis = bn.diagnose(g - g.mean(axis=0) - z * (g * z).mean(axis=0), dy, saved)
         assert (diagnosis.slip, diagnosis.sure) == ("running statistics", sure), diagnosis

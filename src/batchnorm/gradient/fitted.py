@@ -6,18 +6,19 @@ Decisions:
   gamma·rstd, so dx reveals the rstd with which it was made, and from that the μ.
 - One number for all of x, such as an eps, may fit by chance in one channel, but never in many. A number per channel
   that only scales dx could be anything, and is reported as unsure.
-- So could a σ per channel. It is sure to be of running statistics only if μ is another too, and not the same in all
-  channels.
+- So could a μ or a σ per channel. They are sure to be running statistics only if both are others, σ is no function of
+  the batch's own, and μ is not the same in all channels.
 """
 
 from collections.abc import Iterator
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from ..reference import Array
 from .changes import with_rstd
-from .deviations import Named, placed, with_any_eps
+from .deviations import Named, pairs, placed, singles, with_any_eps
 from .formula import Formula
 from .right import Right
 from .slips import FACTOR
@@ -29,14 +30,14 @@ PER_SAMPLE = "a factor per sample"
 PER_CHANNEL = "a factor per channel"
 
 SAME = 1e-3
-"""Means that differ by fewer σ are the same."""
+"""Means that differ by fewer σ are the same, and so are deviations that differ by a smaller fraction."""
 
 EPS_IN_USE = tuple(10.0**-power for power in range(1, 17))
 """Values that people choose for eps."""
 
 
 ANY_FACTOR = "any such factor could be fitted"
-ANY_DEVIATION = "any σ per channel could be fitted"
+ANY_STATISTIC = "any μ or σ per channel could be fitted"
 
 
 class Estimate(NamedTuple):
@@ -107,10 +108,17 @@ def running_statistics(dx: Array, right: Right, formula: Formula, noise: Array) 
         else:
             remedy = f"σ is another, of running statistics perhaps; channel 0 has {of} here, but training takes the σ "
             remedy += "of the batch"
-        alike = mean.flat[0] if right.channels > 1 else 0
-        own = moved.any() and (abs(mean - alike) * right.cache.rstd > SAME).any()
         wrong = formula._replace(rstd=(rstd,) * 3, shifts=(moved, moved))
-        yield Estimate(((RUNNING, remedy),), wrong, "" if own else ANY_DEVIATION)
+        yield Estimate(((RUNNING, remedy),), wrong, "" if _of_other_data(mean, rstd, right) else ANY_STATISTIC)
+
+
+def _of_other_data(mean: Array, rstd: Array, right: Right) -> bool:
+    """Whether these statistics are no function of the batch that people take for its own."""
+    known = chain([right.cache.rstd], (wrong for _, wrong in chain(singles(right), pairs(right))))
+    if any((abs(rstd / other - 1) <= SAME).all() for other in known):
+        return False
+    alike = mean.flat[0] if right.channels > 1 else 0
+    return all((abs(mean - other) * right.cache.rstd > SAME).any() for other in (right.mean, alike))
 
 
 def factors(dx: Array, right: Right, formula: Formula) -> Iterator[Estimate]:
