@@ -4,23 +4,37 @@ import hand_written
 import handed_in
 import numpy as np
 import pytest
+import slip_by_slip
 from hand_written import Pieces
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import batchnorm as bn
-from batchnorm.gradient import parameters, slips
+from batchnorm.gradient import deviations, parameters, slips
 from batchnorm.gradient.right import Right
 
 DTYPES = ["float32", "float64"]
 SHAPES = {"(N, C)": ((24, 5), 1), "NCHW": ((6, 4, 5, 3), 1), "NHWC": ((6, 5, 3, 4), -1), "channels first": ((4, 17), 0)}
+NOT_SUMMED = (
+    "sum forgotten in the mean pathway",
+    "only the diagonal of the Jacobian",
+    "sum forgotten in the variance pathway",
+)
 NAMELESS = {
-    ("sum without the batch axis", 2): "only the diagonal of the Jacobian",
     ("batch size in place of n", 2): "correct",
     ("sum over the wrong axes", 2): "correct",
     ("number of positions in place of n", 2): "1/n forgotten",
 }
 """What a slip is where there is no other axis than the batch's."""
+
+
+def names_of(name, axes):
+    """Each way of making the slip, and its name if x has so many axes."""
+    for which, wrong in enumerate(slip_by_slip.SLIPS[name]):
+        if (name, axes) == ("sum without the batch axis", 2):
+            yield wrong, NOT_SUMMED[which]
+        else:
+            yield wrong, NAMELESS.get((name, axes), name)
 
 
 def problem(shape, axis, dtype, seed=5, eps=1e-5):
@@ -42,14 +56,13 @@ pytestmark = pytest.mark.once  # it is NumPy on top of the statistics
     [pytest.param(*case, marks=[] if case[1] == 1 else pytest.mark.slow) for case in SHAPES.values()],
     ids=SHAPES,
 )
-@pytest.mark.parametrize("name", hand_written.SLIPS)
+@pytest.mark.parametrize("name", slip_by_slip.SLIPS)
 def test_every_slip_is_named(name, shape, axis, dtype):
     dy, saved, pieces = problem(shape, axis, dtype)
-    for wrong in hand_written.SLIPS[name]:
+    for wrong, expected in names_of(name, len(shape)):
         dx = wrong(dy, pieces)
         assert dx.dtype == dtype
         diagnosis = bn.diagnose(dx, dy, saved)
-        expected = NAMELESS.get((name, len(shape)), name)
         if dtype == "float32" and name.startswith("eps ") and diagnosis.correct:
             assert name in diagnosis.unseen  # an eps of 1e-5 is next to nothing
             continue
@@ -66,15 +79,16 @@ def is_a_form_of(name, dx, dy, saved):
 
 
 def test_the_tests_have_the_whole_catalogue():
-    assert list(hand_written.SLIPS) == [slip.name for slip in slips.SLIPS]
-    assert list(hand_written.PARAMETER_SLIPS) == [slip.name for slip in parameters.PARAMETER_SLIPS]
+    assert list(slip_by_slip.SLIPS) == [slip.name for slip in slips.SLIPS]
+    in_rstd = deviations.SPREADS + deviations.DEVIATIONS
+    assert list(slip_by_slip.PARAMETER_SLIPS) == [slip.name for slip in parameters.PARAMETER_SLIPS + in_rstd]
 
 
 @settings(max_examples=40)
 @example((16, 5, 1), "variance taken for the inverse standard deviation", "float32", 1e-3, 20243)
 @given(
     shape=st.tuples(st.integers(4, 40), st.integers(2, 6), st.integers(1, 5)),
-    name=st.sampled_from(list(hand_written.SLIPS)),
+    name=st.sampled_from(list(slip_by_slip.SLIPS)),
     dtype=st.sampled_from(DTYPES),
     eps=st.sampled_from([1e-5, 1e-3]),
     seed=st.integers(0, 2**32 - 1),
@@ -83,8 +97,7 @@ def test_every_slip_is_named_on_any_data(shape, name, dtype, eps, seed):
     if name == "number of channels in place of n" and shape[1] == shape[0] * shape[2]:
         return  # then it is n
     dy, saved, pieces = problem(shape, 1, dtype, seed, eps)
-    for wrong in hand_written.SLIPS[name]:
-        expected = NAMELESS.get((name, 2 if shape[2] == 1 else 3), name)
+    for wrong, expected in names_of(name, 2 if shape[2] == 1 else 3):
         dx = wrong(dy, pieces)
         diagnosis = bn.diagnose(dx, dy, saved)
         if diagnosis.slip != expected:  # then these data must be unable to tell them apart
@@ -129,11 +142,11 @@ def test_a_large_batch_of_float32_summed_by_numpy_is_correct(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", hand_written.PARAMETER_SLIPS)
+@pytest.mark.parametrize("name", slip_by_slip.PARAMETER_SLIPS)
 def test_slips_in_the_gradients_of_the_parameters(name, dtype):
     dy, saved, pieces = problem((6, 5, 4), 1, dtype, eps=1e-2)
     dx, dgamma, dbeta = bn.backward(dy, bn.forward(pieces.x, saved.gamma, saved.gamma, eps=1e-2)[1])
-    wrong_dgamma, wrong_dbeta = hand_written.PARAMETER_SLIPS[name](dy, pieces)
+    wrong_dgamma, wrong_dbeta = slip_by_slip.PARAMETER_SLIPS[name](dy, pieces)
     diagnosis = bn.diagnose(dx, dy, saved, wrong_dgamma.ravel(), dbeta)
     assert (diagnosis.slip, diagnosis.dgamma, diagnosis.dbeta) == ("correct", name, "correct")
     assert not diagnosis.correct
@@ -198,7 +211,7 @@ def test_two_values_in_a_channel_never_tell():
 def test_one_channel_that_tells_is_enough():
     dy, saved, pieces = problem((24, 5), 1, "float64")
     dy[:, 1:] = 1
-    assert bn.diagnose(hand_written.SLIPS["variance pathway missing"][0](dy, pieces), dy, saved).slip == (
+    assert bn.diagnose(slip_by_slip.SLIPS["variance pathway missing"][0](dy, pieces), dy, saved).slip == (
         "variance pathway missing"
     )
 
@@ -290,7 +303,7 @@ def test_float32_slips_are_seen_far_from_zero(offset, channels):
     dy, gamma = (rng.standard_normal(x.shape) + 0.5).astype("f"), (rng.random(channels) + 1.5).astype("f")
     pieces, saved = Pieces(x, gamma, 1e-5, 1), bn.forward(x, gamma)[1]
     for name in ("variance pathway missing", "mean pathway missing", "n - 1 in place of n", "rstd not cubed"):
-        for wrong in hand_written.SLIPS[name][:1]:
+        for wrong in slip_by_slip.SLIPS[name][:1]:
             diagnosis = bn.diagnose(wrong(dy, pieces), dy, saved)
             assert diagnosis.slip == name, diagnosis
 
@@ -335,6 +348,46 @@ def test_another_eps_is_estimated():
         dgamma = (dy * handed_in.normalized(x, eps)).sum(axis=0)
         words = str(bn.diagnose(dx, dy, saved, dgamma))
         assert words.count(f"is made with eps = {eps:.3g}, but `forward` was given 1e-05") == 2, words
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_two_mistakes_in_the_deviation_of_dgamma(dtype):
+    x, dy, _, saved = handed_in_problem(dtype, (24, 5))
+    xmu, sample, dx = x - x.mean(axis=0), x.std(axis=0, ddof=1), bn.backward(dy, saved).dx
+    for std, name in (
+        (np.sqrt(sample**2 + x.dtype.type(0.03)), "n - 1 in the variance + another eps"),
+        (sample**2, "n - 1 in the variance + variance taken for the standard deviation"),
+        (x.std(axis=0) + x.dtype.type(0.01), "eps outside the root + another eps"),
+        (x.max(axis=0) - x.min(axis=0), "unknown"),
+    ):
+        assert bn.diagnose(dx, dy, saved, (dy * xmu / std).sum(axis=0)).dgamma == name
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_dy_that_was_reshaped_without_a_transpose_is_in_all_gradients(dtype):
+    dy, saved, p = problem((6, 4, 5, 3), 1, dtype)
+    g, z = dy.reshape(-1, 4), p.xhat.transpose(0, 2, 3, 1).reshape(-1, 4)
+    dx = p.gamma.ravel() * p.rstd.ravel() * (g - g.mean(axis=0) - z * (g * z).mean(axis=0))
+    dx = dx.reshape(6, 5, 3, 4).transpose(0, 3, 1, 2)
+    diagnosis = bn.diagnose(dx, dy, saved, (g * z).sum(axis=0), g.sum(axis=0))
+    assert (diagnosis.slip, diagnosis.dgamma, diagnosis.dbeta) == ("dy reshaped without transposing",) * 3
+    assert diagnosis.sure
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("moved", [0.3, 0], ids=["mean and variance", "variance"])
+def test_dgamma_with_the_running_statistics_of_dx(moved, dtype):
+    x, dy, gamma, saved = handed_in_problem(dtype, (24, 5))
+    channel = np.arange(1, 6, dtype=dtype)
+    std, mean = x.std(axis=0) * (1 + channel / 10), x.mean(axis=0) + x.dtype.type(moved) * channel
+    z, g = (x - mean) / std, gamma * dy / std
+    dx = g - g.mean(axis=0) - z * (g * z).mean(axis=0)
+    diagnosis = bn.diagnose(dx, dy, saved, (dy * z).sum(axis=0), dy.sum(axis=0))
+    assert (diagnosis.slip, diagnosis.dgamma, diagnosis.dbeta) == ("running statistics",) * 2 + ("correct",)
+    assert bn.diagnose(dx, dy, saved, (dy * z).sum(axis=0) + 1).dgamma == "unknown"
+    right = bn.backward(dy, saved)
+    assert bn.diagnose(right.dx, dy, saved, (dy * z).sum(axis=0)).dgamma == "unknown"
+    assert bn.diagnose(dx, dy, saved, right.dgamma).dgamma == "correct"
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -5,10 +5,12 @@ from itertools import product
 import hand_written
 import numpy as np
 import pytest
+import wrong_deviations  # noqa: F401
 import wrong_formulas  # noqa: F401, adds to ALL
 import wrong_images  # noqa: F401
 import wrong_pairs  # noqa: F401
 from wrong_gradients import ALL, EPS, Kept
+from wrong_terms import PLACES
 
 import batchnorm as bn
 
@@ -41,6 +43,7 @@ def test_they_are_named(case, dtype):
     )
     assert named in acceptable, diagnosis
     assert diagnosis.slip in str(diagnosis)
+    assert PLACES.get(case.gradient.__name__, "") in str(diagnosis)
     assert diagnosis.sure == (", not sure" not in str(diagnosis).replace(";", ",") and diagnosis.slip != "unknown")
 
 
@@ -72,6 +75,29 @@ def test_coincidences_are_rivals(rng, rival):
     assert rival in (diagnosis.slip, *diagnosis.rivals)
     assert not diagnosis.sure
     assert "these data do not tell it from " in str(diagnosis)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(24, 5), (16, 2)], ids=str)
+def test_running_statistics_are_sure_only_if_both_are_others(shape, dtype, rng):
+    """Any μ or σ alone may come from elsewhere, and a μ of 0 in every channel from a forgotten one."""
+    x, dy = rng.standard_normal((2, *shape)).astype(dtype)
+    x += rng.standard_normal(shape[1]).astype(dtype)
+    own, away = x.mean(axis=0), (rng.random(shape[1]) / 2 + 0.2).astype(dtype)
+    gamma = (rng.random(shape[1]) + 1.5).astype(dtype)
+    _, saved = bn.forward(x, gamma)
+    for mean, std, sure in (
+        (own + away, x.std(axis=0) * (1 + away), True),
+        (own, x.std(axis=0) * (1 + away), False),
+        (0 * own, x.std(axis=0) * (1 + away), False),
+        (0 * own + 0.7, x.std(axis=0) * (1 + away), False),
+        (own + away, np.sqrt(x.var(axis=0) + x.dtype.type(1e-5)), False),
+        (own + away, x.std(axis=0, ddof=1), False),
+    ):
+        z, g = (x - mean) / std, dy * gamma / std
+        diagnosis = bn.diagnose(g - g.mean(axis=0) - z * (g * z).mean(axis=0), dy, saved)
+        assert (diagnosis.slip, diagnosis.sure) == ("running statistics", sure), diagnosis
+        assert ("σ is another, of running statistics perhaps" in str(diagnosis)) == (mean is own)
 
 
 STYLES = [style.__name__ for style in hand_written.RIGHT]

@@ -208,8 +208,8 @@ def statistics_alone(dout, k):
 
 
 @called("unknown")
-def only_where_x_is_positive(dout, k):
-    return (k.x > 0) * k.gamma * k.ivar * (dout - dout.mean(axis=0) - k.xhat * (dout * k.xhat).mean(axis=0))
+def only_above_the_mean(dout, k):
+    return (k.xmu > 0) * k.gamma * k.ivar * (dout - dout.mean(axis=0) - k.xhat * (dout * k.xhat).mean(axis=0))
 
 
 @called("unknown")

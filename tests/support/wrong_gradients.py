@@ -63,7 +63,7 @@ MEAN, VARIANCE, BOTH = (
     "variance pathway missing",
     "mean and variance pathways missing",
 )
-NO_GAMMA, SOME_GAMMA, DIAGONAL = "gamma forgotten", "gamma forgotten in a pathway", "only the diagonal of the Jacobian"
+NO_GAMMA, SOME_GAMMA = "gamma forgotten", "gamma forgotten in a pathway"
 NOT_CUBED, WRONG_AXES, RUNNING = "rstd not cubed", "sum over the wrong axes", "running statistics"
 TWICE_V = "factor 2 in the variance pathway"
 
@@ -178,14 +178,14 @@ def one_minus_one(dout, k):
     return dxmu + dmu
 
 
-@called(DIAGONAL)
+@called("sum forgotten in the mean pathway")
 def mean_node_not_summed(dout, k):
     dxhat = dout * k.gamma
     dxmu = dxhat * k.ivar - k.xmu * total(dxhat * k.xmu) * k.ivar**3 / k.N
     return dxmu - dxmu / k.N
 
 
-@called(DIAGONAL)
+@called("sum forgotten in the variance pathway")
 def variance_node_not_summed(dout, k):
     dxhat = dout * k.gamma
     dvar = dxhat * k.xmu * -0.5 * k.ivar**3

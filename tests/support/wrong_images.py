@@ -214,3 +214,33 @@ def saturated(dout, k):
 @images("unknown")
 def noise(dout, k):
     return np.random.default_rng(4).standard_normal(dout.shape).astype(dout.dtype)
+
+
+def normalized_channels_last(k):
+    """x̂ of the channels last, as (N·H·W, C)."""
+    return k.xhat.transpose(0, 2, 3, 1).reshape(-1, k.D)
+
+
+def flat_code_of(g, k):
+    """The gradient of the flat code, back in the layout of x."""
+    z = normalized_channels_last(k)
+    dx = k.gamma.ravel() * k.ivar.ravel() * (g - g.mean(axis=0) - z * (g * z).mean(axis=0))
+    return dx.reshape(k.N, *k.x.shape[2:], k.D).transpose(0, 3, 1, 2)
+
+
+@images("dy reshaped without transposing")
+def dout_not_moved(dout, k):
+    return flat_code_of(dout.reshape(-1, k.D), k)
+
+
+@images("dy reshaped without transposing")
+def dout_not_moved_to_the_front(dout, k):
+    g = dout.reshape(k.D, -1).reshape(k.D, k.N, *k.x.shape[2:]).swapaxes(0, 1)
+    return k.gamma * k.ivar * (g - total(g, k.axes) / k.m - k.xhat * total(g * k.xhat, k.axes) / k.m)
+
+
+@images(f"dy reshaped without transposing + {VARIANCE}")
+def dout_not_moved_and_no_variance(dout, k):
+    g = dout.reshape(-1, k.D)
+    dx = k.gamma.ravel() * k.ivar.ravel() * (g - g.mean(axis=0))
+    return dx.reshape(k.N, *k.x.shape[2:], k.D).transpose(0, 3, 1, 2)

@@ -3,7 +3,6 @@
 import numpy as np
 from wrong_gradients import (
     BOTH,
-    DIAGONAL,
     MEAN,
     NO_GAMMA,
     NOT_CUBED,
@@ -141,7 +140,7 @@ def numpy_ddof_and_no_gamma(dout, k):
     return dout * s + dvar * 2 * k.xmu / k.N - total(dout * s) / k.N
 
 
-@called(f"{VARIANCE} + {DIAGONAL}")
+@called(f"{VARIANCE} + sum forgotten in the mean pathway", f"{VARIANCE} + only the diagonal of the Jacobian")
 def no_variance_and_not_summed(dout, k):
     dxmu = dout * k.gamma * k.ivar
     return dxmu - dxmu / k.N

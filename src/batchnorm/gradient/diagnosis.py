@@ -102,8 +102,9 @@ def diagnose(
     none is near, the answer is the sum of the three pathways that fits best.
 
     The catalogue has pathways that are missing, counted twice or of the wrong sign; gamma, rstd, n, a factor 2 or an
-    eps forgotten, misplaced or used too often; n − 1, the batch size and other counts instead of n; sums and
-    statistics over the wrong axes; x instead of x − μ; running statistics; constant factors, and factors per sample.
+    eps forgotten, misplaced or used too often, everywhere or in some pathways; terms without gamma·rstd/n; n − 1, the
+    batch size and other counts instead of n; sums that are forgotten or over the wrong axes, as statistics may be; x
+    instead of x − μ; wrong standard deviations, running statistics; constant factors, and factors per sample.
 
     Parameters
     ----------
@@ -167,8 +168,8 @@ def diagnose(
     found: dict[str, str | None] = {"dgamma": None, "dbeta": None}
     for name, value in (("dgamma", dgamma), ("dbeta", dbeta)):
         if value is not None:
-            found[name], remedy = explain_parameter(name, _arrays.as_float(value, name), right)
+            found[name], remedy = explain_parameter(name, _arrays.as_float(value, name), right, verdict.statistics)
             words.append(f"{name}: {found[name]}{remedy and ': '}{remedy}.")
-    slip, _, sure, rivals, error, pathways, unseen = verdict
+    slip, _, sure, rivals, error, pathways, unseen, _ = verdict
     parameters = found["dgamma"], found["dbeta"]
     return Diagnosis(slip, sure, rivals, error, pathways, unseen, *parameters, " ".join(words), dx, right)

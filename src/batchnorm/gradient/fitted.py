@@ -6,15 +6,19 @@ Decisions:
   gamma·rstd, so dx reveals the rstd with which it was made, and from that the μ.
 - One number for all of x, such as an eps, may fit by chance in one channel, but never in many. A number per channel
   that only scales dx could be anything, and is reported as unsure.
+- So could a μ or a σ per channel. They are sure to be running statistics only if both are others, σ is no function of
+  the batch's own, and μ is not the same in all channels.
 """
 
 from collections.abc import Iterator
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from ..reference import Array
 from .changes import with_rstd
+from .deviations import Named, pairs, placed, singles, with_any_eps
 from .formula import Formula
 from .right import Right
 from .slips import FACTOR
@@ -25,17 +29,23 @@ RUNNING = "running statistics"
 PER_SAMPLE = "a factor per sample"
 PER_CHANNEL = "a factor per channel"
 
+SAME = 1e-3
+"""Means that differ by fewer σ are the same, and so are deviations that differ by a smaller fraction."""
+
 EPS_IN_USE = tuple(10.0**-power for power in range(1, 17))
 """Values that people choose for eps."""
 
 
-class Estimate(NamedTuple):
-    """A slip, and its formula with the best fitting number; `certain` unless anything could have been fitted."""
+ANY_FACTOR = "any such factor could be fitted"
+ANY_STATISTIC = "any μ or σ per channel could be fitted"
 
-    name: str
-    remedy: str
+
+class Estimate(NamedTuple):
+    """Slips, their formula with the best fitting number, and the doubt if anything could have been fitted."""
+
+    slips: Named
     formula: Formula
-    certain: bool = True
+    doubt: str = ""
 
 
 def orthonormal(right: Right) -> tuple[Array, Array, Array]:
@@ -65,11 +75,11 @@ def rstd_of(dx: Array, right: Right, formula: Formula) -> Array:
 
 
 def another_eps(dx: Array, right: Right, formula: Formula, noise: Array) -> Iterator[Estimate]:
-    """rstd = 1/√(σ² + another eps)."""
-    for eps in all_eps_of(rstd_of(dx, right, formula) / right.cache.rstd, right, noise):
-        certain = right.channels > 1 or eps in EPS_IN_USE
-        for change in with_rstd(1 / np.sqrt(right.var + eps)):
-            yield Estimate(ANOTHER_EPS, of_another_eps(eps, right), change(formula), certain)
+    """rstd = 1/√(σ² + another eps), or that with another mistake."""
+    for slips, eps, rstd in of_any_eps(rstd_of(dx, right, formula), right, noise):
+        doubt = "" if right.channels > 1 or eps in EPS_IN_USE else ANY_FACTOR
+        for change in with_rstd(rstd):
+            yield Estimate(placed(slips, change.where), change(formula), doubt)
 
 
 def lost_variance(dx: Array, right: Right, formula: Formula, eps: float) -> Iterator[Estimate]:
@@ -78,7 +88,7 @@ def lost_variance(dx: Array, right: Right, formula: Formula, eps: float) -> Iter
     if (abs((right.cache.rstd / rstd) ** 2 - 1) <= right.cancellation(eps)).all():
         far = f"where x lies up to {float(right.offset.max()):.3g} σ from 0"
         for change in with_rstd(rstd):
-            yield Estimate(LOST, f"E[x²] − μ² loses σ² {far}: take the mean of (x − μ)²", change(formula))
+            yield Estimate(((LOST, f"E[x²] − μ² loses σ² {far}: take the mean of (x − μ)²"),), change(formula))
 
 
 def running_statistics(dx: Array, right: Right, formula: Formula, noise: Array) -> Iterator[Estimate]:
@@ -92,10 +102,23 @@ def running_statistics(dx: Array, right: Right, formula: Formula, noise: Array) 
     shift = (-slope * right.n / (scale * rstd**2) - sums[0]) / sums[1]
     seen = (abs(slope) * abs(xmu).max(axes, keepdims=True) > 4 * noise * right.largest).any()
     for moved in [np.zeros_like(shift), np.where(np.isfinite(shift), shift, 0)][: 1 + seen]:
-        there = f"√(σ² + eps) = {float(1 / rstd.flat[0]):.4g}"
-        there += f" and μ = {float((right.mean - moved).flat[0]):.4g}" if moved.any() else ""
-        remedy = f"training takes μ and σ² of the batch; channel 0 has {there} here"
-        yield Estimate(RUNNING, remedy, formula._replace(rstd=(rstd,) * 3, shifts=(moved, moved)))
+        of, mean = f"√(σ² + eps) = {float(1 / rstd.flat[0]):.4g}", right.mean - moved
+        if moved.any():
+            remedy = f"training takes μ and σ² of the batch; channel 0 has {of} and μ = {float(mean.flat[0]):.4g} here"
+        else:
+            remedy = f"σ is another, of running statistics perhaps; channel 0 has {of} here, but training takes the σ "
+            remedy += "of the batch"
+        wrong = formula._replace(rstd=(rstd,) * 3, shifts=(moved, moved))
+        yield Estimate(((RUNNING, remedy),), wrong, "" if _of_other_data(mean, rstd, right) else ANY_STATISTIC)
+
+
+def _of_other_data(mean: Array, rstd: Array, right: Right) -> bool:
+    """Whether these statistics are no function of the batch that people take for its own."""
+    known = chain([right.cache.rstd], (wrong for _, wrong in chain(singles(right), pairs(right))))
+    if any((abs(rstd / other - 1) <= SAME).all() for other in known):
+        return False
+    alike = mean.flat[0] if right.channels > 1 else 0
+    return all((abs(mean - other) * right.cache.rstd > SAME).any() for other in (right.mean, alike))
 
 
 def factors(dx: Array, right: Right, formula: Formula) -> Iterator[Estimate]:
@@ -112,21 +135,21 @@ def factors(dx: Array, right: Right, formula: Formula) -> Iterator[Estimate]:
             weight = (form / right.largest) / right.largest
             k: Any = (dx * weight).sum(over, keepdims=True) / (form * weight).sum(over, keepdims=True)
             first = ", ".join(f"{value:.6g}" for value in k.flat[:3])
-            yield Estimate(name, remedy.format(first), formula.times(k, k, k))
+            doubt = ANY_FACTOR if name == PER_CHANNEL else ""
+            yield Estimate(((name, remedy.format(first)),), formula.times(k, k, k), doubt)
 
 
-def of_another_eps(eps: float, right: Right) -> str:
-    """The remedy for another eps."""
-    return f"rstd = 1/√(σ² + eps) is made with eps = {eps:.3g}, but `forward` was given {right.eps:.3g}"
+def of_any_eps(fitted: Array, right: Right, noise: Array) -> Iterator[tuple[Named, float, Array]]:
+    """Each eps that gives this rstd in every channel, alone or with another mistake: a usual value, and the estimate.
 
-
-def all_eps_of(ratio: Array, right: Right, noise: Array) -> Iterator[float]:
-    """Each eps that changes rstd by these ratios, one per channel: a usual value, and the estimated one."""
-    exact = right.var + right.eps
-    weight = 1 / (exact * noise) ** 2
-    eps = float(((exact / ratio**2 - right.var) * weight).sum() / weight.sum())
-    usual = [value for value in EPS_IN_USE if abs(eps - value) <= 0.03 * value + 1 / float(np.sqrt(weight.sum()))]
-    if usual:
-        yield min(usual, key=lambda value: abs(eps - value))
-    if eps >= 0:
-        yield eps
+    `noise` is the rounding of the fitted rstd, as a fraction of it.
+    """
+    for slips, base, power in with_any_eps(right):
+        spread = fitted**-power
+        weight = 1 / (spread * noise) ** 2
+        eps = float(((spread - base) * weight).sum() / weight.sum())
+        usual = [value for value in EPS_IN_USE if abs(eps - value) <= 0.03 * value + 1 / float(np.sqrt(weight.sum()))]
+        for value in (*sorted(usual, key=lambda value: abs(eps - value))[:1], eps):
+            remedy = f"rstd is made with eps = {value:.3g}, but `forward` was given {right.eps:.3g}"
+            if value >= 0:
+                yield (*slips, (ANOTHER_EPS, remedy)), value, (base + value) ** (-1 / power)

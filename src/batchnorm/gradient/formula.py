@@ -152,6 +152,12 @@ class Formula(NamedTuple):
         return total
 
     @property
+    def xhat(self) -> Array:
+        """The x̂ of the variance pathway."""
+        xhat: Array = (self.parts.cache.xmu + self.shifts[1]) * self.rstd[2]
+        return xhat
+
+    @property
     def replaced(self) -> frozenset[str]:
         """The pieces that are wrong. Powers of rstd do not count: two slips may both be in them."""
         right = Formula.right(self.parts)

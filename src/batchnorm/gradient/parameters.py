@@ -1,6 +1,6 @@
 """What is wrong with dgamma and dbeta: whether they sum the wrong values, or sum over the wrong axes."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import combinations
 from typing import NamedTuple
 
@@ -8,9 +8,11 @@ import numpy as np
 
 from .. import _arrays
 from ..reference import Array
-from .fitted import ANOTHER_EPS, all_eps_of, of_another_eps
+from . import deviations, fitted
+from .deviations import Named
+from .regrouped import DY_RESHAPED, DY_TRANSPOSED, misread
 from .right import ROUNDING, Right
-from .search import CORRECT, NEARLY, NOT_FINITE, UNKNOWN, ZERO
+from .search import CORRECT, NEARLY, NOT_FINITE, UNKNOWN, ZERO, Statistics
 
 
 class ParameterSlip(NamedTuple):
@@ -19,10 +21,6 @@ class ParameterSlip(NamedTuple):
     name: str
     remedy: str
     gradients: Callable[[Right], tuple[Array, Array]]
-
-
-def _with_rstd(right: Right, rstd: Array) -> tuple[Array, Array]:
-    return right.sums(right.dy, right.cache.xmu * rstd)
 
 
 PARAMETER_SLIPS = (
@@ -57,24 +55,6 @@ PARAMETER_SLIPS = (
     ),
     ParameterSlip("x - μ in place of xhat", "dgamma = Σdy·xhat", lambda right: right.sums(right.dy, right.cache.xmu)),
     ParameterSlip("x in place of xhat", "dgamma = Σdy·xhat", lambda right: right.sums(right.dy, right.x)),
-    ParameterSlip(
-        "n - 1 in the variance",
-        "the batch is normalized with the biased variance Σ(x − μ)²/n",
-        lambda right: _with_rstd(right, right.unbiased_rstd()),
-    ),
-    ParameterSlip(
-        "eps outside the root",
-        "rstd = 1/√(σ² + eps), not 1/(√σ² + eps)",
-        lambda right: _with_rstd(right, right.eps_outside()),
-    ),
-    ParameterSlip(
-        "eps forgotten", "rstd = 1/√(σ² + eps), not 1/√σ²", lambda right: _with_rstd(right, 1 / np.sqrt(right.var))
-    ),
-    ParameterSlip(
-        "variance taken for the standard deviation",
-        "divide by √(σ² + eps), not by σ² + eps",
-        lambda right: _with_rstd(right, 1 / (right.var + right.eps)),
-    ),
 )
 
 WRONG_SHAPE = "wrong shape"
@@ -84,8 +64,8 @@ WRONG_AXES = "sum over the wrong axes"
 class _Parameter:
     """dgamma or dbeta, compared to formulas."""
 
-    def __init__(self, name: str, values: Array, right: Right) -> None:
-        self.name, self.values, self.right = name, values, right
+    def __init__(self, name: str, values: Array, right: Right, statistics: Statistics | None) -> None:
+        self.name, self.values, self.right, self.statistics = name, values, right, statistics
         self.which = ("dgamma", "dbeta").index(name)
         self.summed = (right.dy * right.cache.xhat, right.dy)[self.which]
         self.exact: Array = (right.terms.dgamma, right.terms.dbeta)[self.which]
@@ -107,19 +87,39 @@ class _Parameter:
             return CORRECT, ""
         if not self.values.any():
             return ZERO, f"{self.name} is a sum over the channel, and not 0 here"
-        found = {slip: self.distance(slip.gradients(self.right)[self.which]) for slip in PARAMETER_SLIPS}
-        nearest = min(found, key=found.__getitem__)
-        if found[nearest] <= max(1, NEARLY * exact):
-            return nearest.name, nearest.remedy
+        for slips in (self.one(), self.two()):
+            found = [(self.distance(wrong), named) for named, wrong in slips]
+            distance, nearest = min(found, key=lambda of: of[0], default=(np.inf, ()))
+            if distance <= max(1, NEARLY * exact):
+                return _joined(nearest)
         return self.of_axes() or self.of_eps() or (UNKNOWN, "no slip of the catalogue explains it")
+
+    def one(self) -> Iterator[tuple[Named, Array]]:
+        """Every value with one mistake."""
+        for slip in PARAMETER_SLIPS:
+            yield ((slip.name, slip.remedy),), slip.gradients(self.right)[self.which]
+        for dy in misread(self.right):
+            yield ((DY_RESHAPED, DY_TRANSPOSED),), self.right.sums(dy, self.right.cache.xhat)[self.which]
+        yield from self.of_rstd(deviations.singles(self.right))
+        if self.statistics and self.name == "dgamma":
+            named, xhat = self.statistics
+            yield named, self.right.sums(self.right.dy, xhat)[0]
+
+    def two(self) -> Iterator[tuple[Named, Array]]:
+        """Every value with two mistakes in rstd."""
+        return self.of_rstd(deviations.pairs(self.right))
+
+    def of_rstd(self, wrong: Iterable[tuple[Named, Array]]) -> Iterator[tuple[Named, Array]]:
+        """dgamma with each of these instead of rstd."""
+        for named, rstd in wrong if self.name == "dgamma" else ():
+            yield named, self.exact * (rstd / self.right.cache.rstd).ravel()
 
     def of_eps(self) -> tuple[str, str] | None:
         """Whether dgamma was made with another eps."""
         ratio = np.expand_dims(self.values / self.exact, self.right.cache.axes)
-        for eps in all_eps_of(ratio, self.right, self.rounding.rest) if self.name == "dgamma" else ():
-            if self.distance(_with_rstd(self.right, 1 / np.sqrt(self.right.var + eps))[0]) <= 1:
-                return ANOTHER_EPS, of_another_eps(eps, self.right)
-        return None
+        found = fitted.of_any_eps(ratio * self.right.cache.rstd, self.right, self.rounding.rest)
+        near = (named for named, wrong in self.of_rstd((of[0], of[2]) for of in found) if self.distance(wrong) <= 1)
+        return next(map(_joined, near), None)
 
     def of_axes(self) -> tuple[str, str] | None:
         """Whether the sum is over other axes, or left out."""
@@ -163,11 +163,15 @@ class _Parameter:
         return name, f"{shape}; {remedy}"
 
 
+def _joined(slips: Named) -> tuple[str, str]:
+    return " + ".join(name for name, _ in slips), "; ".join(remedy for _, remedy in slips)
+
+
 def _batch(right: Right) -> int:
     return int(right.dy.shape[right.cache.axes[0]])
 
 
 @np.errstate(all="ignore")
-def explain_parameter(name: str, values: Array, right: Right) -> tuple[str, str]:
-    """The name of the mistake in dgamma or dbeta, and its remedy."""
-    return _Parameter(name, values, right).explain()
+def explain_parameter(name: str, values: Array, right: Right, statistics: Statistics | None = None) -> tuple[str, str]:
+    """The name of the mistake in dgamma or dbeta, and its remedy; `statistics` are those found in dx."""
+    return _Parameter(name, values, right, statistics).explain()

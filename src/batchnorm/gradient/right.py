@@ -96,16 +96,6 @@ class Right:
         lost: Array = self.rounding(eps).shift * (1 + self.offset)
         return lost
 
-    def unbiased_rstd(self) -> Array:
-        """rstd from the variance with the divisor n − 1."""
-        rstd: Array = 1 / np.sqrt(self.correction * self.var + self.eps)
-        return rstd
-
-    def eps_outside(self) -> Array:
-        """1/(σ + eps)."""
-        rstd: Array = 1 / (np.sqrt(self.var) + self.eps)
-        return rstd
-
     def sums(self, dy: Array, xhat: Array) -> tuple[Array, Array]:
         """dgamma and dbeta, with these arrays instead of dy and xhat."""
         return (dy * xhat).sum(axis=self.cache.axes), dy.sum(axis=self.cache.axes)

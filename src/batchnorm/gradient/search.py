@@ -21,7 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..reference import Array
-from .candidates import Candidates, Named, Step
+from .candidates import Base, Candidates, Step
+from .deviations import Named
 from .fitted import RUNNING
 from .formula import Formula
 from .right import Right, Rounding
@@ -38,14 +39,23 @@ PLACES = 512
 """The number of values of dx that decide whether to evaluate a formula on all of them."""
 
 
+Statistics = tuple[Named, Array]
+"""The name and remedy of running statistics, and x̂ made with them."""
+
+
 class Explanation(NamedTuple):
-    """A name, the remedy, what it leaves as a fraction of the largest term, and the reasons for doubt."""
+    """A name, the remedy, what it leaves as a fraction of the largest term, the reasons for doubt, other statistics."""
 
     name: str
     remedy: str
     left: float
     doubts: tuple[str, ...] = ()
     rivals: tuple[str, ...] = ()
+    statistics: Statistics | None = None
+
+
+Believed = tuple[float, Named, float, Base]
+"""The distance in units of the possible rounding, the slips, what they leave, and the formula without factors."""
 
 
 class Search:
@@ -129,7 +139,7 @@ class Search:
 
     def nearest(self, found: Step, nearly: float = 0) -> Explanation | None:
         """The closest of these formulas, if it is close enough."""
-        believed: list[tuple[float, Named, float, bool]] = []
+        believed: list[Believed] = []
         for base, table in found:
             for row in self._worth_a_look(base.formula, table.factors, nearly):
                 form = base.formula.times(*table.factors[row]).dx(self.dx.shape)
@@ -140,7 +150,7 @@ class Search:
                 left = self.left(self.dx, form, limit, larger)
                 if (left <= limit).all():
                     slips = *base.slips, *table.slips[row]
-                    believed.append((float((left / noise).max()), slips, float(left.max()), base.certain))
+                    believed.append((float((left / noise).max()), slips, float(left.max()), base))
         return _chosen(believed) if believed else None
 
     def _worth_a_look(self, formula: Formula, factors: Array, nearly: float) -> Iterable[int]:
@@ -155,21 +165,27 @@ class Search:
         return np.flatnonzero(rest <= limit**2 + 1e-13 * (dx @ dx + size)).tolist()
 
 
-def _chosen(believed: list[tuple[float, Named, float, bool]]) -> Explanation:
+def _chosen(believed: list[Believed]) -> Explanation:
     """The first of the closest, and the reasons for doubt; distances are in units of the possible rounding."""
     best = min(distance for distance, *_ in believed)
-    distance, slips, left, certain = next(tie for tie in believed if tie[0] <= 2 * best + 1 / 16)
+    distance, slips, left, base = next(tie for tie in believed if tie[0] <= 2 * best + 1 / 16)
     names = {" + ".join(_names(other)): set(_names(other)) for far, other, *_ in believed if far <= max(1, best)}
     rivals = tuple(name for name, parts in names.items() if parts != set(_names(slips)))
     doubts = {
         f"these data do not tell it from {_some(rivals)}": bool(rivals),
         "it leaves more than rounding explains": distance > 1,
         "three slips are needed": len(slips) > 2,
-        "any such factor could be fitted": not certain,
+        base.doubt: bool(base.doubt),
     }
     remedy = "; ".join(remedy for _, remedy in slips)
     why = tuple(doubt for doubt, holds in doubts.items() if holds)
-    return Explanation(" + ".join(_names(slips)), remedy, left, why, rivals)
+    return Explanation(" + ".join(_names(slips)), remedy, left, why, rivals, _statistics(base))
+
+
+def _statistics(base: Base) -> Statistics | None:
+    """The running statistics of the formula, if it has any."""
+    running = tuple(slip for slip in base.slips if slip[0] == RUNNING)
+    return (running, base.formula.xhat) if running else None
 
 
 def _names(slips: Named) -> list[str]:

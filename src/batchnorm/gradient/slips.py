@@ -8,9 +8,9 @@ formula with two slips needs no entry. If the data cannot distinguish slips, the
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
-import numpy as np
-
 from .changes import (
+    BOTH,
+    COMMON_FACTOR,
     DIAGONAL,
     NO_AXIS,
     OVER_CHANNELS,
@@ -19,15 +19,19 @@ from .changes import (
     Change,
     Factors,
     always,
+    common_factor,
     counted,
     gamma,
-    not_summed,
+    mean_not_summed,
+    place_of,
     rstd,
     rstds,
     sample_variance,
     shifted,
     summed,
+    with_rstd,
 )
+from .deviations import ABSOLUTE, DEVIATIONS, UNBIASED, Named, of_spread, placed
 from .formula import Formula
 from .right import Right
 
@@ -39,6 +43,16 @@ class Slip(NamedTuple):
     remedy: str
     factors: Callable[[Right], Iterable[Factors]] = lambda _: ()
     changes: Callable[[Right], Iterable[Change]] = lambda _: ()
+
+    def named(self, where: str = "") -> Named:
+        """The name and the remedy, which says where the mistake is."""
+        return placed((self[:2],), where)
+
+    def rows(self, right: Right) -> Iterator[tuple[Named, Factors]]:
+        """The factors, with the places if there are several."""
+        found = list(self.factors(right))
+        for factors in found:
+            yield self.named(place_of(factors) if len(found) > 1 else ""), factors
 
     def forms(self, right: Right) -> Iterator[Formula]:
         """The right formula with this slip, in every way to make it."""
@@ -97,6 +111,16 @@ SLIPS = (
         lambda right: [(1, 1 / right.n, 1), (1, 1, 1 / right.n), (1, 1 / right.n, 1 / right.n)],
     ),
     Slip(
+        "n forgotten before dy",
+        "the compact formula is gamma·rstd/n·(n·dy − dbeta − xhat·dgamma)",
+        lambda right: [(1 / right.n, 1, 1)],
+    ),
+    Slip(
+        COMMON_FACTOR,
+        "gamma·rstd/n multiplies all terms of the bracket (n·dy − dbeta − xhat·dgamma)",
+        changes=common_factor,
+    ),
+    Slip(
         "n - 1 in place of n", "μ and σ² are divided by n, so both pathways are too", counted(lambda right: right.n - 1)
     ),
     Slip(
@@ -105,42 +129,29 @@ SLIPS = (
         counted(lambda right: right.batch),
     ),
     Slip(
-        "n - 1 in the variance",
-        "the batch is normalized with the biased variance Σ(x − μ)²/n",
-        changes=sample_variance,
+        "rstd not cubed",
+        "dvar = Σdxhat·(x − μ)·(−½)·rstd³, from the derivative of (σ² + eps)^(−½)",
+        changes=rstd((0, 0, -2), (0, 0, -1), (0, 0, -3)),
+    ),
+    Slip("rstd forgotten", "xhat = (x − μ)·rstd, so every pathway has the factor rstd", changes=rstd((-1, -1, -1))),
+    Slip(
+        "rstd forgotten in a pathway",
+        "xhat = (x − μ)·rstd: dxhat·rstd is the direct pathway, and dmean = −rstd·Σdxhat",
+        changes=rstd((-1, 0, 0), (0, -1, 0), (-1, -1, 0)),
     ),
     Slip(
-        "eps outside the root", "rstd = 1/√(σ² + eps), not 1/(√σ² + eps)", changes=rstds(Right.eps_outside, partly=True)
+        "rstd applied twice in a pathway",
+        "xhat = (x − μ)·rstd: dxhat·rstd is the direct pathway, and dmean = −rstd·Σdxhat",
+        changes=rstd((0, 1, 0), (1, 0, 0), (1, 1, 0)),
     ),
     Slip(
-        "eps forgotten",
-        "rstd = 1/√(σ² + eps), not 1/√σ²",
-        changes=rstds(lambda right: 1 / np.sqrt(right.var), partly=True),
+        "xhat in place of x - μ",
+        "dvar = Σdxhat·(x − μ)·(−½)·rstd³ and ∂σ²/∂x = 2(x − μ)/n",
+        changes=rstd((0, 0, 1), (0, 0, 2)),
     ),
-    Slip(
-        "eps added twice",
-        "rstd = 1/√(σ² + eps), with eps added once",
-        changes=rstds(
-            lambda right: 1 / np.sqrt(right.var + 2 * right.eps),
-            lambda right: 1 / (np.sqrt(right.var + right.eps) + right.eps),
-            partly=True,
-        ),
-    ),
-    Slip(
-        "variance taken for the standard deviation",
-        "divide by √(σ² + eps), not by σ² + eps",
-        changes=rstds(lambda right: 1 / (right.var + right.eps), lambda right: 1 / right.var),
-    ),
-    Slip(
-        "variance taken for the inverse standard deviation",
-        "multiply by 1/√(σ² + eps), not by σ² + eps",
-        changes=rstds(lambda right: right.var + right.eps, lambda right: right.var),
-    ),
-    Slip(
-        "standard deviation taken for its inverse",
-        "multiply by 1/√(σ² + eps), not by √(σ² + eps)",
-        changes=rstds(lambda right: np.sqrt(right.var + right.eps), lambda right: np.sqrt(right.var)),
-    ),
+    Slip(*UNBIASED[:2], changes=sample_variance),
+    Slip(*ABSOLUTE[:2], changes=lambda right: [next(with_rstd(rstd)) for rstd in of_spread(ABSOLUTE, right)]),
+    *(Slip(*deviation[:2], changes=rstds(deviation)) for deviation in DEVIATIONS),
     Slip(
         NO_AXIS,
         "sum over all axes but the channel axis; np.sum without axis= adds up everything",
@@ -149,7 +160,17 @@ SLIPS = (
     Slip(
         DIAGONAL,
         "every y of the channel depends on x_i through μ and σ², so both pathways are sums over the channel",
-        changes=not_summed,
+        changes=summed(DIAGONAL, BOTH[:1]),
+    ),
+    Slip(
+        "sum forgotten in the mean pathway",
+        "dmean = −rstd·Σdxhat is one number per channel: every y of it depends on x_i through μ",
+        changes=mean_not_summed,
+    ),
+    Slip(
+        "sum forgotten in the variance pathway",
+        "dvar = Σdxhat·(x − μ)·(−½)·rstd³ is one number per channel: every y of it depends on x_i through σ²",
+        changes=summed(DIAGONAL, BOTH[2:]),
     ),
     Slip(
         WITHOUT_BATCH,
@@ -161,30 +182,12 @@ SLIPS = (
     Slip(
         "x in place of x - μ",
         "dvar = Σdxhat·(x − μ)·(−½)·rstd³ and ∂σ²/∂x = 2(x − μ)/n",
-        changes=shifted(
-            lambda right: (right.mean, 0), lambda right: (0, right.mean), lambda right: (right.mean, right.mean)
-        ),
+        changes=shifted((1, 0), (0, 1), (1, 1)),
     ),
     Slip(
         "x in place of x - μ in the second term of dmean",
         "it is dvar·(−2/n)·Σ(x − μ), which is 0 and may be left out",
-        changes=shifted(lambda right: (0, -right.mean)),
-    ),
-    Slip(
-        "rstd not cubed",
-        "dvar = Σdxhat·(x − μ)·(−½)·rstd³, from the derivative of (σ² + eps)^(−½)",
-        changes=rstd((0, 0, -2), (0, 0, -1)),
-    ),
-    Slip("rstd forgotten", "xhat = (x − μ)·rstd, so every pathway has the factor rstd", changes=rstd((-1, -1, -1))),
-    Slip(
-        "rstd forgotten in a pathway",
-        "xhat = (x − μ)·rstd: dxhat·rstd is the direct pathway, and dmean = −rstd·Σdxhat",
-        changes=rstd((-1, 0, 0), (0, -1, 0), (-1, -1, 0)),
-    ),
-    Slip(
-        "xhat in place of x - μ",
-        "dvar = Σdxhat·(x − μ)·(−½)·rstd³ and ∂σ²/∂x = 2(x − μ)/n",
-        changes=rstd((0, 0, 1), (0, 0, 2)),
+        changes=shifted((0, -1)),
     ),
     Slip(
         "factor 2 in the variance pathway",
@@ -220,13 +223,14 @@ FACTOR = "constant factor"
 
 
 def constant_factors(right: Right) -> Iterator[Slip]:
-    """Numbers by which people multiply all of dx once too often or too rarely."""
-    known: dict[str, float] = {"2": 2, "1/2": 1 / 2, "1/n": 1 / right.n}
+    """Numbers by which people multiply or divide all of dx once too often."""
+    counts = {"2": 2, "n": right.n}
     if right.n > right.batch:
-        known |= {"1/the batch size": 1 / right.batch, "1/the number of positions": right.batch / right.n}
+        counts |= {"the batch size": right.batch, "the number of positions": right.n // right.batch}
     if right.channels > 1:
-        known |= {"the number of channels": right.channels, "1/the number of channels": 1 / right.channels}
-        known |= {"the size of x": right.dy.size, "1/the size of x": 1 / right.dy.size}
-    for name, k in known.items():
-        if k != 1:
+        counts |= {"the number of channels": right.channels, "the size of x": right.dy.size}
+    for name, k in counts.items():
+        if k != 1 and name in ("2", "the number of channels", "the size of x"):
             yield Slip(f"{FACTOR} {name}", f"divide dx by {name}", always((k, k, k)))
+        if k != 1:
+            yield Slip(f"{FACTOR} 1/{name}", f"multiply dx by {name}", always((1 / k, 1 / k, 1 / k)))

@@ -21,7 +21,7 @@ from .. import _arrays
 from ..reference import Array
 from .regrouped import regrouped
 from .right import Right
-from .search import CORRECT, NEARLY, NOT_FINITE, UNKNOWN, ZERO, Search
+from .search import CORRECT, NEARLY, NOT_FINITE, UNKNOWN, ZERO, Search, Statistics
 from .slips import SLIPS
 
 CANNOT_TELL = "this dy cannot tell"
@@ -39,6 +39,7 @@ class Verdict(NamedTuple):
     error: float = math.inf
     pathways: tuple[float, float, float] = (math.nan, math.nan, math.nan)
     unseen: tuple[str, ...] = ()
+    statistics: Statistics | None = None
 
 
 def first_not_finite(values: Array) -> str:
@@ -101,7 +102,7 @@ def _explain(search: Search, error: float) -> Verdict:
     if found:
         doubts = found.doubts and f"; not sure, as {', and '.join(found.doubts)}"
         words = f"{found.remedy}; {off}, and fixing this leaves {found.left:.1g}{doubts or ''}"
-        return Verdict(found.name, words, not doubts, found.rivals)
+        return Verdict(found.name, words, not doubts, found.rivals, statistics=found.statistics)
     words = f"{off} and no slip of the catalogue explains it; {_nearest_sum(search)}"
     return Verdict(UNKNOWN, words, sure=False)
 
