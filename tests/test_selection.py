@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from oracle import ULPS, assert_close, errors_by_name, gradient_errors, truth, ulps
+from oracle import ULPS, assert_close, errors_by_name, gradient_errors, mean_error, truth, ulps
 from shapes import ARRANGEMENTS, VIEWS
 
 import batchnorm as bn
@@ -285,6 +285,19 @@ def test_one_value_with_a_weight_has_no_spread(view, dtype, rng):
         assert not saved.var.any()
         assert np.array_equal(saved.mean, x[n, :, s])
         assert np.array_equal(y[n, :, s], beta)
+
+
+@dtypes
+def test_weights_of_very_different_size(dtype, rng):
+    """The mean is as exact if the first block has little weight as if the last one has."""
+    for heavy in (0.5, 20.0, 1000.0):
+        x, dy, gamma, beta = batch(rng, (292, 5, 1), dtype)
+        weights = np.zeros((292, 1))
+        for light, other in ((92, 285), (285, 92)):
+            weights[light], weights[other] = 0.045, heavy
+            _, saved = bn.forward(x, gamma, beta, weights=weights)
+            t = truth(x, dy, gamma, beta, weights=weights)
+            assert mean_error(saved, t, x.dtype) <= ULPS["mean"][dtype]
 
 
 def test_a_weight_of_0_far_from_the_mean(rng):

@@ -17,12 +17,14 @@ cdef inline double few_bits(double value, double coarse) noexcept nogil:
 cdef inline void chan(double *pivot, double *delta, double *m2, double n, double other_pivot, double other_delta,
                       double other_m2, double other_n) noexcept nogil:
     """Chan's rule: mean (pivot + delta) and m2 of two sets from those of each; a set may be empty."""
-    cdef double between = (other_pivot - pivot[0]) + (other_delta - delta[0])
-    cdef double share = other_n / (n + other_n) if other_n != 0 else 0
-    if n == 0:
-        pivot[0], delta[0] = other_pivot, other_delta
-    else:
-        delta[0] += between * share
+    cdef double between, share
+    if other_n > 2 * n:     # otherwise the mean would move by many standard deviations, and be rounded as often
+        pivot[0], other_pivot = other_pivot, pivot[0]
+        delta[0], other_delta = other_delta, delta[0]
+        n, other_n = other_n, n
+    between = (other_pivot - pivot[0]) + (other_delta - delta[0])
+    share = other_n / (n + other_n) if other_n != 0 else 0
+    delta[0] += between * share if other_n != 0 else 0
     m2[0] += other_m2 + between * between * (n * share)
 
 

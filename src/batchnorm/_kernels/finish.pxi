@@ -23,15 +23,11 @@ cdef void merge_two(double *restrict p, const double *restrict other, Py_ssize_t
 cdef double *merge_blocks(const Work *work, Py_ssize_t tile, bint gradient) noexcept nogil:
     """Merge neighbours, then pairs of neighbours, and so on: a tree that depends only on the number of blocks."""
     cdef Py_ssize_t i, step = 1, C = work.C, size = PARTIAL_ROWS * C
-    cdef double start, middle, stop
     cdef double *p = work.partial + tile * work.tile_channels
     while step < work.blocks:
         for i from 0 <= i < work.blocks - step by 2 * step:
-            start = work.census[i].before
-            middle = work.census[i + step].before
-            stop = work.census[min(i + 2 * step, work.blocks)].before
-            merge_two(p + i * size, p + (i + step) * size, C, channels_of(work, tile), middle - start, stop - middle,
-                      gradient)
+            merge_two(p + i * size, p + (i + step) * size, C, channels_of(work, tile), values_in(work, i, i + step),
+                      values_in(work, i + step, i + 2 * step), gradient)
         step *= 2
     return p
 

@@ -25,7 +25,7 @@ cdef enum:
 
 
 cdef struct Census:                 # of a block
-    double before                   # values that count in the blocks before it, or their weights
+    double before, rest             # values that count in the blocks before it, or their weights: the sum of both
     Py_ssize_t place[PIVOTED]       # places that count, from all over the block
 
 cdef struct Activation:

@@ -126,7 +126,7 @@ cdef void reduce_block(const Work *work, Py_ssize_t tile, Py_ssize_t b, const st
     cdef double *pivot = work.partial + (b * PARTIAL_ROWS + PIVOT) * work.C + block.channel
     cdef double *sum1 = pivot + (SUM - PIVOT) * work.C
     cdef double *sum2 = pivot + (SUM_D - PIVOT) * work.C
-    cdef double n = values_in(work, b)
+    cdef double n = values_in(work, b, b + 1)
     cdef const Py_ssize_t *place = work.census[b].place
     x += block.first
     dy += block.first

@@ -131,15 +131,20 @@ cdef double census_of(const Work *work, const Block *block, Py_ssize_t *place) n
 cdef void take_census(Work *work) noexcept nogil:
     cdef Block block
     cdef Py_ssize_t b
-    work.census[0].before = 0
+    cdef double n
+    work.census[0].before = work.census[0].rest = 0
     for b in range(work.blocks):
         block = block_of(work, 0, b)
-        work.census[b + 1].before = work.census[b].before + census_of(work, &block, work.census[b].place)
+        n = census_of(work, &block, work.census[b].place)
+        work.census[b + 1].before = two_sum(work.census[b].before, n, &work.census[b + 1].rest)
+        work.census[b + 1].rest += work.census[b].rest
 
 
-cdef inline double values_in(const Work *work, Py_ssize_t b) noexcept nogil:
-    """The number of values of one channel that count in a block, or their weight."""
-    return work.census[b + 1].before - work.census[b].before
+cdef inline double values_in(const Work *work, Py_ssize_t first, Py_ssize_t stop) noexcept nogil:
+    """The number of values of one channel that count in these blocks, or their weight."""
+    cdef const Census *start = work.census + first
+    cdef const Census *end = work.census + min(stop, work.blocks)
+    return (end.before - start.before) + (end.rest - start.rest)
 
 
 cdef void fill_holes(const stored *x, const unsigned char *mask, real instead, Py_ssize_t places, Py_ssize_t ahead,
