@@ -81,7 +81,8 @@ def is_a_form_of(name, dx, dy, saved):
 def test_the_tests_have_the_whole_catalogue():
     assert list(slip_by_slip.SLIPS) == [slip.name for slip in slips.SLIPS]
     in_rstd = deviations.SPREADS + deviations.DEVIATIONS
-    assert list(slip_by_slip.PARAMETER_SLIPS) == [slip.name for slip in parameters.PARAMETER_SLIPS + in_rstd]
+    in_parameters = parameters.FACTORS + parameters.PARAMETER_SLIPS + in_rstd
+    assert list(slip_by_slip.PARAMETER_SLIPS) == [name for name, *_ in in_parameters]
 
 
 @settings(max_examples=40)
@@ -348,6 +349,19 @@ def test_another_eps_is_estimated():
         dgamma = (dy * handed_in.normalized(x, eps)).sum(axis=0)
         words = str(bn.diagnose(dx, dy, saved, dgamma))
         assert words.count(f"is made with eps = {eps:.3g}, but `forward` was given 1e-05") == 2, words
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_factor_and_another_mistake_in_dgamma(dtype):
+    x, dy, _, saved = handed_in_problem(dtype, (24, 5))
+    xmu, dx = x - x.mean(axis=0), bn.backward(dy, saved).dx
+    unbiased = np.sqrt(x.var(axis=0, ddof=1) + x.dtype.type(saved.eps))
+    for dgamma, name in (
+        ((dy * xmu).mean(axis=0), "x - μ in place of xhat + mean in place of the sum"),
+        (-(dy * x).sum(axis=0), "x in place of xhat + wrong sign"),
+        ((dy * xmu / unbiased).mean(axis=0), "n - 1 in the variance + mean in place of the sum"),
+    ):
+        assert bn.diagnose(dx, dy, saved, dgamma).dgamma == name
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -176,6 +176,14 @@ SLIPS = {
     "x in place of x - μ in the second term of dmean": [
         lambda dy, p: graph(dy, p) - dvar_term(dy, p) * p.mean,
     ],
+    "xhat forgotten in the variance pathway": [
+        lambda dy, p: graph(dy, p, s_var=lambda values: p.s(values / p.xmu / p.rstd)),
+        lambda dy, p: graph(dy, p, s_var=lambda values: 0 * p.s(values)) + dvar_term(dy, p) / p.rstd,
+    ],
+    "x - μ forgotten in the variance pathway": [
+        lambda dy, p: graph(dy, p, s_var=lambda values: p.s(values / p.xmu)),
+        lambda dy, p: graph(dy, p, s_var=lambda values: 0 * p.s(values)) + dvar_term(dy, p),
+    ],
     "factor 2 in the variance pathway": [lambda dy, p: graph(dy, p, half=1), lambda dy, p: graph(dy, p, half=0.25)],
     "pathway counted twice": [
         lambda dy, p: graph(dy, p) + dy * p.gamma * p.rstd,
@@ -206,12 +214,12 @@ SLIPS = {
 
 PARAMETER_SLIPS = {
     "wrong sign": lambda dy, p: (-p.s(dy * p.xhat), -p.s(dy)),
-    "dgamma and dbeta exchanged": lambda dy, p: (p.s(dy), p.s(dy * p.xhat)),
     "mean in place of the sum": lambda dy, p: (
         (dy * p.xhat).mean(axis=p.axes, keepdims=True),
         dy.mean(axis=p.axes, keepdims=True),
     ),
     "mean over the batch in place of the sum": lambda dy, p: (p.s(dy * p.xhat) / batch(p), p.s(dy) / batch(p)),
+    "dgamma and dbeta exchanged": lambda dy, p: (p.s(dy), p.s(dy * p.xhat)),
     "sum over the channels too": lambda dy, p: (0 * p.mean + (dy * p.xhat).sum(), 0 * p.mean + dy.sum()),
     "dxhat in place of dy": lambda dy, p: (p.s(dy * p.gamma * p.xhat), p.s(dy * p.gamma)),
     "x - μ in place of xhat": lambda dy, p: (p.s(dy * p.xmu), None),

@@ -8,6 +8,7 @@ COMMON, RSTD_TWICE, NO_N = (
     "rstd applied twice in a pathway",
     "n forgotten before dy",
 )
+NO_XHAT, NO_XMU = "xhat forgotten in the variance pathway", "x - μ forgotten in the variance pathway"
 PLACES = {}
 
 
@@ -43,6 +44,31 @@ def bracket_without_its_count_and_eps(dout, k):
     s = np.std(k.x, axis=0)
     z = k.xmu / s
     return k.gamma / (s * k.N) * (dout - total(dout) - z * total(dout * z))
+
+
+@there("before the sum: ", NO_XHAT)
+def sum_of_products_alone(dout, k):
+    return k.gamma * k.ivar / k.N * (k.N * dout - total(dout) - total(dout * k.xhat))
+
+
+@there("in the sum: ", NO_XHAT)
+def xhat_times_the_sum_of_dout(dout, k):
+    g = dout * k.gamma
+    return (k.N * g - total(g) - k.xhat * total(g)) / (k.N * k.std)
+
+
+@there("in dvar: ", NO_XMU)
+def variance_without_its_deviation(dout, k):
+    g = dout * k.gamma
+    dvar = -0.5 * total(g) * k.ivar**3
+    return g * k.ivar - total(g) * k.ivar / k.N + dvar * 2 * k.xmu / k.N
+
+
+@there("in ∂σ²/∂x: ", NO_XMU)
+def variance_spread_evenly(dout, k):
+    g = dout * k.gamma
+    dvar = -0.5 * total(g * k.xmu) * k.ivar**3
+    return g * k.ivar - total(g) * k.ivar / k.N + 2 * dvar / k.N
 
 
 @there("gamma·rstd/n is missing in the mean pathway: ", COMMON)

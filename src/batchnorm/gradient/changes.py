@@ -158,6 +158,17 @@ def shifted(*times: tuple[int, int]) -> Callable[[Right], Iterable[Change]]:
     return changes
 
 
+def without(power: int, inside: str, after: str) -> Callable[[Right], Iterator[Change]]:
+    """x − μ times this power of rstd forgotten, in the sum of the variance pathway or after it."""
+
+    def changes(right: Right) -> Iterator[Change]:
+        instead = right.cache.rstd**-power - right.cache.xmu
+        yield applied(Formula._replace, shifts=(instead, 0), where=inside)
+        yield applied(Formula._replace, shifts=(0, instead), where=after)
+
+    return changes
+
+
 def mean_not_summed(right: Right) -> Iterator[Change]:
     """dmean without its sum, or in both of its terms."""
     yield from summed(DIAGONAL, BOTH[1:2])(right)

@@ -1,7 +1,7 @@
 """What is wrong with dgamma and dbeta: whether they sum the wrong values, or sum over the wrong axes."""
 
 from collections.abc import Callable, Iterable, Iterator
-from itertools import combinations
+from itertools import combinations, product
 from typing import NamedTuple
 
 import numpy as np
@@ -23,22 +23,26 @@ class ParameterSlip(NamedTuple):
     gradients: Callable[[Right], tuple[Array, Array]]
 
 
+FACTORS: tuple[tuple[str, str, Callable[[Right], float]], ...] = (
+    ("wrong sign", "flip the sign", lambda _: -1),
+    (
+        "mean in place of the sum",
+        "gamma and beta serve every value of the channel, so their gradients are sums",
+        lambda right: 1 / right.n,
+    ),
+    (
+        "mean over the batch in place of the sum",
+        "gamma and beta serve every value of the channel, so their gradients are sums",
+        lambda right: 1 / _batch(right),
+    ),
+)
+"""Mistakes that multiply all values, each alone or beside another mistake."""
+
 PARAMETER_SLIPS = (
-    ParameterSlip("wrong sign", "flip the sign", lambda right: (-right.terms.dgamma, -right.terms.dbeta)),
     ParameterSlip(
         "dgamma and dbeta exchanged",
         "dgamma = Σdy·xhat, dbeta = Σdy",
         lambda right: (right.terms.dbeta, right.terms.dgamma),
-    ),
-    ParameterSlip(
-        "mean in place of the sum",
-        "gamma and beta serve every value of the channel, so their gradients are sums",
-        lambda right: (right.terms.dgamma / right.n, right.terms.dbeta / right.n),
-    ),
-    ParameterSlip(
-        "mean over the batch in place of the sum",
-        "gamma and beta serve every value of the channel, so their gradients are sums",
-        lambda right: (right.terms.dgamma / _batch(right), right.terms.dbeta / _batch(right)),
     ),
     ParameterSlip(
         "sum over the channels too",
@@ -50,7 +54,7 @@ PARAMETER_SLIPS = (
     ),
     ParameterSlip(
         "dxhat in place of dy",
-        "gamma does not occur in its own gradient: dgamma = Σdy·xhat",
+        "gamma occurs in neither gradient: dgamma = Σdy·xhat, dbeta = Σdy",
         lambda right: right.sums(right.dy * right.cache.gamma, right.cache.xhat),
     ),
     ParameterSlip("x - μ in place of xhat", "dgamma = Σdy·xhat", lambda right: right.sums(right.dy, right.cache.xmu)),
@@ -87,15 +91,25 @@ class _Parameter:
             return CORRECT, ""
         if not self.values.any():
             return ZERO, f"{self.name} is a sum over the channel, and not 0 here"
-        for slips in (self.one(), self.two()):
-            found = [(self.distance(wrong), named) for named, wrong in slips]
-            distance, nearest = min(found, key=lambda of: of[0], default=(np.inf, ()))
-            if distance <= max(1, NEARLY * exact):
-                return _joined(nearest)
+        nothing: tuple[float, Named] = (np.inf, ())
+        ones, twos = (
+            min(((self.distance(wrong), named) for named, wrong in slips), key=lambda of: of[0], default=nothing)
+            for slips in (self.one(), self.two())
+        )
+        for limit in (1, NEARLY * exact):
+            for distance, named in (ones, twos):
+                if distance <= limit:
+                    return _joined(named)
         return self.of_axes() or self.of_eps() or (UNKNOWN, "no slip of the catalogue explains it")
 
     def one(self) -> Iterator[tuple[Named, Array]]:
         """Every value with one mistake."""
+        for name, remedy, factor in FACTORS:
+            yield ((name, remedy),), factor(self.right) * self.exact
+        yield from self.wrongly_summed()
+
+    def wrongly_summed(self) -> Iterator[tuple[Named, Array]]:
+        """Every value with one mistake that is not a factor."""
         for slip in PARAMETER_SLIPS:
             yield ((slip.name, slip.remedy),), slip.gradients(self.right)[self.which]
         for dy in misread(self.right):
@@ -106,8 +120,10 @@ class _Parameter:
             yield named, self.right.sums(self.right.dy, xhat)[0]
 
     def two(self) -> Iterator[tuple[Named, Array]]:
-        """Every value with two mistakes in rstd."""
-        return self.of_rstd(deviations.pairs(self.right))
+        """Every value with two mistakes in rstd, or with a factor and another mistake."""
+        yield from self.of_rstd(deviations.pairs(self.right))
+        for (named, wrong), (name, remedy, factor) in product(list(self.wrongly_summed()), FACTORS):
+            yield (*named, (name, remedy)), factor(self.right) * wrong
 
     def of_rstd(self, wrong: Iterable[tuple[Named, Array]]) -> Iterator[tuple[Named, Array]]:
         """dgamma with each of these instead of rstd."""

@@ -30,6 +30,7 @@ from .changes import (
     shifted,
     summed,
     with_rstd,
+    without,
 )
 from .deviations import ABSOLUTE, DEVIATIONS, UNBIASED, Named, of_spread, placed
 from .formula import Formula
@@ -188,6 +189,16 @@ SLIPS = (
         "x in place of x - μ in the second term of dmean",
         "it is dvar·(−2/n)·Σ(x − μ), which is 0 and may be left out",
         changes=shifted((0, -1)),
+    ),
+    Slip(
+        "xhat forgotten in the variance pathway",
+        "dx = gamma·rstd/n·(n·dy − dbeta − xhat·dgamma) with dgamma = Σdy·xhat",
+        changes=without(1, "in the sum", "before the sum"),
+    ),
+    Slip(
+        "x - μ forgotten in the variance pathway",
+        "dvar = Σdxhat·(x − μ)·(−½)·rstd³ and ∂σ²/∂x = 2(x − μ)/n",
+        changes=without(0, "in dvar", "in ∂σ²/∂x"),
     ),
     Slip(
         "factor 2 in the variance pathway",
