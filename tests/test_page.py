@@ -234,7 +234,7 @@ def test_only_a_regular_file_is_replaced():
 
 def test_without_matplotlib_it_says_what_to_install(tmp_path):
     (tmp_path / "matplotlib.py").write_text("raise ImportError('no matplotlib')\n")
-    done = explain("--plot", tmp_path / "a.png", PYTHONPATH=search_path(tmp_path))
+    done = explain("--plot", tmp_path / "a.png", PYTHONPATH=search_path(tmp_path), PYTHONDONTWRITEBYTECODE="1")
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == (
         "python -m batchnorm explain: matplotlib is missing, install it with python -m pip install matplotlib\n"
