@@ -394,10 +394,8 @@ class BatchNorm:
 
     def reset_running_stats(self) -> None:
         """Set running_mean to 0, running_var to 1 and num_batches_tracked to 0, if the layer has them."""
-        state = self._state
-        with state.lock:
-            if state.running_mean is not None:
-                state.set_statistics(0, 1, counter=0)
+        if self._state.running_mean is not None:
+            self._state.set_statistics(0, 1, counter=0)
 
     def reset_parameters(self) -> None:
         """Set gamma to 1 and beta to 0, and the running statistics as `reset_running_stats` does."""
