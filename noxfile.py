@@ -163,7 +163,7 @@ def bench(session):
     """Check that the benchmarks work, on small shapes, against all contestants that PyPI has for this Python."""
     session.install(package("bench,mpi,dask"), "mpich")
     folder = Path(session.create_tmp())
-    rivals = "numpy,jax,onnxruntime,numba"
+    rivals = "numpy,jax,onnxruntime,onednn,numba"
     session.run("python", "-m", "bench", "--quick", "--against", rivals, "--output", str(folder / "bench.md"))
     session.run("python", "-m", "bench.busy", "--rounds", "1")
     session.run("python", "-m", "bench.selection", "--rounds", "1", "--quick")

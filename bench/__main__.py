@@ -1,4 +1,4 @@
-"""`python -m bench`: batchnorm against the frameworks, numba and NumPy, on the same arrays, in one run.
+"""`python -m bench`: batchnorm against the frameworks, oneDNN, numba and NumPy, on the same arrays, in one run.
 
 - Contestants have their own processes and take turns, a short burst each, round after round: other programs share the
   machine's cache and memory, and a slow second must affect all contestants. Rounds go on until the two best turns of
@@ -26,7 +26,7 @@ from batchnorm.profile.measure import LIMITS, OURS, PASSES
 
 from . import comparison, report
 from .cases import SETS
-from .contestants import BUILD, MODULES, RIVALS, WITH_RELU, missing
+from .contestants import BUILD, PACKAGES, RIVALS, WITH_RELU, missing
 from .team import Team
 
 # Errors of others: NumPy's sums over a million rows, torch's with the channels last; ONNX Runtime's eps is a float32.
@@ -205,8 +205,8 @@ def main():
             cells, members, list(builds), threads, LEAST_ROUNDS if arguments.quick else arguments.rounds
         )
         rows += found
-    modules = [module for name in arguments.against for module in MODULES.get(name, ())]
-    machine["versions"] |= {module: metadata.version(module) for module in modules}
+    packages = [package for name in arguments.against for package in PACKAGES.get(name, ())]
+    machine["versions"] |= {package: metadata.version(package) for package in packages}
     facts, command = facts_of(machine), shlex.join(["python", "-m", "bench", *sys.argv[1:]])
     shown = [
         name for name in dict.fromkeys(name for row in rows for name in row.best) if name not in {"limit", *builds}

@@ -5,14 +5,15 @@
 - torch: `native_batch_norm` and its backward pass.
 - JAX: jitted. Its backward pass is the formula with saved statistics; differentiating the forward pass takes longer.
 - ONNX Runtime: only inference, and only with the channels second. It and numba have no 16-bit floats here.
+- oneDNN: kernels that frameworks call, with nothing around them; see `onednn.py`. It has no float64.
 - numba: the loops that a user would write, parallel over channels, with its fast mathematics.
 - With ReLU after the normalization, NumPy and torch make two calls, ONNX Runtime has a graph of two nodes, which it
   fuses if it can, and batchnorm takes `activation=`; "batchnorm alone" is without ReLU. The others are left out.
 - The limit is that of `batchnorm.profile`, on the arrays of batchnorm, in its process.
 """
 
-import importlib.util
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,8 @@ import numpy as np
 import batchnorm
 from batchnorm.profile import measure
 from batchnorm.profile.measure import EPS, LIMITS, OURS
+
+from . import onednn
 
 
 def torch_out(problem, threads):
@@ -228,6 +231,7 @@ PROCESSES = {
     "torch": {"torch": measure.torch_calls, "torch, out=": torch_out},
     "jax": {"JAX": jax},
     "onnxruntime": {"ONNX Runtime": onnx_runtime},
+    "onednn": {"oneDNN": onednn.calls},
     "numba": {"numba": numba},
     BUILD: {BUILD: measure.batchnorm_calls},
 }
@@ -246,12 +250,18 @@ WITH_RELU = {
 }
 RIVALS = [name for name in PROCESSES if name not in (OURS, BUILD)]
 FRAMEWORKS = ("torch", "JAX", "ONNX Runtime")
-MODULES = {"torch": ("torch",), "jax": ("jax",), "onnxruntime": ("onnx", "onnxruntime"), "numba": ("numba",)}
+PACKAGES = {
+    "torch": ("torch",),
+    "jax": ("jax",),
+    "onnxruntime": ("onnx", "onnxruntime"),
+    "onednn": (onednn.PACKAGE,),
+    "numba": ("numba",),
+}
 
 
 def missing(name):
-    """The missing modules that a contestant needs."""
-    return [module for module in MODULES.get(name, ()) if importlib.util.find_spec(module) is None]
+    """The missing packages that a contestant needs."""
+    return [package for package in PACKAGES.get(name, ()) if not any(metadata.distributions(name=package))]
 
 
 class Bout:

@@ -14,6 +14,7 @@ COLOURS = {
     "torch": "#d55e00",
     "JAX": "#009e73",
     "ONNX Runtime": "#cc79a7",
+    "oneDNN": "#56b4e9",
     "numba": "#e69f00",
 }
 LARGE, IN_CACHE = 1.0, 26.0  # megabytes

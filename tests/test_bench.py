@@ -115,7 +115,7 @@ def test_relu_is_held_against_two_calls():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--against", "NumPy"], "must be names out of numpy, torch, jax, onnxruntime, numba joined by commas"),
+        (["--against", "NumPy"], "must be names out of numpy, torch, jax, onnxruntime, onednn, numba joined by commas"),
         (["--build", "old=/nonexistent"], "must be NAME=DIRECTORY with a package batchnorm in it"),
         (["--relu", "--against", "jax"], "not with --build, and against numpy, torch, onnxruntime alone"),
         (["--only", "nothing"], "no shape's name holds 'nothing'"),
