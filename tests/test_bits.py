@@ -275,8 +275,11 @@ def test_columns_at_any_address(view, dtype, activation, rng):
         assert results(placed(x, address), placed(dy, (3 * address) % 64)) == expected, address
 
 
+STREAMED = [(4200, 1029, 1), (70000, 61, 1), (132000, 64, 1), (9000, 512, 1), (21, 50, 4099), (32, 2700, 49)]
+
+
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("float64", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("view", [(4200, 1029, 1), (70000, 61, 1), (21, 50, 4099), (32, 2700, 49)], ids=str)
+@pytest.mark.parametrize("view", STREAMED, ids=str)
 def test_results_written_around_the_cache(view, dtype, rng):
     """What passes of 32 MiB and more write is streamed to memory, whatever its address; a result in place is not."""
     x, dy = (rng.standard_normal(view, np.float32).astype(dtype, copy=False) for _ in range(2))

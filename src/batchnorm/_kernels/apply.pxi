@@ -103,6 +103,8 @@ cdef inline void apply_rows(const Operands *o, bint gradient, int kind, Py_ssize
     cdef Py_ssize_t whole = length - length % size
     cdef bint overlaps = length > size and length % size
     cdef Py_ssize_t pairs = length - length % (2 * size)
+    # A line of the cache that begins in one row and ends in the next is written whole: nothing is slower than half of one.
+    cdef bint joined = kind != ANYTHING and column != NULL and stride == length and length % LINE == 0
     cdef number first, second, last = k[CENTRE]
     cdef stored *out = o.out + i
     cdef Notes here
@@ -110,12 +112,13 @@ cdef inline void apply_rows(const Operands *o, bint gradient, int kind, Py_ssize
     for r in range(rows):
         if number is vec and stream:
             start = min(to_line(out), length)
-            stop = length - (length - start) % LINE
-            prefetch(out + stop)        # stores through the cache delay those after them
-            prefetch(out + stride)
+            stop = length + start if joined and r + 1 < rows else length - (length - start) % LINE
+            if not joined:              # stores through the cache delay those after them
+                prefetch(out + stop)
+                prefetch(out + stride)
             for j from start <= j < stop by size:
                 stream_vec(out + j, applied(o, gradient, kind, i, j, size, notes, place, k, column))
-            j = 0 if start else stop
+            j = 0 if start and not (joined and r) else stop
             while j < length:       # before the first whole line and after the last
                 count = min(size, (start if j < start else length) - j)
                 store_each(out + j, applied(o, gradient, kind, i, j, count, notes, place, k, column), count)

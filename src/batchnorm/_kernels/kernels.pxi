@@ -47,7 +47,7 @@ from batchnorm._kernels.runtime cimport (
 
 cdef extern from "stored.h" nogil:
     enum:
-        VEC, PART, LINE, LANES, VECTORS, CARRIED, UNROLLED, TOTALS, WIDEST, SPARE
+        VEC, PART, LINE, LANES, VECTORS, CARRIED, UNROLLED, TOTALS, WIDEST, BEYOND, SPARE
         CAN_STREAM
         IS_DOUBLE
         FORMAT
@@ -97,6 +97,7 @@ cdef extern from "stored.h" nogil:
     void add_lanes_vec(double *, const vec *) noexcept
     void add_lanes_wide(double *, const wide *) noexcept
     void prefetch(const void *) noexcept
+    void prefetch_early(const void *) noexcept
 
 include "partition.pxi"
 include "channel_formula.pxi"

@@ -9,7 +9,7 @@ cdef enum:
     BLOCK = 8192            # values of a block of lanes; a quarter if float64 rows are combined
     COLUMN_ROWS = 256       # rows of a block of columns
     SHORT_ROW = 64          # shorter rows are taken as columns
-    LONG_ROW = 1024         # how far ahead memory is fetched in rows that are longer
+    AHEAD = 8192 // sizeof(stored)      # values of a channel from those that are summed to those that are fetched
     FETCHED = 512           # the most values of the next channel that are fetched if rows have lengths
     FEW_ROWS = 3            # how many rows ahead memory is fetched then: reads have gaps that no processor predicts
     SHORTEST_RUN = 16       # the shortest row of one channel for lanes, if few others follow or nothing is summed
@@ -66,6 +66,7 @@ cdef struct Block:
     Py_ssize_t run                  # values of one channel in a row
     Py_ssize_t left                 # rows of the tile from the block's first on
     Py_ssize_t visit                # rows of one channel before those of its neighbour
+    Py_ssize_t later                # rows of a channel from the one that is summed to the one that is fetched
 
 
 cdef inline Py_ssize_t ceil_div(Py_ssize_t a, Py_ssize_t b) noexcept nogil:
@@ -147,6 +148,7 @@ cdef Block block_of(const Work *work, Py_ssize_t tile, Py_ssize_t b) noexcept no
     block.place, block.start = row * work.S + start, start
     block.first = row * block.stride + block.channel * work.S + start
     block.run = min(work.segment, work.S - start)
+    block.later = max(1, AHEAD // block.run)
     block.visit = max(1 if work.selection.copied else 2, VISIT // block.run)
     return block
 

@@ -37,9 +37,9 @@ cdef inline void fetch(const stored *x, const stored *dy, bint gradient, Py_ssiz
     """Prefetch memory that is needed soon, line by line: the processor does not predict eight rows at a time."""
     cdef Py_ssize_t i
     for i from 0 <= i < values by LINE:
-        prefetch(x + i)
+        prefetch_early(x + i)
         if gradient:
-            prefetch(dy + i)
+            prefetch_early(dy + i)
 
 
 cdef inline void add_tree(const stored *x, const stored *dy, bint gradient, const Activation *act, Py_ssize_t rows,
@@ -101,8 +101,8 @@ cdef inline void sum_lanes(const stored *x, const stored *dy, bint gradient, con
     cdef Py_ssize_t left = rows.left
     for r in range(count):
         length = length_in(lengths + r if lengths != NULL else NULL, start, run)
-        # Prefetch within a long row, or else the next row, if there is one.
-        ahead = LONG_ROW if length > LONG_ROW else stride if r + 1 < left else 0
+        # Prefetch within a long row, or else in a later one, if there is one.
+        ahead = AHEAD if length > 2 * AHEAD else rows.later * stride if r + rows.later < left else 0
         if lengths != NULL:
             ahead = 0
             if r + FEW_ROWS < left:
@@ -167,7 +167,7 @@ cdef inline void sum_columns(const stored *x, const stored *dy, bint gradient, c
 
 cdef void spread(const double *restrict value, Py_ssize_t channels, Py_ssize_t run, Py_ssize_t group,
                  real *restrict column) noexcept nogil:
-    """Copy the value of each channel to all columns of a (grouped) row, and 0 to the padding after them."""
+    """Copy the value of each channel to all columns of a (grouped) row, and to the first ones of the next row."""
     cdef Py_ssize_t c, j, length = channels * run
     if run == 1:
         for c in range(channels):
@@ -176,10 +176,8 @@ cdef void spread(const double *restrict value, Py_ssize_t channels, Py_ssize_t r
         for c in range(channels):
             for j in range(run):
                 column[c * run + j] = <real> plain(value[c])
-    for j in range(length, length * group):
+    for j in range(length, length * group + BEYOND):
         column[j] = column[j - length]
-    for j in range(length * group, length * group + VEC):
-        column[j] = 0
 
 
 cdef void gather(double *column, Py_ssize_t channels, Py_ssize_t run, Py_ssize_t group, double *value) noexcept nogil:

@@ -48,7 +48,8 @@ enum {
     CARRIED = 256 / LANES,      /* values that are added to each lane before the lanes are emptied */
     UNROLLED = 8,               /* vectors that are summed as a tree */
     TOTALS = 8,                 /* sums into which the lanes are folded before they are added up in float64 */
-    WIDEST = 1024               /* the most columns of a tile */
+    WIDEST = 1024,              /* the most columns of a tile */
+    BEYOND = 32                 /* columns repeated after the last one, for vectors that go on in the next row */
 };
 
 typedef real vec __attribute__((vector_size(BYTES)));
@@ -62,10 +63,9 @@ typedef wide_mask mask;
 typedef real part __attribute__((vector_size(PART * sizeof(real))));
 typedef real folded __attribute__((vector_size(TOTALS * sizeof(real))));
 
-/* A number for each column of a tile, padded by a vector. Aligned, because a vector that crosses a cache line is loaded
- * twice. */
+/* A number for each column of a tile. Aligned, because a vector that crosses a cache line is loaded twice. */
 typedef struct {
-    real at[WIDEST + VEC] __attribute__((aligned(64)));
+    real at[WIDEST + BEYOND] __attribute__((aligned(64)));
 } Row;
 
 typedef struct {
@@ -118,6 +118,12 @@ static inline wide same_wide(double value)
 static inline void prefetch(const void *p)
 {
     __builtin_prefetch(p);
+}
+
+/* Into the second cache, which can wait for more lines at once than the nearest one. */
+static inline void prefetch_early(const void *p)
+{
+    __builtin_prefetch(p, 0, 2);
 }
 
 static inline vec everywhere_vec(real value)
