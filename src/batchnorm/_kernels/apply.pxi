@@ -215,6 +215,8 @@ cdef inline void apply_channels(const Work *work, const Block *block, Operands *
             at = block.first + r * block.stride + c * block.run
             if lengths != NULL:     # the processor predicts the next values, but not those of the next channel
                 fetch(o.x + at + block.run, o.dy + at + block.run, gradient, min(length, FETCHED))
+            elif work.next_tile:
+                fetch(o.x + at + work.next_tile, o.dy + at + work.next_tile, gradient, length)
             if IS_DOUBLE or fit or all_fit(value + c, C, 1, gradient):
                 apply_channel(o, gradient, stream, at, &rows, length, value + c, C, same_vec(0))
             else:

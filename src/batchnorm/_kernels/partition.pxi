@@ -41,6 +41,7 @@ cdef struct Work:
     bint by_tile                    # run both steps tile by tile, because a tile stays in cache
     bint stream                     # the result goes around the cache
     Py_ssize_t tiles, tile_channels
+    Py_ssize_t next_tile            # how far away the tile is that is fetched while one is written, or 0
     Py_ssize_t blocks, block_rows   # of a tile
     Py_ssize_t segments, segment    # pieces of a long row
     Py_ssize_t group                # rows of columns laid side by side
@@ -83,7 +84,7 @@ cdef void cut(Work *work, Py_ssize_t N, Py_ssize_t C, Py_ssize_t S, Py_ssize_t a
         work.columns = S == 1
     else:
         work.columns = S < SHORTEST_RUN or (S < SHORT_ROW and N >= UNROLLED)
-    work.segments, work.segment, work.group = 1, S, 1
+    work.segments, work.segment, work.group, work.next_tile = 1, S, 1, 0
     if work.columns:
         cut_columns(work, size)
     else:
@@ -110,7 +111,8 @@ cdef void cut_columns(Work *work, Py_ssize_t size) noexcept nogil:
 cdef void cut_lanes(Work *work, Py_ssize_t size, Py_ssize_t arrays) noexcept nogil:
     cdef Py_ssize_t N = work.N, C = work.C, S = work.S, longest = COPIED if work.selection.copied else BLOCK
     cdef Py_ssize_t together = BLOCK // 4 if IS_DOUBLE else BLOCK
-    work.tile_channels = min(min(TOGETHER, RUN // S), min(C // FEW_TILES, 2 * CACHE // (5 * N * S * size)))
+    cdef Py_ssize_t fit = 2 * CACHE // (5 * N * S * size)
+    work.tile_channels = min(min(TOGETHER, RUN // S), min(C // FEW_TILES, fit))
     if arrays == 3 and 2 * N * S * size <= NEAR and N * S >= RUN // 4:
         work.tile_channels = 1          # x and dy are still in the nearest cache when dx is written
     if S >= longest:
@@ -121,13 +123,15 @@ cdef void cut_lanes(Work *work, Py_ssize_t size, Py_ssize_t arrays) noexcept nog
     work.tiles = ceil_div(C, work.tile_channels)
     work.block_rows = max(1, together // (2 * S) * 2) if work.segments == 1 else 1
     work.by_tile = C >= FEW_TILES or N * S <= BLOCK
+    if work.stream and fit:
+        work.next_tile = work.tile_channels * S
 
 
 cdef Work in_memory_order(const Work *work) noexcept nogil:
     """The same work for a step that sums nothing: row after row, in pieces."""
     cdef Work ordered = work[0]
     if work.S >= SHORTEST_RUN:
-        ordered.columns = False
+        ordered.columns, ordered.next_tile = False, 0
         ordered.tile_channels = max(1, BLOCK // work.S) if work.segments == 1 else 1
         ordered.tiles = ceil_div(work.C, ordered.tile_channels)
         ordered.block_rows = max(1, BLOCK // (work.C * work.S)) if work.segments == 1 else 1
