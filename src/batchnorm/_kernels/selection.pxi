@@ -147,13 +147,22 @@ cdef inline double values_in(const Work *work, Py_ssize_t first, Py_ssize_t stop
     return (end.before - start.before) + (end.rest - start.rest)
 
 
+cdef inline void fetch(const stored *x, const stored *dy, bint gradient, Py_ssize_t values) noexcept nogil:
+    """Prefetch memory that is needed soon, line by line: no processor predicts several rows at a time, or gaps."""
+    cdef Py_ssize_t i
+    for i from 0 <= i < values by LINE:
+        prefetch_early(x + i)
+        if gradient:
+            prefetch_early(dy + i)
+
+
 cdef void fill_holes(const stored *x, const unsigned char *mask, real instead, Py_ssize_t places, Py_ssize_t ahead,
                      stored *copy) noexcept nogil:
     """A copy with another value in the holes; prefetches what is needed next."""
     cdef Py_ssize_t i, whole = places - places % VEC
     cdef vec filling = everywhere_vec(instead)
     for i from 0 <= i < whole by VEC:
-        prefetch(x + i + ahead)
+        prefetch_early(x + i + ahead)
         store_vec(copy + i, counted_vec(mask + i, load_vec(x + i), filling))
     if whole < places:
         store_vec(copy + whole, counted_vec(mask + whole, load_first(x + whole, places - whole, filling), filling))
@@ -178,9 +187,12 @@ cdef Py_ssize_t take(const Work *work, const Block *rows, Py_ssize_t channels, c
     cdef const Selection *selection = &work.selection
     cdef Py_ssize_t r, at, taken = 0, place = rows.place, places = rows.run, size = channels * places
     cdef Py_ssize_t ahead = rows.stride if rows.start + places == work.S else places
+    cdef Py_ssize_t later = max(1, AHEAD // size) * rows.stride
     for r in range(rows.rows):
         at = taken * size
         taken += 1
+        if work.S == 1:
+            fetch(x + later, dy + later, gradient, size)
         if selection.weights != NULL:
             weigh(x, pivot, weights_at(work, place), channels, places, copies.x + at, copies.a + at)
         elif work.S == 1 and not selection.mask[place]:

@@ -33,15 +33,6 @@ cdef inline void add_columns(double *total, number v) noexcept nogil:
         add_wide(total, v)
 
 
-cdef inline void fetch(const stored *x, const stored *dy, bint gradient, Py_ssize_t values) noexcept nogil:
-    """Prefetch memory that is needed soon, line by line: the processor does not predict eight rows at a time."""
-    cdef Py_ssize_t i
-    for i from 0 <= i < values by LINE:
-        prefetch_early(x + i)
-        if gradient:
-            prefetch_early(dy + i)
-
-
 cdef inline void add_tree(const stored *x, const stored *dy, bint gradient, const Activation *act, Py_ssize_t rows,
                           Py_ssize_t stride, Py_ssize_t count, const number *k, number *sum1,
                           number *sum2) noexcept nogil:
