@@ -25,8 +25,8 @@ class Diagnosis:
     Attributes
     ----------
     slip : str
-        The name of the mistake in dx, two of them as "one + other"; or "correct", "unknown", "this dy cannot tell",
-        "this x cannot tell".
+        The name of the mistake in dx alone, two of them as "one + other"; or "correct", "unknown", "this dy cannot
+        tell", "this x cannot tell". `correct` is about all gradients that were given.
     sure : bool
         Whether nothing else explains dx as well. If False, `str()` of the answer says why.
     rivals : tuple of str
@@ -165,6 +165,8 @@ def diagnose(
             raise ValueError(f"{name} must be finite, got {first_not_finite(values)}")
     verdict = of_dx(dx, right)
     words = [f"{verdict.slip}: {verdict.words}."]
+    if dgamma is not None or dbeta is not None:
+        words = [f"dx: {words[0]}"]
     found: dict[str, str | None] = {"dgamma": None, "dbeta": None}
     for name, value in (("dgamma", dgamma), ("dbeta", dbeta)):
         if value is not None:
