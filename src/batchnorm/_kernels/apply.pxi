@@ -103,7 +103,7 @@ cdef inline void apply_rows(const Operands *o, bint gradient, int kind, Py_ssize
     cdef Py_ssize_t whole = length - length % size
     cdef bint overlaps = length > size and length % size
     cdef Py_ssize_t pairs = length - length % (2 * size)
-    # A line of the cache that begins in one row and ends in the next is written whole: nothing is slower than half of one.
+    # A cache line that begins in one row and ends in the next is written whole: two halves take as long as many lines.
     cdef bint joined = kind != ANYTHING and column != NULL and stride == length and length % LINE == 0
     cdef number first, second, last = k[CENTRE]
     cdef stored *out = o.out + i
