@@ -45,7 +45,8 @@ def test_the_exit_status_tells_right_from_wrong(files, capsys):
     assert err == ""
     assert diagnose("dx.npy", *GIVEN, "--dgamma", "dgamma.npy", "--dbeta", "dgamma.npy") == 1
     out = capsys.readouterr().out
-    assert out.startswith("dx: ") and "dgamma: correct. dbeta: dgamma and dbeta exchanged" in out
+    assert out.startswith("dx: ")
+    assert "dgamma: correct. dbeta: dgamma and dbeta exchanged" in out
 
 
 def test_members_of_an_npz_and_other_axes(files, capsys):
