@@ -112,8 +112,8 @@ cdef void cut_columns(Work *work, Py_ssize_t size) noexcept nogil:
 cdef void cut_lanes(Work *work, Py_ssize_t size, Py_ssize_t arrays) noexcept nogil:
     cdef Py_ssize_t N = work.N, C = work.C, S = work.S, longest = COPIED if work.selection.copied else BLOCK
     cdef Py_ssize_t together = BLOCK // 4 if IS_DOUBLE else BLOCK
-    cdef Py_ssize_t fit = 2 * CACHE // (5 * N * S * size)
-    work.tile_channels = min(min(TOGETHER, RUN // S), min(C // FEW_TILES, fit))
+    cdef Py_ssize_t held = 2 * CACHE // (5 * N * S * size)       # channels that leave room for the next tile
+    work.tile_channels = min(min(TOGETHER, RUN // S), min(C // FEW_TILES, held))
     if arrays == 3 and 2 * N * S * size <= NEAR and N * S >= RUN // 4:
         work.tile_channels = 1          # x and dy are still in the nearest cache when dx is written
     if S >= longest:
@@ -124,7 +124,7 @@ cdef void cut_lanes(Work *work, Py_ssize_t size, Py_ssize_t arrays) noexcept nog
     work.tiles = ceil_div(C, work.tile_channels)
     work.block_rows = max(1, together // (2 * S) * 2) if work.segments == 1 else 1
     work.by_tile = C >= FEW_TILES or N * S <= BLOCK
-    if work.stream and fit:
+    if work.stream and held:
         work.next_tile = work.tile_channels * S
 
 
