@@ -34,6 +34,7 @@ from .team import Team
 MOST_ERROR = {"float32": 1e-3, "float64": 1e-12, "float16": 2e-3, "bfloat16": 8e-3}
 INSTALLED = "installed"
 VISITS, LEAST_ROUNDS, AGREE = 2, 3, 1.02
+DIGITS = 9  # the clock counts nanoseconds
 
 
 def check(team, case, dtype, which, relu):
@@ -71,7 +72,8 @@ def row_of(case, dtype, which, relu, threads, visits):
     best, median, settled = {}, {}, []
     for name in visits[0]:
         turns = [turn for visit in visits for turn in visit[name]]
-        best[name], median[name] = min(map(min, turns)), statistics.median(itertools.chain(*turns))
+        best[name] = round(min(map(min, turns)), DIGITS)
+        median[name] = round(statistics.median(itertools.chain(*turns)), DIGITS)
         if agree(min(map(min, visit[name])) for visit in visits) if len(visits) > 1 else agree(map(min, turns)):
             settled.append(name)
     limits = [best.pop(name) for name in LIMITS if name in best]
@@ -220,8 +222,9 @@ def main():
     print(text)
     if arguments.output:
         arguments.output.write_text(text)
-        figures = {"machine": machine, "builds": versions, "rows": rows}
-        arguments.output.with_suffix(".json").write_text(json.dumps(figures, indent=1) + "\n")
+        kept = ",\n".join(map(json.dumps, rows))  # a row on a line
+        about = json.dumps({"machine": machine, "builds": versions})
+        arguments.output.with_suffix(".json").write_text(f'{about[:-1]}, "rows": [\n{kept}\n]}}\n')
         if shown:
             report.draw(arguments.output.with_suffix(".png"), rows, shown, facts)
 

@@ -99,6 +99,7 @@ cdef extern from "stored.h" nogil:
     void add_lanes_wide(double *, const wide *) noexcept
     void prefetch(const void *) noexcept
     void prefetch_early(const void *) noexcept
+    void fetch(const stored *, const stored *, bint, Py_ssize_t) noexcept
 
 include "partition.pxi"
 include "channel_formula.pxi"

@@ -147,15 +147,6 @@ cdef inline double values_in(const Work *work, Py_ssize_t first, Py_ssize_t stop
     return (end.before - start.before) + (end.rest - start.rest)
 
 
-cdef inline void fetch(const stored *x, const stored *dy, bint gradient, Py_ssize_t values) noexcept nogil:
-    """Prefetch memory that is needed soon, line by line: no processor predicts several rows at a time, or gaps."""
-    cdef Py_ssize_t i
-    for i from 0 <= i < values by LINE:
-        prefetch_early(x + i)
-        if gradient:
-            prefetch_early(dy + i)
-
-
 cdef void fill_holes(const stored *x, const unsigned char *mask, real instead, Py_ssize_t places, Py_ssize_t ahead,
                      stored *copy) noexcept nogil:
     """A copy with another value in the holes; prefetches what is needed next."""

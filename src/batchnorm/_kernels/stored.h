@@ -31,6 +31,16 @@ enum {
     LINE = 64 / sizeof(stored)      /* values in a cache line */
 };
 
+/* Prefetch memory that is needed soon, line by line: no processor predicts several rows at a time, or gaps. */
+static inline void fetch(const stored *x, const stored *dy, int gradient, ptrdiff_t values)
+{
+    for (ptrdiff_t i = 0; i < values; i += LINE) {
+        prefetch_early(x + i);
+        if (gradient)
+            prefetch_early(dy + i);
+    }
+}
+
 static inline real value_at(const stored *p)
 {
     packed h = {*p};
