@@ -59,9 +59,9 @@ cdef inline number calculated(const Operands *o, bint gradient, int kind, Py_ssi
     cdef number pre, dy, weight, x = load(o.x + i + j, count, k[CENTRE])
     if gradient:
         dy = load(o.dy + i + j, count, k[CENTRE])
-        if kind == ANYTHING and o.act.on:
+        if kind != NOTHING and o.act.on:
             dy = passed(dy, written(x, k, &o.act), &o.act)
-        if kind == ANYTHING and not o.sloped:
+        if kind != NOTHING and not o.sloped:
             x = k[CENTRE]
         if kind == ANYTHING and o.weights != NULL:
             weight = everywhere(o.weights[place], x) if o.places == 1 else column_at(o.weights + place + j, x)
@@ -155,11 +155,16 @@ cdef inline void apply_rows(const Operands *o, bint gradient, int kind, Py_ssize
 cdef inline void apply_rows_of_a_kind(const Operands *o, bint gradient, Py_ssize_t i, Py_ssize_t place,
                                       Py_ssize_t rows, Py_ssize_t stride, Py_ssize_t length, const number *k,
                                       const Row *column, bint stream) noexcept nogil:
-    """Use unrolled loops for y alone and y with an activation, short ones for what is rare or waits for memory."""
+    """Use unrolled loops for y and dx, alone or with an activation, and short ones for what is rare."""
+    cdef Operands relu
     cdef bint selects = o.mask != NULL or o.weights != NULL
-    if number is wide or o.add != NULL or o.closed != NULL or selects or (gradient and o.act.on):
+    if number is wide or o.add != NULL or o.closed != NULL or selects:
         apply_rows(o, gradient, ANYTHING, i, place, rows, stride, length, k, column, stream)
-    elif not gradient and o.act.on:
+    elif o.act.on and is_relu(&o.act):
+        relu = o[0]
+        relu.act = as_relu(o.act)
+        apply_rows(&relu, gradient, ACTIVATION, i, place, rows, stride, length, k, column, stream)
+    elif o.act.on:
         apply_rows(o, gradient, ACTIVATION, i, place, rows, stride, length, k, column, stream)
     else:
         apply_rows(o, gradient, NOTHING, i, place, rows, stride, length, k, column, stream)

@@ -141,6 +141,17 @@ cdef inline number passed(number dy, number pre, const Activation *act) noexcept
     return at_most(everywhere(act.high, pre), pre, none, g) if act.bounded else g
 
 
+cdef inline bint is_relu(const Activation *act) noexcept nogil:
+    """Whether the activation is ReLU, or another that only has a lower bound."""
+    return not act.leaky and not act.bounded
+
+
+cdef inline Activation as_relu(Activation act) noexcept nogil:
+    """The same with literals, so that the loops for ReLU are compiled without the questions of the others."""
+    act.leaky = act.bounded = False
+    return act
+
+
 cdef inline real weighted(real x, real pivot, real weight) noexcept nogil:
     """The term that replaces x − pivot if x has a weight."""
     return weight * (x - pivot)

@@ -207,6 +207,9 @@ cdef void sum_block(const Work *work, const Block *block, const stored *x, const
         sum_block_of(work, block, &summed, False, NULL, pivot, sum1, sum2, zero)
     elif not (gradient and activation.on):
         sum_block_of(work, block, &summed, True, NULL, pivot, sum1, sum2, zero)
+    elif is_relu(activation):
+        act = as_relu(activation[0])
+        sum_block_of(work, block, &summed, True, &act, pivot, sum1, sum2, zero)
     else:
         act = activation[0]
         sum_block_of(work, block, &summed, True, &act, pivot, sum1, sum2, zero)
