@@ -5,8 +5,8 @@ Decisions:
 - They need no kernels of their own. Per channel, a tangent of y is γ·rstd·ẋ plus a multiple of x − μ plus a constant.
   The output of `backward` has the same form, because P, the projection in both, is its own transpose. The gradient of
   dx has one array more, which the kernel adds as a residual.
-- Between passes over memory there are only a few float64 numbers per channel. `_moved`, `_combination` and `_Second`
-  compute them, with each formula written once.
+- Between passes over memory there are only a few float64 numbers per channel. Compiled functions
+  (tangents) and `_Second` compute them, with each formula written once.
 - `through=` switches off the paths through mean and variance, as in `backward`. Without both, statistics are fixed.
 - 16-bit floats are computed in float32, because intermediate results between passes would lose digits.
 """
@@ -23,6 +23,7 @@ from numpy.typing import ArrayLike, NDArray
 from . import _arrays, _kernels, _threads, functional
 from ._arrays import Array, Float, Float_co, Gradient_co, MaybeNone
 from ._kernels import Chosen
+from ._kernels.per_channel import moment_tangents, y_tangent
 from ._kernels.runtime import (
     GAMMA,
     GRADIENT_ROWS,
@@ -36,7 +37,7 @@ from ._kernels.runtime import (
     UPSTREAM_DMEAN,
     UPSTREAM_DVAR,
 )
-from .functional import Saved, Through
+from .functional import THROUGH, Saved, Through
 
 if TYPE_CHECKING:
     from . import _keywords
@@ -47,8 +48,9 @@ Numbers = NDArray[np.float64]
 _SecondNeedName = Literal["dy", "x", "gamma"]
 SecondNeed = _SecondNeedName | tuple[_SecondNeedName, ...] | Collection[_SecondNeedName]
 
-_BOTH: tuple[Literal["mean", "variance"], ...] = ("mean", "variance")
 _SECOND_NEED: tuple[_SecondNeedName, ...] = ("dy", "x", "gamma")
+_NOWHERE: list[Numbers | None] = [None] * 4
+"""Parameters and moments do not move."""
 
 
 class Tangents(NamedTuple, Generic[Float_co]):
@@ -67,42 +69,34 @@ class SecondGradients(NamedTuple, Generic[Gradient_co]):
     gamma: Array | MaybeNone
 
 
-class _Channels(NamedTuple):
-    """The channels of a batch; `mean` and `variance` are 1 if the path through them counts, else 0."""
-
-    n: float  # with weights, their sum
-    gamma: Numbers
-    rstd: Numbers
-    mean: float
-    variance: float
-
-    @classmethod
-    def of(cls, saved: Saved, through: Through) -> _Channels:
-        if through is not _BOTH:
-            through = functional.as_names(through, "through", _BOTH)
-        n, gamma, rstd = float(saved._tally.weight or 1), saved._statistics[GAMMA], saved._statistics[RSTD]
-        return cls(n, gamma, rstd, float("mean" in through), float("variance" in through))
+def _n(saved: Saved) -> float:
+    """n, or with weights their sum; 1 where that is 0."""
+    return (saved._layout.values if saved._counted is None else saved._counted.weight) or 1
 
 
-def _moved(sums: Numbers, channels: _Channels, dmean: Numbers | None, dvar: Numbers | None) -> tuple[Numbers, Numbers]:
-    """μ̇ and σ̇², including the given dmean and dvar."""
-    n, _, _, mean, variance = channels
-    moved_mean = sums[0] / n if mean else np.zeros_like(sums[0])
-    moved_var = sums[1] / (n / 2) if variance else np.zeros_like(sums[1])
-    return (
-        moved_mean if dmean is None else moved_mean + dmean,
-        moved_var if dvar is None else moved_var + dvar,
-    )
+def _of_moments(
+    sums: Numbers, n: float, paths: int, dmean: Numbers | None = None, dvar: Numbers | None = None
+) -> Numbers:
+    """μ̇ and σ̇², including the given dmean and dvar, in place of the sums."""
+    moment_tangents(sums, n, paths)
+    if dmean is not None:
+        sums[0] += dmean
+    if dvar is not None:
+        sums[1] += dvar
+    return sums
 
 
-def _combination(
-    channels: _Channels, dmean: Numbers, dvar: Numbers, dgamma: Numbers | None, dbeta: Numbers | None
-) -> tuple[Numbers, Numbers]:
-    """Slope and offset of ẏ = γ·rstd·ẋ + slope·(x − μ) + offset."""
-    _, gamma, rstd, _, _ = channels
-    slope = (0.0 if dgamma is None else dgamma) * rstd - gamma * rstd**3 * dvar / 2
-    offset = (0.0 if dbeta is None else dbeta) - gamma * rstd * dmean
-    return slope, offset
+def _of_y(saved: Saved, tangents: Numbers, dgamma: Numbers | None, dbeta: Numbers | None) -> Numbers:
+    """Slope and offset of ẏ = γ·rstd·ẋ + slope·(x − μ) + offset, with μ̇ and σ̇² in `tangents`."""
+    along = np.empty(tangents.shape)
+    y_tangent(saved._statistics, tangents, along, dgamma, dbeta)
+    return along
+
+
+def _scale(saved: Saved) -> Numbers:
+    """γ·rstd"""
+    scale: Numbers = saved._statistics[GAMMA] * saved._statistics[RSTD]
+    return scale
 
 
 class _Second(NamedTuple):
@@ -115,8 +109,9 @@ class _Second(NamedTuple):
     offset: Numbers
 
     @classmethod
-    def of(cls, sums: Numbers, channels: _Channels, ddgamma: Numbers | None) -> _Second:
-        n, gamma, rstd, mean, variance = channels
+    def of(cls, sums: Numbers, saved: Saved, paths: int, ddgamma: Numbers | None) -> _Second:
+        n, gamma, rstd = _n(saved), saved._statistics[GAMMA], saved._statistics[RSTD]
+        mean, variance = bool(paths & THROUGH_MEAN), bool(paths & THROUGH_VARIANCE)  # numbers: 0 without the path
         a = 0.0 if ddgamma is None else ddgamma
         mean_ddx, mean_ddx_xhat = sums[0] / n, rstd * sums[1] / n
         dbeta, dgamma, product = sums[2], rstd * sums[3], sums[4]
@@ -236,7 +231,7 @@ def check(
 
 
 def _check_sums(sums: Numbers, rows: int, channels: int) -> Numbers:
-    array = np.asarray(sums)
+    array = np.array(sums, order="C")  # a copy, which may be changed
     if array.shape != (rows, channels) or array.dtype != np.float64:
         raise ValueError(f"sums must be float64 of shape ({rows}, {channels}), got {array.dtype} {array.shape}")
     return array
@@ -288,7 +283,7 @@ def jvp(
     dmean: ArrayLike | None = None,
     dvar: ArrayLike | None = None,
     dadd: ArrayLike | None = None,
-    through: Through = _BOTH,
+    through: Through = THROUGH,
     sums: Numbers | None = None,
     out: NDArray[Float] | None = None,
     num_threads: int | None = None,
@@ -354,46 +349,35 @@ def jvp(
     >>> bool(np.isclose((dy * tangents.dy).sum(), (bn.backward(dy, saved).dx * dx).sum()))
     True
     """
-    numbers = {"dgamma": dgamma, "dbeta": dbeta, "dmean": dmean, "dvar": dvar}
-    *along, move_mean, move_var = check(saved, {"dx": dx}, numbers, {"dadd": dadd}, out)
-    moments, channels = (move_mean, move_var), _Channels.of(saved, through)
-    selection, C = saved._selection, saved._layout.view[1]
-    if sums is None and dadd is None and (selection is None or selection.weights is None) and saved.x.size:
-        dy, moved = _projected(dx, saved, channels, moments, along, out, num_threads)
+    _check_saved(saved)
+    selection, C, n, paths = saved._selection, saved._layout.view[1], _n(saved), functional.paths_through(through)
+    given = dgamma is not None or dbeta is not None or dmean is not None or dvar is not None
+    numbers = per_channel(C, dgamma=dgamma, dbeta=dbeta, dmean=dmean, dvar=dvar) if given else _NOWHERE
+    of_gamma, of_beta, of_mean, of_var = numbers
+    dy: Any
+    if sums is None and dadd is None and (selection is None or selection.weights is None):
+        table = np.empty((GRADIENT_ROWS, C))
+        if given:
+            slope, offset = _of_y(saved, _of_moments(np.zeros((2, C)), n, 0, of_mean, of_var), of_gamma, of_beta)
+            table[UPSTREAM_DMEAN], table[UPSTREAM_DVAR] = n * offset, n * slope / 2
+            paths |= UPSTREAM
+        alone = functional.normalization_of(saved)
+        dy = functional.gradients_of(dx, alone, paths, ("dx",), table, out, num_threads, named="dx").dx
+        tangents = _of_moments(table[SUM_DY : SUM_DY_XMU + 1], n, paths, of_mean, of_var)
     else:
+        check(saved, {"dx": dx}, {}, {"dadd": dadd}, out)
         passes = _Passes(saved, num_threads)
         sums = tangent_sums(dx, saved, num_threads=num_threads) if sums is None else _check_sums(sums, 2, C)
-        moved = _moved(sums, channels, *moments)
-        dy = passes.combined(
-            passes.like_x(dx, "dx"), channels.gamma * channels.rstd, *_combination(channels, *moved, *along)
-        )
+        tangents = _of_moments(sums, n, paths, of_mean, of_var)
+        dy = passes.combined(passes.like_x(dx, "dx"), _scale(saved), *_of_y(saved, tangents, of_gamma, of_beta))
         if dadd is not None:
             passes.add(dy, np.ones(C), passes.like_x(dadd, "dadd"))
         dy = passes.finished(dy)
-    finished: NDArray[Any] = functional.upstream(dy, saved)
-    return Tangents(finished if out is None or finished is out else _arrays.deliver(finished, out), *moved)
-
-
-def _projected(
-    dx: ArrayLike,
-    saved: Saved,
-    channels: _Channels,
-    moments: tuple[Numbers | None, Numbers | None],
-    along: list[Numbers | None],
-    out: Array | None,
-    num_threads: int | None,
-) -> tuple[Array, tuple[Numbers, Numbers]]:
-    """The tangent of the normalization, by the pass of `backward`, and those of the moments."""
-    C, n = saved._layout.view[1], channels.n
-    table = np.empty((GRADIENT_ROWS, C))
-    paths = THROUGH_MEAN * bool(channels.mean) | THROUGH_VARIANCE * bool(channels.variance)
-    if any(value is not None for value in (*along, *moments)):
-        slope, offset = _combination(channels, *_moved(np.zeros((2, C)), channels, *moments), *along)
-        table[UPSTREAM_DMEAN], table[UPSTREAM_DVAR] = n * offset, n * slope / 2
-        paths |= UPSTREAM
-    alone = functional.normalization_of(saved)
-    dy: Any = functional.gradients_of(dx, alone, paths, ("dx",), table, out, num_threads).dx
-    return dy, _moved(table[SUM_DY : SUM_DY_XMU + 1], channels, *moments)
+    if saved._limits is not None:
+        dy = functional.upstream(dy, saved)
+    if out is not None and dy is not out:
+        dy = _arrays.deliver(dy, out)
+    return tuple.__new__(Tangents, (dy, tangents[0], tangents[1]))  # takes half as long as Tangents(…)
 
 
 def second_sums(ddx: ArrayLike, dy: ArrayLike, saved: Saved, *, num_threads: int | None = None) -> Numbers:
@@ -463,7 +447,7 @@ def double_backward(
     ddgamma: ArrayLike | None = None,
     ddbeta: ArrayLike | None = None,
     ddadd: ArrayLike | None = None,
-    through: Through = _BOTH,
+    through: Through = THROUGH,
     need: SecondNeed = _SECOND_NEED,
     sums: Numbers | None = None,
     num_threads: int | None = None,
@@ -529,15 +513,15 @@ def double_backward(
     True
     """
     a, b = check(saved, {"ddx": ddx, "dy": dy}, {"ddgamma": ddgamma, "ddbeta": ddbeta}, {"ddadd": ddadd})
-    C, channels, passes = saved._layout.view[1], _Channels.of(saved, through), _Passes(saved, num_threads)
+    C, paths, passes = saved._layout.view[1], functional.paths_through(through), _Passes(saved, num_threads)
     u, dy = passes.like_x(ddx, "ddx"), passes.like_x(functional.upstream(dy, saved), "dy")
     need = functional.as_names(need, "need", _SECOND_NEED)
     sums = _second_sums(passes, u, dy) if sums is None else _check_sums(sums, 5, C)
-    second = _Second.of(sums, channels, a)
+    second = _Second.of(sums, saved, paths, a)
     g_dy = g_x = g_gamma = None
     if "dy" in need:
-        along = _combination(channels, *_moved(sums[:2], channels, None, None), a, b)
-        g_dy = passes.combined(u, channels.gamma * channels.rstd, *along)
+        along = _of_y(saved, _of_moments(sums[:2].copy(), _n(saved), paths), a, b)
+        g_dy = passes.combined(u, _scale(saved), *along)
         if ddadd is not None:
             passes.add(g_dy, np.ones(C), passes.like_x(ddadd, "ddadd"))
         g_dy = functional.upstream(passes.finished(g_dy), saved)

@@ -59,7 +59,7 @@ InferenceNeed = _InferenceNeedName | tuple[_InferenceNeedName, ...] | Collection
 
 NEED: tuple[_NeedName, ...] = ("dx", "dgamma", "dbeta")
 _INFERENCE_NEED = (*NEED, "dadd", "dmean", "dvar")
-_THROUGH: tuple[_ThroughName, ...] = ("mean", "variance")
+THROUGH: tuple[_ThroughName, ...] = ("mean", "variance")
 _NOTHING: After = None, None, None
 """After the normalization: no activation, no residual."""
 
@@ -267,9 +267,18 @@ def as_names(names: Any, argument: str, known: tuple[str, ...]) -> Collection[An
     return names
 
 
-def like_x(dy: ArrayLike, saved: Saved) -> Array:
+def paths_through(through: Through) -> int:
+    """The statistics through which a derivative passes, as the kernels' bits."""
+    if through is THROUGH:
+        return THROUGH_MEAN | THROUGH_VARIANCE
+    if type(through) is not tuple or len(through) != through.count("mean") + through.count("variance"):
+        through = as_names(through, "through", THROUGH)
+    return THROUGH_MEAN * ("mean" in through) | THROUGH_VARIANCE * ("variance" in through)
+
+
+def like_x(dy: ArrayLike, saved: Saved, name: str = "dy") -> Array:
     """dy as an array; it must have x's shape and dtype."""
-    return _arrays.as_like(dy, "dy", saved._layout.shape, saved._dtypes[0])
+    return _arrays.as_like(dy, name, saved._layout.shape, saved._dtypes[0])
 
 
 @overload
@@ -511,7 +520,7 @@ def backward(
     dy: ArrayLike,
     saved: Saved,
     *,
-    through: Through = _THROUGH,
+    through: Through = THROUGH,
     dmean: ArrayLike | None = None,
     dvar: ArrayLike | None = None,
     sums: GradientSums | None = None,
@@ -604,11 +613,7 @@ def backward(
         raise TypeError(f"saved must be what forward returned, got {type(saved).__name__}")
     channels = saved._layout.view[1]
     table = np.empty((GRADIENT_ROWS, channels))
-    paths = THROUGH_MEAN | THROUGH_VARIANCE
-    if through is not _THROUGH:
-        if type(through) is not tuple or len(through) != through.count("mean") + through.count("variance"):
-            through = as_names(through, "through", _THROUGH)
-        paths = THROUGH_MEAN * ("mean" in through) | THROUGH_VARIANCE * ("variance" in through)
+    paths = paths_through(through)
     if dmean is not None or dvar is not None:
         paths |= UPSTREAM
         table[UPSTREAM_DMEAN] = 0 if dmean is None else _arrays.as_channels(dmean, "dmean", channels)
@@ -631,11 +636,11 @@ def _check_sums(sums: GradientSums, saved: Saved) -> None:
         raise ValueError(f"sums must cover all values that were normalized, at least {wanted}, got {sums.count}")
 
 
-def _check_out(out: Array, need: Collection[str], x: Array, dy: Array) -> None:
+def _check_out(out: Array, need: Collection[str], x: Array, dy: Array, named: str = "dy") -> None:
     if "dx" not in need:
         raise ValueError(f"out is for dx, so need must contain 'dx', got {need!r}")
     _arrays.check_out(out, x.shape, x.dtype)
-    _arrays.check_overlap(out, {"x": x, "dy": dy}, ("dy",))
+    _arrays.check_overlap(out, {"x": x, named: dy}, (named,))
 
 
 def check_backward(dy: ArrayLike, saved: Saved, need: Collection[str], out: Array | None) -> None:
@@ -654,14 +659,15 @@ def gradients_of(
     out: Array | None,
     num_threads: int | None,
     summed: bool = False,
+    named: str = "dy",
 ) -> Gradients:
     """The requested gradients; the table, which may already hold the sums, gets every gradient per channel."""
     x, layout, statistics, selection = saved._unchanged_x(), saved._layout, saved._statistics, saved._selection
     dtype, gamma_dtype, beta_dtype = saved._dtypes
-    dy, size = like_x(dy, saved), x.size
+    dy, size = like_x(dy, saved, named), x.size
     threads = _threads.threads_for(size, num_threads)
     if out is not None:
-        _check_out(out, need, x, dy)
+        _check_out(out, need, x, dy, named)
     limits, dadd, chosen = saved._limits, None, None
     n: float = layout.values
     if saved._counted is not None:

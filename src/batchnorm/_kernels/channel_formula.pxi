@@ -71,6 +71,26 @@ cdef inline double slope_of(double dvar, double n) noexcept nogil:
     return 2 * dvar / n
 
 
+cdef inline double tangent_mean_of(double sum_dx, double n) noexcept nogil:
+    """The tangent of the mean along dx: Σdx/n"""
+    return sum_dx / n
+
+
+cdef inline double tangent_var_of(double sum_dx_xmu, double n) noexcept nogil:
+    """The tangent of the variance along dx: 2·Σdx·(x − mean)/n"""
+    return 2 * sum_dx_xmu / n
+
+
+cdef inline double tangent_slope_of(double gamma, double rstd, double dgamma, double dvar) noexcept nogil:
+    """The factor of x − mean in the tangent of y = gamma·(x − mean)·rstd + beta."""
+    return dgamma * rstd - 0.5 * scale_of(gamma, rstd) * (rstd * rstd) * dvar
+
+
+cdef inline double tangent_offset_of(double scale, double dbeta, double dmean) noexcept nogil:
+    """The rest of it, besides scale·dx."""
+    return dbeta - scale * dmean
+
+
 cdef inline double followed(double running, double batch, double momentum) noexcept nogil:
     """r ← (1 − momentum)·r + momentum·batch"""
     return (1 - momentum) * running + momentum * batch

@@ -8,7 +8,7 @@ from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 from batchnorm._kernels.runtime cimport (
     BETA, DGAMMA, DMEAN, DVAR, GAMMA, GRADIENT_ROWS, HEAD, M2, MEAN, MEAN_LOW, RSTD, STATISTICS_ROWS, STATUS, SUM_DY,
-    SUM_DY_XMU, VALUES, VAR, WEIGHT)
+    SUM_DY_XMU, THROUGH_MEAN, THROUGH_VARIANCE, VALUES, VAR, WEIGHT)
 
 include "channel_formula.pxi"
 
@@ -168,6 +168,29 @@ def channel_gradients(statistics, gradients, dgamma=None, dbeta=None):
         g[DMEAN * C + c] = dmean_of(scale, g[SUM_DY * C + c])
         g[DVAR * C + c] = dvar_of(scale, s[RSTD * C + c], g[DGAMMA * C + c])
     take_parameters(g, dgamma, dbeta, C)
+
+
+def moment_tangents(sums, double n, int through):
+    """Turn the sums of dx and of dx·(x − mean), in place, into the tangents of mean and var; 0 without a path."""
+    cdef Py_ssize_t c, C = sums.shape[1]
+    cdef double *t = borrow("sums", sums, 2, C)
+    for c in range(C):
+        t[c] = tangent_mean_of(t[c], n) if through & THROUGH_MEAN else 0
+        t[C + c] = tangent_var_of(t[C + c], n) if through & THROUGH_VARIANCE else 0
+
+
+def y_tangent(statistics, tangents, along, dgamma=None, dbeta=None):
+    """Write slope and offset of the tangent of y, gamma·rstd·dx + slope·(x − mean) + offset, from the other tangents."""
+    cdef Py_ssize_t c, C = tangents.shape[1]
+    cdef const double *s = borrow("statistics", statistics, STATISTICS_ROWS, C)
+    cdef const double *t = borrow("tangents", tangents, 2, C)
+    cdef double *slope = borrow("along", along, 2, C)
+    cdef double *offset = slope + C
+    fill_row(slope, dgamma, C, 0)
+    fill_row(offset, dbeta, C, 0)
+    for c in range(C):
+        slope[c] = tangent_slope_of(s[GAMMA * C + c], s[RSTD * C + c], slope[c], t[C + c])
+        offset[c] = tangent_offset_of(scale_of(s[GAMMA * C + c], s[RSTD * C + c]), offset[c], t[c])
 
 
 cdef void merge_rows(double *s, double count, const double *o, double other_count, Py_ssize_t C) noexcept nogil:
