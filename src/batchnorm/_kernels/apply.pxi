@@ -152,26 +152,8 @@ cdef inline void apply_rows(const Operands *o, bint gradient, int kind, Py_ssize
         place += o.places
 
 
-cdef inline void apply_rows_of_a_kind(const Operands *o, bint gradient, Py_ssize_t i, Py_ssize_t place,
-                                      Py_ssize_t rows, Py_ssize_t stride, Py_ssize_t length, const number *k,
-                                      const Row *column, bint stream) noexcept nogil:
-    """Use unrolled loops for y and dx, alone or with an activation, and short ones for what is rare."""
-    cdef Operands relu
-    cdef bint selects = o.mask != NULL or o.weights != NULL
-    if number is wide or o.add != NULL or o.closed != NULL or selects:
-        apply_rows(o, gradient, ANYTHING, i, place, rows, stride, length, k, column, stream)
-    elif o.act.on and is_relu(&o.act):
-        relu = o[0]
-        relu.act = as_relu(o.act)
-        apply_rows(&relu, gradient, ACTIVATION, i, place, rows, stride, length, k, column, stream)
-    elif o.act.on:
-        apply_rows(o, gradient, ACTIVATION, i, place, rows, stride, length, k, column, stream)
-    else:
-        apply_rows(o, gradient, NOTHING, i, place, rows, stride, length, k, column, stream)
-
-
-cdef inline void apply_columns(const Work *work, const Block *block, Operands *o, bint gradient, bint stream,
-                               const double *value) noexcept nogil:
+cdef inline void apply_columns(const Work *work, const Block *block, const Operands *o, bint gradient, int kind,
+                               bint stream, const double *value) noexcept nogil:
     """Write the rows of the block, `group` of them side by side as one, with coefficients spread over the columns."""
     cdef Row column[COEFFICIENTS]
     cdef vec k[COEFFICIENTS]
@@ -188,13 +170,13 @@ cdef inline void apply_columns(const Work *work, const Block *block, Operands *o
             if rests:       # rows that do not fill a group, as one shorter row
                 first += rows * work.group * block.stride
                 rows, width = rest > 0, rest * length
-            apply_rows_of_a_kind(o, gradient, first, part.place, rows, block.stride * work.group, width, k, column,
-                                 stream)
+            apply_rows(o, gradient, kind, first, part.place, rows, block.stride * work.group, width, k, column, stream)
     blank_rows(work, block, o.fill, o.out + block.first, stream)
 
 
-cdef inline void apply_channel(const Operands *o, bint gradient, bint stream, Py_ssize_t at, const Block *rows,
-                               Py_ssize_t length, const double *value, Py_ssize_t C, number zero) noexcept nogil:
+cdef inline void apply_channel(const Operands *o, bint gradient, int kind, bint stream, Py_ssize_t at,
+                               Py_ssize_t place, Py_ssize_t stride, Py_ssize_t length, const double *value,
+                               Py_ssize_t C, number zero) noexcept nogil:
     """Write a row of one channel."""
     cdef number k[COEFFICIENTS]
     k[CENTRE] = same(value[CENTRE * C], zero)
@@ -202,19 +184,24 @@ cdef inline void apply_channel(const Operands *o, bint gradient, bint stream, Py
     k[SHIFT] = same(value[SHIFT * C], zero)
     k[SLOPE] = same(value[SLOPE * C] if gradient else 0, zero)
     k[OFFSET] = same(value[OFFSET * C] if gradient else 0, zero)
-    apply_rows_of_a_kind(o, gradient, at, rows.place, rows.rows, rows.stride, length, k, NULL, stream)
+    apply_rows(o, gradient, kind, at, place, 1, stride, length, k, NULL, stream)
 
 
-cdef inline void apply_channels(const Work *work, const Block *block, Operands *o, bint gradient, bint stream,
-                                const double *value, bint fit) noexcept nogil:
+cdef void apply_channel_in_float64(const Operands *o, bint gradient, Py_ssize_t at, Py_ssize_t place,
+                                   Py_ssize_t stride, Py_ssize_t length, const double *value,
+                                   Py_ssize_t C) noexcept nogil:
+    """The same in float64; not inline, because it is rare."""
+    apply_channel(o, gradient, ANYTHING, False, at, place, stride, length, value, C, same_wide(0))
+
+
+cdef inline void apply_channels(const Work *work, const Block *block, Operands *o, bint gradient, int kind,
+                                bint stream, const double *value, bint fit) noexcept nogil:
     """Write a row of each channel, then their next rows: in memory order."""
     cdef const Py_ssize_t *lengths
-    cdef Block rows = block[0]
-    cdef Py_ssize_t r, c, at, length, C = work.C
-    rows.rows = 1
+    cdef Py_ssize_t r, c, at, place, length, C = work.C
     for r in range(block.rows):
-        rows.place = block.place + r * block.run
-        lengths = lengths_at(work, rows.place)
+        place = block.place + r * block.run
+        lengths = lengths_at(work, place)
         length = length_in(lengths, block.start, block.run)
         for c in range(block.channels):
             at = block.first + r * block.stride + c * block.run
@@ -223,14 +210,22 @@ cdef inline void apply_channels(const Work *work, const Block *block, Operands *
             elif work.next_tile:
                 fetch(o.x + at + work.next_tile, o.dy + at + work.next_tile, gradient, length)
             if IS_DOUBLE or fit or all_fit(value + c, C, 1, gradient):
-                apply_channel(o, gradient, stream, at, &rows, length, value + c, C, same_vec(0))
+                apply_channel(o, gradient, kind, stream, at, place, block.stride, length, value + c, C, same_vec(0))
             else:
                 o.act.in_steps = gradient and all_fit(value + c, C, 1, False)
-                apply_channel(o, gradient, False, at, &rows, length, value + c, C, same_wide(0))
+                apply_channel_in_float64(o, gradient, at, place, block.stride, length, value + c, C)
             if lengths != NULL:
                 put(o.out + at + length, block.run - length, o.fill, stream)
     if work.S == 1:
         blank_rows(work, block, o.fill, o.out + block.first, stream)
+
+
+cdef inline void apply_kind(const Work *work, const Block *block, Operands *o, bint gradient, int kind, bint stream,
+                            const double *value, bint fit) noexcept nogil:
+    if work.columns and fit:
+        apply_columns(work, block, o, gradient, kind, stream, value)
+    else:
+        apply_channels(work, block, o, gradient, kind, stream, value, fit)
 
 
 cdef inline void write_block(const Work *work, Py_ssize_t tile, Py_ssize_t b, const stored *x, const stored *dy,
@@ -244,10 +239,16 @@ cdef inline void write_block(const Work *work, Py_ssize_t tile, Py_ssize_t b, co
     o.mask = work.selection.mask if work.S > 1 else NULL
     o.weights = <const real *> work.selection.weights if gradient else NULL
     o.places, o.fill = work.S, fill
-    if work.columns and fit:
-        apply_columns(work, &block, &o, gradient, stream, value)
+    # Unrolled loops for y and dx, alone or with an activation, and short ones for what is rare.
+    if o.add != NULL or o.closed != NULL or o.mask != NULL or o.weights != NULL:
+        apply_kind(work, &block, &o, gradient, ANYTHING, stream, value, fit)
+    elif not o.act.on:
+        apply_kind(work, &block, &o, gradient, NOTHING, stream, value, fit)
+    elif is_relu(&o.act):
+        o.act = as_relu(o.act)
+        apply_kind(work, &block, &o, gradient, ACTIVATION, stream, value, fit)
     else:
-        apply_channels(work, &block, &o, gradient, stream, value, fit)
+        apply_kind(work, &block, &o, gradient, ACTIVATION, stream, value, fit)
     if stream:
         finish_streaming()
 
