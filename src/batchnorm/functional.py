@@ -439,7 +439,7 @@ def forward(
             chosen = selection.chosen(_arrays.as_number(fill, "fill"))
     if moments is not None:
         counted = moments._tally
-        per_channel.fix_statistics(
+        _kernels.float64.fix_statistics(
             statistics, channels, moments.mean, moments.m2, gamma, beta, eps, moments.mean_low, moments.weight or 1
         )
         if size:
@@ -920,7 +920,7 @@ def table_of(
     gamma = None if gamma is None else _arrays.as_channels(gamma, "gamma", channels, layout)
     beta = None if beta is None else _arrays.as_channels(beta, "beta", channels, layout)
     statistics = np.empty((STATISTICS_ROWS, channels))
-    negative = per_channel.fix_statistics(statistics, channels, mean, var, gamma, beta, _arrays.as_eps(eps))
+    negative = _kernels.float64.fix_statistics(statistics, channels, mean, var, gamma, beta, _arrays.as_eps(eps))
     if negative >= 0:
         swapped = "; are mean and var swapped?" if (np.asarray(mean) >= 0).all() else ""
         raise ValueError(f"var must not be negative, got {var[negative]} in channel {negative}{swapped}")

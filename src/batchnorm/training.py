@@ -22,10 +22,9 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from . import _arrays, functional
+from . import _arrays, _kernels, functional
 from ._activation import Activation
 from ._arrays import Array, Layout
-from ._kernels import per_channel
 from ._kernels.runtime import M2, MEAN, MEAN_LOW, STATISTICS_ROWS, VAR
 from ._selection import Tally, by_sample, selection_of
 from ._state import State
@@ -93,7 +92,7 @@ def _as_bounds(renorm: Any) -> tuple[float, float]:
 def statistics_of(moments: Moments, eps: float) -> Numbers:
     """The table of merged moments, as `forward` leaves it."""
     table = np.empty((STATISTICS_ROWS, moments.mean.size))
-    per_channel.fix_statistics(
+    _kernels.float64.fix_statistics(
         table, moments.mean.size, moments.mean, moments.m2, None, None, eps, moments.mean_low, moments.weight or 1
     )
     return table

@@ -22,7 +22,7 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -60,10 +60,13 @@ with _short_waits():
     from . import runtime
 
 if TYPE_CHECKING:
-    from .kernels import Kernels
+    from .kernels import Float64Kernels, Kernels
 
 level: str
 """The level in use."""
+
+float64: "Float64Kernels"
+"""Its kernels for float64, which also fill the tables for data of other types."""
 
 NAMES = {"f": "float32", "d": "float64", "e": "float16", "E": "bfloat16"}
 """The names of the data types, by NumPy's character for them (`dtype.char`)."""
@@ -99,7 +102,7 @@ def chosen_level() -> str:
 
 def use(name: str) -> None:
     """Use the kernels of this level from now on."""
-    global level
+    global level, float64
     if name not in runtime.built():
         raise ImportError(f"the kernel level must be one of {', '.join(runtime.built())} (built here), got {name!r}")
     if name not in runtime.supported():
@@ -108,6 +111,7 @@ def use(name: str) -> None:
     of_type.clear()
     for char in "fd":  # load these now, so that a broken build shows at once
         of_type[char]
+    float64 = cast("Float64Kernels", of_type["d"])
 
 
 use(chosen_level())

@@ -6,3 +6,23 @@ ctypedef double real
 ctypedef real stored
 
 include "kernels.pxi"
+
+from batchnorm._kernels.per_channel cimport fill_row
+
+
+def fix_statistics(statistics, Py_ssize_t channels, mean, m2, gamma, beta, double eps, mean_low=None, double count=1):
+    """Fill the table with given statistics, with var = m2/count; return the first channel with negative m2, or -1.
+
+    The table is float64 for data of any type. This stands here because roots take half the time at a higher level.
+    """
+    cdef Py_ssize_t c, C = channels
+    cdef double *s = borrow("statistics", statistics, STATISTICS_ROWS, C)
+    fill_row(s + MEAN * C, mean, C, 0)
+    fill_row(s + MEAN_LOW * C, mean_low, C, 0)
+    fill_row(s + M2 * C, m2, C, 0)
+    set_parameters(s, gamma, beta, C)
+    for c in range(C):
+        if s[M2 * C + c] < 0:
+            return c
+    set_rstd(s, C, C, count, eps)
+    return -1

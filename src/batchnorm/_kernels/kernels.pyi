@@ -108,3 +108,17 @@ class Kernels(Protocol):
     def partition(
         self, N: int, C: int, S: int, arrays: int, ordered: bool, selected: bool = False, copied: bool = False
     ) -> list[tuple[int, int, int, int, int, int]]: ...
+
+class Float64Kernels(Kernels, Protocol):
+    def fix_statistics(
+        self,
+        statistics: Table,
+        channels: int,
+        mean: PerChannel,
+        m2: PerChannel,
+        gamma: PerChannel | None,
+        beta: PerChannel | None,
+        eps: float,
+        mean_low: PerChannel | None = None,
+        count: float = 1,
+    ) -> int: ...

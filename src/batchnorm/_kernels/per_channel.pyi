@@ -7,17 +7,6 @@ from .kernels import PerChannel, Table
 
 Packet = NDArray[np.float64]
 
-def fix_statistics(
-    statistics: Table,
-    channels: int,
-    mean: PerChannel,
-    m2: PerChannel,
-    gamma: PerChannel | None,
-    beta: PerChannel | None,
-    eps: float,
-    mean_low: PerChannel | None = None,
-    count: float = 1,
-) -> int: ...
 def channel_gradients(
     statistics: Table, gradients: Table, dgamma: PerChannel | None = None, dbeta: PerChannel | None = None
 ) -> None: ...

@@ -141,21 +141,6 @@ cdef int set_parameters(double *s, gamma, beta, Py_ssize_t C) except -1:
     return fill_row(s + BETA * C, beta, C, 0)
 
 
-def fix_statistics(statistics, Py_ssize_t channels, mean, m2, gamma, beta, double eps, mean_low=None, double count=1):
-    """Fill the table with given statistics, with var = m2/count; return the first channel with negative m2, or -1."""
-    cdef Py_ssize_t c, C = channels
-    cdef double *s = borrow("statistics", statistics, STATISTICS_ROWS, C)
-    fill_row(s + MEAN * C, mean, C, 0)
-    fill_row(s + MEAN_LOW * C, mean_low, C, 0)
-    fill_row(s + M2 * C, m2, C, 0)
-    set_parameters(s, gamma, beta, C)
-    for c in range(C):
-        if s[M2 * C + c] < 0:
-            return c
-    set_rstd(s, C, C, count, eps)
-    return -1
-
-
 def channel_gradients(statistics, gradients, dgamma=None, dbeta=None):
     """Compute dgamma, dmean and dvar from the sums in `gradients`, and write dgamma and dbeta if given."""
     cdef Py_ssize_t c, C = gradients.shape[1]
