@@ -116,8 +116,14 @@ cdef inline void apply_rows(const Operands *o, bint gradient, int kind, Py_ssize
             if not joined:              # stores through the cache delay those after them
                 prefetch(out + stop)
                 prefetch(out + stride)
-            for j from start <= j < stop by size:
-                stream_vec(out + j, applied(o, gradient, kind, i, j, size, notes, place, k, column))
+            if LINE == size:
+                for j from start <= j < stop by size:
+                    stream_vec(out + j, applied(o, gradient, kind, i, j, size, notes, place, k, column))
+            else:
+                for j from start <= j < stop by 2 * size:
+                    first = applied(o, gradient, kind, i, j, size, notes, place, k, column)
+                    second = applied(o, gradient, kind, i, j + size, size, notes, place, k, column)
+                    stream_two(out + j, first, second)
             j = 0 if start and not (joined and r) else stop
             while j < length:       # before the first whole line and after the last
                 count = min(size, (start if j < start else length) - j)
@@ -138,8 +144,7 @@ cdef inline void apply_rows(const Operands *o, bint gradient, int kind, Py_ssize
             for j from 0 <= j < pairs by 2 * size:
                 first = applied(o, gradient, kind, i, j, size, notes, place, k, column)
                 second = applied(o, gradient, kind, i, j + size, size, notes, place, k, column)
-                write(out + j, first, size)
-                write(out + j + size, second, size)
+                write_two(out + j, first, second)
             if pairs < whole:
                 write(out + pairs, applied(o, gradient, kind, i, pairs, size, notes, place, k, column), size)
             if overlaps:

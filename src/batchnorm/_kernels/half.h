@@ -23,11 +23,16 @@ static inline bits chosen(mask condition, bits a, bits b)
 
 #if BATCHNORM_BFLOAT16
 
+typedef uint16_t words __attribute__((vector_size(BYTES)));
+
 /* GCC 12 uses five instructions for each of these conversions; the processor needs one or two. */
 static inline vec unpacked(packed h)
 {
 #if defined(__AVX512F__)
-    return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)h), 16);
+    words place;
+    for (int i = 0; i < 2 * VEC; i++)
+        place[i] = i / 2;
+    return (vec)_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, (__m512i)place, _mm512_castsi256_si512((__m256i)h));
 #elif defined(__AVX2__)
     const __m256i high = _mm256_setr_epi8(-1, -1, 0, 1, -1, -1, 2, 3, -1, -1, 4, 5, -1, -1, 6, 7, -1, -1, 8, 9, -1, -1, 10,
                                           11, -1, -1, 12, 13, -1, -1, 14, 15);
@@ -54,6 +59,24 @@ static inline packed pack(vec v)
     bits b = (bits)v;
     return shortened((b + 0x7fff + (b >> 16 & 1)) >> 16);
 }
+
+#if defined(__AVX512F__)
+#define PACKS_TWO 1
+
+/* The same for two vectors at once, in half the instructions: the upper halves go up by 1 where the lower ones are more
+ * than half of that, or half of it beside an odd upper half. */
+static inline words pack_two(vec first, vec second)
+{
+    words lower, upper;
+    for (int i = 0; i < 2 * VEC; i++) {
+        lower[i] = 2 * i;
+        upper[i] = 2 * i + 1;
+    }
+    lower = (words)_mm512_permutex2var_epi16((__m512i)first, (__m512i)lower, (__m512i)second);
+    upper = (words)_mm512_permutex2var_epi16((__m512i)first, (__m512i)upper, (__m512i)second);
+    return upper - (words)(lower > 0x8000 - (upper & 1));
+}
+#endif
 
 #elif BATCHNORM_FLOAT16 && defined(__AVX512F__)
 

@@ -70,10 +70,12 @@ cdef extern from "stored.h" nogil:
     vec counted_vec(const unsigned char *, vec, vec) noexcept
     wide counted_wide(const unsigned char *, wide, wide) noexcept
     void store_vec(stored *, vec) noexcept
+    void store_two(stored *, vec, vec) noexcept
     void store_wide(stored *, wide, Py_ssize_t) noexcept
     void store_first(stored *, vec, Py_ssize_t) noexcept
     void store_each(stored *, vec, Py_ssize_t) noexcept
     void stream_vec(stored *, vec) noexcept
+    void stream_two(stored *, vec, vec) noexcept
     void finish_streaming() noexcept
     Py_ssize_t to_line(const stored *) noexcept
     double plain(double) noexcept

@@ -66,6 +66,17 @@ static inline void store_vec(stored *p, vec v)
     memcpy(p, &h, sizeof h);
 }
 
+static inline void store_two(stored *p, vec first, vec second)
+{
+#if PACKS_TWO
+    words h = pack_two(first, second);
+    memcpy(p, &h, sizeof h);
+#else
+    store_vec(p, first);
+    store_vec(p + VEC, second);
+#endif
+}
+
 /* All bits for the first `count` lanes, at COUNTED + VEC - count. */
 #if BATCHNORM_SINGLE
 static const int32_t COUNTED[2 * VEC] = {[0 ... VEC - 1] = -1};
@@ -222,6 +233,16 @@ static inline void stream_vec(stored *p, vec v)
         _mm_stream_ps((float *)p + 4 * i, piece[i]);
 }
 
+static inline void stream_two(stored *p, vec first, vec second)
+{
+#if PACKS_TWO
+    _mm512_stream_si512((void *)p, (__m512i)pack_two(first, second));
+#else
+    stream_vec(p, first);
+    stream_vec(p + VEC, second);
+#endif
+}
+
 /* Needed before another thread may read what was streamed. */
 static inline void finish_streaming(void)
 {
@@ -233,6 +254,11 @@ static inline void finish_streaming(void)
 static inline void stream_vec(stored *p, vec v)
 {
     store_vec(p, v);
+}
+
+static inline void stream_two(stored *p, vec first, vec second)
+{
+    store_two(p, first, second);
 }
 
 static inline void finish_streaming(void)
