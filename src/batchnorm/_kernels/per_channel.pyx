@@ -53,7 +53,7 @@ cdef int set_selection(Selection *chosen, selection, Py_ssize_t places, Py_ssize
                                                             sizeof(Py_ssize_t), False)
     if weights is not None:
         chosen.weights = borrow_values("weights", weights, places + room, itemsize, False)
-    chosen.on, chosen.copied = True, weights is not None or mask is not None
+    chosen.on, chosen.copied = True, weights is not None or (mask is not None and S == 1)
     return 0
 
 

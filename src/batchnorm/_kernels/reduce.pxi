@@ -7,18 +7,7 @@ cdef enum:
     SQUARES = SUM_D
 
 
-cdef inline real stored_in(real value) noexcept nogil:
-    """The value rounded to the type in which x is stored."""
-    cdef stored rounded = stored_of(value)
-    return value_at(&rounded)
-
-
-cdef inline double as_pivot(const Work *work, double value) noexcept nogil:
-    """The value in the type of computation; if it fills holes, in the type in which x is stored."""
-    return stored_in(<real> value) if work.selection.mask != NULL and work.S > 1 else <real> value
-
-
-cdef void choose_pivots(const Work *work, const Block *block, const Py_ssize_t *place, const stored *x,
+cdef void choose_pivots(const Block *block, const Py_ssize_t *place, const stored *x,
                         double *restrict pivot) noexcept nogil:
     """A value near the mean of each channel: the mean of eight from all over the block, to about 1/16 of their spread.
 
@@ -36,7 +25,7 @@ cdef void choose_pivots(const Work *work, const Block *block, const Py_ssize_t *
         mean = (((0.125 * v0 + 0.125 * v4) + (0.125 * v2 + 0.125 * v6))
                 + ((0.125 * v1 + 0.125 * v5) + (0.125 * v3 + 0.125 * v7)))
         spread = fabs(v0 - v4) + fabs(v1 - v5) + fabs(v2 - v6) + fabs(v3 - v7)
-        pivot[c] = as_pivot(work, few_bits(mean, 7e13 * spread))
+        pivot[c] = <real> few_bits(mean, 7e13 * spread)
 
 
 cdef inline bint trusted(double sum1, double sum2, double n, bint gradient) noexcept nogil:
@@ -88,7 +77,7 @@ cdef void sum_again(const Work *work, const Block *block, Py_ssize_t place, cons
                 lost |= sum2[c] != 0 or not all_equal(work, block, values, 0 if gradient else value_at(values + place))
                 mean = pivot[c] + sum1[c] / n
                 if not gradient and mean - mean == 0:
-                    pivot[c] = as_pivot(work, mean)
+                    pivot[c] = <real> mean
         if lost:
             sum_block_in_float64(work, &some, x + at, dy + at, gradient, &work.activation, pivot + first, again1,
                                  again2)
@@ -138,7 +127,7 @@ cdef void reduce_block(const Work *work, Py_ssize_t tile, Py_ssize_t b, const st
     if gradient:
         pivot = work.coefficient + CENTRE * work.C + block.channel
     else:
-        choose_pivots(work, &block, place, x, pivot)
+        choose_pivots(&block, place, x, pivot)
     if work.census[work.blocks].before < FEW:
         sum_block_in_float64(work, &block, x, dy, gradient, &work.activation, pivot, sum1, sum2)
     else:

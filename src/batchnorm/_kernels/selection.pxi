@@ -1,7 +1,7 @@
 # ---- Selection: which values count, and how much --------------------------------------------------------------------
 # A mask, lengths or weights are the same for all channels: they belong to the places of a channel, in memory order.
-# Lengths need no mask. With a mask or weights, the summing loops see copies: of the rows that count, of rows whose
-# holes are filled with values that add nothing, or of weighted deviations instead of dy.
+# Lengths need no mask. In rows of one channel the summing loops skip places by the mask. Otherwise they see copies: of
+# the rows that count, or, with weights, of weighted deviations instead of dy.
 
 cdef struct Run:                    # places that count side by side
     Py_ssize_t start, stop
@@ -11,13 +11,18 @@ cdef struct Copies:                 # made by `take` for the summing loops
     stored a[COPIED + LANES]
 
 
+cdef inline const unsigned char *from_place(const unsigned char *mask, Py_ssize_t place) noexcept nogil:
+    """The mask from a place on, or NULL if there is none."""
+    return mask + place if mask != NULL else NULL
+
+
 cdef inline const real *weights_at(const Work *work, Py_ssize_t place) noexcept nogil:
     return <const real *> work.selection.weights + place
 
 
 cdef inline bint is_copied(const Work *work, bint gradient) noexcept nogil:
     """Whether the summing loops see copies; weights do not apply to gradients."""
-    return work.selection.mask != NULL or (work.selection.weights != NULL and not gradient)
+    return work.selection.copied and (work.selection.mask != NULL or not gradient)
 
 
 cdef inline bint counts(const Work *work, Py_ssize_t place) noexcept nogil:
@@ -93,26 +98,30 @@ cdef double weight_of(const real *weights, Py_ssize_t places) noexcept nogil:
 
 cdef inline Py_ssize_t has_part(const unsigned char *mask, const real *weights, Py_ssize_t place) noexcept nogil:
     """Whether a place counts in the statistics."""
-    if mask != NULL:
-        return mask[place]
-    return weights[place] > 0
+    return mask[place] if mask != NULL else weights[place] > 0
 
 
 cdef double census_of(const Work *work, const Block *block, Py_ssize_t *place) noexcept nogil:
     """The number of values of a channel that count in the block, or their weight; and the places of some."""
-    cdef const unsigned char *mask = work.selection.mask
+    cdef const unsigned char *mask = from_place(work.selection.mask, block.place)
     cdef const real *weights = <const real *> work.selection.weights
     cdef Py_ssize_t i, k = 0, n = 0, seen = 0, places = block.rows * block.run
     cdef Run run = Run(0, block.place)
     memset(place, 0, PIVOTED * sizeof(Py_ssize_t))
+    weights = weights + block.place if weights != NULL else NULL
     if mask != NULL or weights != NULL:
-        for i in range(places):
-            n += has_part(mask, weights, block.place + i)
-        for i in range(places):
-            seen += has_part(mask, weights, block.place + i)
-            while k < PIVOTED and seen > (2 * k + 1) * n // (2 * PIVOTED):
+        if mask != NULL:
+            for i in range(places):
+                n += mask[i]
+        else:
+            for i in range(places):
+                n += weights[i] > 0
+        if n:
+            for k in range(PIVOTED):
+                i = (2 * k + 1) * places // (2 * PIVOTED)
+                while not has_part(mask, weights, i):
+                    i = i + 1 if i + 1 < places else 0
                 place[k] = i
-                k += 1
     else:
         while next_run(work, &run, block.place + places):
             n += run.stop - run.start
@@ -125,7 +134,7 @@ cdef double census_of(const Work *work, const Block *block, Py_ssize_t *place) n
     for k in range(PIVOTED):
         i = place[k]
         place[k] = i * block.stride if block.run == 1 else i // block.run * block.stride + i % block.run
-    return n if weights == NULL else weight_of(weights + block.place, places)
+    return n if weights == NULL else weight_of(weights, places)
 
 
 cdef void take_census(Work *work) noexcept nogil:
@@ -147,18 +156,6 @@ cdef inline double values_in(const Work *work, Py_ssize_t first, Py_ssize_t stop
     return (end.before - start.before) + (end.rest - start.rest)
 
 
-cdef void fill_holes(const stored *x, const unsigned char *mask, real instead, Py_ssize_t places, Py_ssize_t ahead,
-                     stored *copy) noexcept nogil:
-    """A copy with another value in the holes; prefetches what is needed next."""
-    cdef Py_ssize_t i, whole = places - places % VEC
-    cdef vec filling = everywhere_vec(instead)
-    for i from 0 <= i < whole by VEC:
-        prefetch_early(x + i + ahead)
-        store_vec(copy + i, counted_vec(mask + i, load_vec(x + i), filling))
-    if whole < places:
-        store_vec(copy + whole, counted_vec(mask + whole, load_first(x + whole, places - whole, filling), filling))
-
-
 cdef void weigh(const stored *x, const double *pivot, const real *weights, Py_ssize_t channels, Py_ssize_t places,
                 stored *copy, stored *a) noexcept nogil:
     """w·(x − pivot) for neighbouring channels, or for the places of one channel."""
@@ -177,7 +174,6 @@ cdef Py_ssize_t take(const Work *work, const Block *rows, Py_ssize_t channels, c
     """Copy rows of one channel, or of several if a row is one place per channel; return how many were copied."""
     cdef const Selection *selection = &work.selection
     cdef Py_ssize_t r, at, taken = 0, place = rows.place, places = rows.run, size = channels * places
-    cdef Py_ssize_t ahead = rows.stride if rows.start + places == work.S else places
     cdef Py_ssize_t later = max(1, AHEAD // size) * rows.stride
     for r in range(rows.rows):
         at = taken * size
@@ -186,16 +182,11 @@ cdef Py_ssize_t take(const Work *work, const Block *rows, Py_ssize_t channels, c
             fetch(x + later, dy + later, gradient, size)
         if selection.weights != NULL:
             weigh(x, pivot, weights_at(work, place), channels, places, copies.x + at, copies.a + at)
-        elif work.S == 1 and not selection.mask[place]:
+        elif not selection.mask[place]:
             taken -= 1
-        elif work.S == 1:
+        else:
             memcpy(copies.x + at, x, size * sizeof(stored))
             if gradient:
                 memcpy(copies.a + at, dy, size * sizeof(stored))
-        elif gradient:
-            fill_holes(x, selection.mask + place, 0, places, ahead, copies.x + at)
-            fill_holes(dy, selection.mask + place, 0, places, ahead, copies.a + at)
-        else:
-            fill_holes(x, selection.mask + place, <real> pivot[0], places, ahead, copies.x + at)
         x, dy, place = x + rows.stride, dy + rows.stride, place + places
     return taken

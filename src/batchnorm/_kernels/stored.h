@@ -164,16 +164,16 @@ static inline void store_wide(stored *p, wide v, ptrdiff_t count)
     store_first(p, rounded, count);
 }
 
-/* All bits in the lanes whose byte is not 0. GCC 12 converts the bytes one by one, although the processor has an
- * instruction for that. */
-static inline wide_mask wide_from_bytes(const uint8_t *bytes)
+/* v in the lanes whose byte is not 0, else `otherwise`. GCC 12 converts the bytes one by one, although processors have
+ * instructions for that. */
+static inline wide counted_wide(const uint8_t *bytes, wide v, wide otherwise)
 {
-    wide_mask m;
 #if defined(__AVX512F__)
-    int64_t few;
-    memcpy(&few, bytes, PART);
-    m = (wide_mask)_mm512_cvtepi8_epi64(_mm_cvtsi64_si128(few));
-#elif defined(__AVX2__)
+    __m128i few = _mm_loadl_epi64((const __m128i *)bytes);
+    return (wide)_mm512_mask_mov_pd((__m512d)otherwise, (__mmask8)_mm_test_epi8_mask(few, few), (__m512d)v);
+#else
+    wide_mask m;
+#if defined(__AVX2__)
     int32_t few;
     memcpy(&few, bytes, PART);
     m = (wide_mask)_mm256_cvtepi8_epi64(_mm_cvtsi32_si128(few));
@@ -181,18 +181,21 @@ static inline wide_mask wide_from_bytes(const uint8_t *bytes)
     for (int i = 0; i < PART; i++)
         m[i] = bytes[i];
 #endif
-    return m != 0;
+    m = m != 0;
+    return (wide)((m & (wide_mask)v) | (~m & (wide_mask)otherwise));
+#endif
 }
 
-static inline mask vec_from_bytes(const uint8_t *bytes)
+static inline vec counted_vec(const uint8_t *bytes, vec v, vec otherwise)
 {
 #if !BATCHNORM_SINGLE
-    return wide_from_bytes(bytes);
+    return counted_wide(bytes, v, otherwise);
+#elif defined(__AVX512F__)
+    __m128i few = _mm_loadu_si128((const __m128i *)bytes);
+    return (vec)_mm512_mask_mov_ps((__m512)otherwise, _mm_test_epi8_mask(few, few), (__m512)v);
 #else
     mask m;
-#if defined(__AVX512F__)
-    m = (mask)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)bytes));
-#elif defined(__AVX2__)
+#if defined(__AVX2__)
     m = (mask)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)bytes));
 #elif defined(__SSE4_1__)
     int32_t few;
@@ -202,21 +205,9 @@ static inline mask vec_from_bytes(const uint8_t *bytes)
     for (int i = 0; i < VEC; i++)
         m[i] = bytes[i];
 #endif
-    return m != 0;
-#endif
-}
-
-/* v if the place counts, else `otherwise`. */
-static inline vec counted_vec(const uint8_t *bytes, vec v, vec otherwise)
-{
-    mask m = vec_from_bytes(bytes);
+    m = m != 0;
     return (vec)((m & (mask)v) | (~m & (mask)otherwise));
-}
-
-static inline wide counted_wide(const uint8_t *bytes, wide v, wide otherwise)
-{
-    wide_mask m = wide_from_bytes(bytes);
-    return (wide)((m & (wide_mask)v) | (~m & (wide_mask)otherwise));
+#endif
 }
 
 /* Stores around the cache, for results larger than any cache: an ordinary store reads the line first. Each line is

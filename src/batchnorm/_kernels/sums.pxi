@@ -5,6 +5,7 @@ cdef struct Summed:                 # the arrays to sum
     const stored *x
     const stored *dy
     bint gradient
+    const unsigned char *mask       # of the places of x, if the loops skip those that do not count
     Copies *copies                  # room for copies, if they are needed
 
 
@@ -33,56 +34,58 @@ cdef inline void add_columns(double *total, number v) noexcept nogil:
         add_wide(total, v)
 
 
-cdef inline void add_tree(const stored *x, const stored *dy, bint gradient, const Activation *act, Py_ssize_t rows,
-                          Py_ssize_t stride, Py_ssize_t count, const number *k, number *sum1,
+cdef inline void add_tree(const stored *x, const stored *dy, const unsigned char *mask, bint gradient,
+                          const Activation *act, Py_ssize_t rows, Py_ssize_t stride, Py_ssize_t count, const number *k, number *sum1,
                           number *sum2) noexcept nogil:
     """Add Σa and Σa·d of 8, 4, 2 or 1 rows, one vector wide."""
     cdef number a[UNROLLED]
     cdef number a_d[UNROLLED]
     cdef Py_ssize_t r
     for r in range(rows):
-        summands(x + r * stride, dy + r * stride, gradient, act, count, k, a + r, a_d + r)
+        summands(x + r * stride, dy + r * stride, from_place(mask, r * stride), gradient, act, count, k, a + r, a_d + r)
     sum1[0] += tree(a, rows)
     sum2[0] += tree(a_d, rows)
 
 
-cdef inline void add_vectors(const stored *x, const stored *dy, bint gradient, const Activation *act, Py_ssize_t rows,
-                             Py_ssize_t stride, Py_ssize_t vectors, Py_ssize_t count, const number *k, number *sum1,
-                             number *sum2) noexcept nogil:
+cdef inline void add_vectors(const stored *x, const stored *dy, const unsigned char *mask, bint gradient,
+                             const Activation *act, Py_ssize_t rows, Py_ssize_t stride, Py_ssize_t vectors,
+                             Py_ssize_t count, const number *k, number *sum1, number *sum2) noexcept nogil:
     """The same, several vectors wide."""
     cdef Py_ssize_t i, size = size_of(k[CENTRE])
     for i in range(vectors):
         if number is vec:
-            add_tree(x + i * size, dy + i * size, gradient, act, rows, stride, count, k, sum1 + i, sum2 + i)
+            add_tree(x + i * size, dy + i * size, from_place(mask, i * size), gradient, act, rows, stride, count, k,
+                     sum1 + i, sum2 + i)
         else:
-            add_tree_in_float64(x + i * size, dy + i * size, gradient, act, rows, stride, count, k, sum1 + i, sum2 + i)
+            add_tree_in_float64(x + i * size, dy + i * size, from_place(mask, i * size), gradient, act, rows, stride,
+                                count, k, sum1 + i, sum2 + i)
 
 
-cdef void add_tree_in_float64(const stored *x, const stored *dy, bint gradient, const Activation *act, Py_ssize_t rows,
-                              Py_ssize_t stride, Py_ssize_t count, const wide *k, wide *sum1,
-                              wide *sum2) noexcept nogil:
+cdef void add_tree_in_float64(const stored *x, const stored *dy, const unsigned char *mask, bint gradient,
+                              const Activation *act, Py_ssize_t rows, Py_ssize_t stride, Py_ssize_t count,
+                              const wide *k, wide *sum1, wide *sum2) noexcept nogil:
     """The same in float64; not inline, because it is rare."""
-    add_tree(x, dy, gradient, act, rows, stride, count, k, sum1, sum2)
+    add_tree(x, dy, mask, gradient, act, rows, stride, count, k, sum1, sum2)
 
 
-cdef inline void add_rows(const stored *x, const stored *dy, bint gradient, const Activation *act, Py_ssize_t rows,
-                          Py_ssize_t stride, Py_ssize_t vectors, Py_ssize_t count, const number *k, number *sum1,
-                          number *sum2) noexcept nogil:
+cdef inline void add_rows(const stored *x, const stored *dy, const unsigned char *mask, bint gradient,
+                          const Activation *act, Py_ssize_t rows, Py_ssize_t stride, Py_ssize_t vectors,
+                          Py_ssize_t count, const number *k, number *sum1, number *sum2) noexcept nogil:
     """The same for at most 8 rows, the largest tree first."""
     if rows == 8:
-        add_vectors(x, dy, gradient, act, 8, stride, vectors, count, k, sum1, sum2)
+        add_vectors(x, dy, mask, gradient, act, 8, stride, vectors, count, k, sum1, sum2)
     if rows & 4:
-        add_vectors(x, dy, gradient, act, 4, stride, vectors, count, k, sum1, sum2)
-    x, dy = x + (rows & 4) * stride, dy + (rows & 4) * stride
+        add_vectors(x, dy, mask, gradient, act, 4, stride, vectors, count, k, sum1, sum2)
+    x, dy, mask = x + (rows & 4) * stride, dy + (rows & 4) * stride, from_place(mask, (rows & 4) * stride)
     if rows & 2:
-        add_vectors(x, dy, gradient, act, 2, stride, vectors, count, k, sum1, sum2)
-    x, dy = x + (rows & 2) * stride, dy + (rows & 2) * stride
+        add_vectors(x, dy, mask, gradient, act, 2, stride, vectors, count, k, sum1, sum2)
+    x, dy, mask = x + (rows & 2) * stride, dy + (rows & 2) * stride, from_place(mask, (rows & 2) * stride)
     if rows & 1:
-        add_vectors(x, dy, gradient, act, 1, stride, vectors, count, k, sum1, sum2)
+        add_vectors(x, dy, mask, gradient, act, 1, stride, vectors, count, k, sum1, sum2)
 
 
-cdef inline void sum_lanes(const stored *x, const stored *dy, bint gradient, const Activation *act,
-                           const Block *rows, const Py_ssize_t *lengths, const number *k, double *total1,
+cdef inline void sum_lanes(const stored *x, const stored *dy, const unsigned char *mask, bint gradient,
+                           const Activation *act, const Block *rows, const Py_ssize_t *lengths, const number *k, double *total1,
                            double *total2) noexcept nogil:
     """Add the sums of the rows of one channel to TOTALS totals each, after CARRIED values per lane or a few more."""
     cdef number sum1[VECTORS]
@@ -107,11 +110,13 @@ cdef inline void sum_lanes(const stored *x, const stored *dy, bint gradient, con
             if added == 0:
                 for v in range(vectors):
                     sum1[v] = sum2[v] = same(0, k[CENTRE])
-            add_rows(x + i, dy + i, gradient, act, (whole - i) // LANES, LANES, vectors, size, k, sum1, sum2)
+            add_rows(x + i, dy + i, from_place(mask, i), gradient, act, (whole - i) // LANES, LANES, vectors, size, k,
+                     sum1, sum2)
             for v in range(vectors):
                 j = whole + v * size
                 if j < stop:
-                    add_tree(x + j, dy + j, gradient, act, 1, 0, min(size, stop - j), k, sum1 + v, sum2 + v)
+                    add_tree(x + j, dy + j, from_place(mask, j), gradient, act, 1, 0, min(size, stop - j), k, sum1 + v,
+                             sum2 + v)
             added += ceil_div(stop - i, LANES)
             if added >= CARRIED:
                 added = 0
@@ -119,6 +124,7 @@ cdef inline void sum_lanes(const stored *x, const stored *dy, bint gradient, con
                 add_lanes(total2, sum2)
         x += stride
         dy += stride
+        mask = from_place(mask, run)
     if added:
         add_lanes(total1, sum1)
         add_lanes(total2, sum2)
@@ -146,9 +152,9 @@ cdef inline void sum_columns(const stored *x, const stored *dy, bint gradient, c
                 k[SCALE] = column_at(column[SCALE].at + j, zero)
                 k[SHIFT] = column_at(column[SHIFT].at + j, zero)
             if count == size:
-                add_rows(x + j, dy + j, gradient, act, taken, stride, 1, size, k, &sum1, &sum2)
+                add_rows(x + j, dy + j, NULL, gradient, act, taken, stride, 1, size, k, &sum1, &sum2)
             else:
-                add_rows(x + j, dy + j, gradient, act, taken, stride, 1, count, k, &sum1, &sum2)
+                add_rows(x + j, dy + j, NULL, gradient, act, taken, stride, 1, count, k, &sum1, &sum2)
             add_columns(total1 + j, sum1)
             add_columns(total2 + j, sum2)
             j += count
@@ -198,11 +204,18 @@ cdef void sum_block(const Work *work, const Block *block, const stored *x, const
     cdef Activation act
     cdef Copies copied
     cdef Copies *copies = &copied if is_copied(work, gradient) else NULL
-    cdef Summed summed = Summed(x, dy, gradient, copies)
+    cdef bint masked = copies == NULL and work.selection.mask != NULL
+    cdef const unsigned char *mask = work.selection.mask + block.place if masked else NULL
+    cdef Summed summed = Summed(x, dy, gradient, mask, copies)
     cdef bint two = gradient or work.selection.weights != NULL
     if number is wide:
         sum_block_of(work, block, &summed, two, activation if gradient and activation.on else NULL, pivot, sum1, sum2,
                      zero)
+    elif masked and gradient:
+        act = activation[0]
+        sum_block_of_lanes(work, block, &summed, True, True, &act if act.on else NULL, pivot, sum1, sum2, zero)
+    elif masked:
+        sum_block_of_lanes(work, block, &summed, True, False, NULL, pivot, sum1, sum2, zero)
     elif not two:
         sum_block_of(work, block, &summed, False, NULL, pivot, sum1, sum2, zero)
     elif not (gradient and activation.on):
@@ -221,7 +234,7 @@ cdef inline void sum_block_of(const Work *work, const Block *block, const Summed
     if block.columns:
         sum_block_of_columns(work, block, summed, two, act, pivot, sum1, sum2, zero)
     else:
-        sum_block_of_lanes(work, block, summed, two, act, pivot, sum1, sum2, zero)
+        sum_block_of_lanes(work, block, summed, number is wide, two, act, pivot, sum1, sum2, zero)
 
 
 cdef void sum_block_in_float64(const Work *work, const Block *block, const stored *x, const stored *dy, bint gradient,
@@ -232,7 +245,7 @@ cdef void sum_block_in_float64(const Work *work, const Block *block, const store
         sum_block(work, block, x, dy, gradient, act, pivot, sum1, sum2, same_wide(0))
 
 
-cdef inline void sum_block_of_lanes(const Work *work, const Block *block, const Summed *summed, bint two,
+cdef inline void sum_block_of_lanes(const Work *work, const Block *block, const Summed *summed, bint masked, bint two,
                                     const Activation *act, const double *pivot, double *sum1, double *sum2,
                                     number zero) noexcept nogil:
     cdef number k[COEFFICIENTS]
@@ -240,6 +253,7 @@ cdef inline void sum_block_of_lanes(const Work *work, const Block *block, const 
     cdef double total2[TOGETHER * TOTALS]
     cdef const stored *x
     cdef const stored *dy
+    cdef const unsigned char *mask
     cdef const Py_ssize_t *lengths
     cdef Block part = no_rows(block), rows, copy
     cdef Py_ssize_t c, r, at
@@ -264,8 +278,9 @@ cdef inline void sum_block_of_lanes(const Work *work, const Block *block, const 
                 if act != NULL:
                     k[SCALE] = same(pivot[SCALE * work.C + c], zero)
                     k[SHIFT] = same(pivot[SHIFT * work.C + c], zero)
-                sum_lanes(x, dy, two, act, &rows if summed.copies == NULL else &copy, lengths, k, total1 + c * TOTALS,
-                          total2 + c * TOTALS)
+                mask = from_place(summed.mask, r * part.run) if masked else NULL
+                sum_lanes(x, dy, mask, two, act, &rows if summed.copies == NULL else &copy, lengths, k,
+                          total1 + c * TOTALS, total2 + c * TOTALS)
     fold_all(total1, block.channels, sum1)
     fold_all(total2, block.channels, sum2)
 
