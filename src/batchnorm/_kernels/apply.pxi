@@ -19,15 +19,24 @@ cdef struct Operands:               # whole arrays, and the operations on their 
 
 
 cdef void put(stored *out, Py_ssize_t places, real fill, bint stream) noexcept nogil:
-    cdef Py_ssize_t i = 0, start = min(to_line(out), places), stop = start
+    cdef vec v = everywhere_vec(fill)
+    cdef stored value = stored_of(fill)
+    cdef Py_ssize_t i, start, stop
     if stream:
+        start = min(to_line(out), places)
         stop = places - (places - start) % LINE
         for i from start <= i < stop by VEC:
-            stream_vec(out + i, everywhere_vec(fill))
-    for i in range(start):
-        out[i] = stored_of(fill)
-    for i in range(stop, places):
-        out[i] = stored_of(fill)
+            stream_vec(out + i, v)
+        for i in range(start):
+            out[i] = value
+        for i in range(stop, places):
+            out[i] = value
+    elif places >= VEC:
+        for i from 0 <= i < places - VEC by VEC:
+            store_vec(out + i, v)
+        store_vec(out + places - VEC, v)
+    elif places > 0:
+        store_first(out, v, places)
 
 
 cdef void blank_rows(const Work *work, const Block *block, real fill, stored *out, bint stream) noexcept nogil:
