@@ -9,6 +9,11 @@ ctypedef fused number:
 cdef enum:
     COEFFICIENTS = REST     # those that are applied to values
 
+cdef struct Values:                 # where the sums read
+    const stored *x
+    const stored *dy
+    const unsigned char *mask       # whether each value counts, or NULL if all do
+
 
 cdef inline Py_ssize_t size_of(number like) noexcept nogil:
     """The number of values in a vector."""
@@ -110,17 +115,16 @@ cdef inline number tree(number *row, Py_ssize_t rows) noexcept nogil:
     return row[0] + row[1] if rows >= 2 else row[0]
 
 
-cdef inline void summands(const stored *x, const stored *dy, const unsigned char *mask, bint gradient,
-                          const Activation *act, Py_ssize_t count, const number *k, number *a,
-                          number *a_d) noexcept nogil:
+cdef inline void summands(Values at, bint gradient, const Activation *act, Py_ssize_t count, const number *k,
+                          number *a, number *a_d) noexcept nogil:
     """The terms of the sums, a and a·d with d = x − pivot: a is d itself for the moments, dy·act′ for the gradient."""
-    cdef number d, none = same(0, k[CENTRE]), value = load(x, count, k[CENTRE])
-    if mask != NULL:
-        value = counted(mask, value, k[CENTRE])
+    cdef number d, none = same(0, k[CENTRE]), value = load(at.x, count, k[CENTRE])
+    if at.mask != NULL:
+        value = counted(at.mask, value, k[CENTRE])
     d = value - k[CENTRE]
-    a[0] = load(dy, count, none) if gradient else d
-    if mask != NULL and gradient:
-        a[0] = counted(mask, a[0], none)
+    a[0] = load(at.dy, count, none) if gradient else d
+    if at.mask != NULL and gradient:
+        a[0] = counted(at.mask, a[0], none)
     if act != NULL:
         a[0] = passed(a[0], written(value, k, act), act)
     a_d[0] = a[0] * d

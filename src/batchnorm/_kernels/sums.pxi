@@ -34,59 +34,59 @@ cdef inline void add_columns(double *total, number v) noexcept nogil:
         add_wide(total, v)
 
 
-cdef inline void add_tree(const stored *x, const stored *dy, const unsigned char *mask, bint gradient,
-                          const Activation *act, Py_ssize_t rows, Py_ssize_t stride, Py_ssize_t count, const number *k, number *sum1,
-                          number *sum2) noexcept nogil:
+cdef inline Values values_from(Values at, Py_ssize_t offset) noexcept nogil:
+    """Those from a place on, in the same row."""
+    return Values(at.x + offset, at.dy + offset, from_place(at.mask, offset))
+
+
+cdef inline void add_tree(Values at, bint gradient, const Activation *act, Py_ssize_t rows, Py_ssize_t stride,
+                          Py_ssize_t count, const number *k, number *sum1, number *sum2) noexcept nogil:
     """Add Σa and Σa·d of 8, 4, 2 or 1 rows, one vector wide."""
     cdef number a[UNROLLED]
     cdef number a_d[UNROLLED]
     cdef Py_ssize_t r
     for r in range(rows):
-        summands(x + r * stride, dy + r * stride, from_place(mask, r * stride), gradient, act, count, k, a + r, a_d + r)
+        summands(values_from(at, r * stride), gradient, act, count, k, a + r, a_d + r)
     sum1[0] += tree(a, rows)
     sum2[0] += tree(a_d, rows)
 
 
-cdef inline void add_vectors(const stored *x, const stored *dy, const unsigned char *mask, bint gradient,
-                             const Activation *act, Py_ssize_t rows, Py_ssize_t stride, Py_ssize_t vectors,
-                             Py_ssize_t count, const number *k, number *sum1, number *sum2) noexcept nogil:
+cdef inline void add_vectors(Values at, bint gradient, const Activation *act, Py_ssize_t rows, Py_ssize_t stride,
+                             Py_ssize_t vectors, Py_ssize_t count, const number *k, number *sum1,
+                             number *sum2) noexcept nogil:
     """The same, several vectors wide."""
     cdef Py_ssize_t i, size = size_of(k[CENTRE])
     for i in range(vectors):
         if number is vec:
-            add_tree(x + i * size, dy + i * size, from_place(mask, i * size), gradient, act, rows, stride, count, k,
-                     sum1 + i, sum2 + i)
+            add_tree(values_from(at, i * size), gradient, act, rows, stride, count, k, sum1 + i, sum2 + i)
         else:
-            add_tree_in_float64(x + i * size, dy + i * size, from_place(mask, i * size), gradient, act, rows, stride,
-                                count, k, sum1 + i, sum2 + i)
+            add_tree_in_float64(values_from(at, i * size), gradient, act, rows, stride, count, k, sum1 + i, sum2 + i)
 
 
-cdef void add_tree_in_float64(const stored *x, const stored *dy, const unsigned char *mask, bint gradient,
-                              const Activation *act, Py_ssize_t rows, Py_ssize_t stride, Py_ssize_t count,
-                              const wide *k, wide *sum1, wide *sum2) noexcept nogil:
+cdef void add_tree_in_float64(Values at, bint gradient, const Activation *act, Py_ssize_t rows, Py_ssize_t stride,
+                              Py_ssize_t count, const wide *k, wide *sum1, wide *sum2) noexcept nogil:
     """The same in float64; not inline, because it is rare."""
-    add_tree(x, dy, mask, gradient, act, rows, stride, count, k, sum1, sum2)
+    add_tree(at, gradient, act, rows, stride, count, k, sum1, sum2)
 
 
-cdef inline void add_rows(const stored *x, const stored *dy, const unsigned char *mask, bint gradient,
-                          const Activation *act, Py_ssize_t rows, Py_ssize_t stride, Py_ssize_t vectors,
-                          Py_ssize_t count, const number *k, number *sum1, number *sum2) noexcept nogil:
+cdef inline void add_rows(Values at, bint gradient, const Activation *act, Py_ssize_t rows, Py_ssize_t stride,
+                          Py_ssize_t vectors, Py_ssize_t count, const number *k, number *sum1,
+                          number *sum2) noexcept nogil:
     """The same for at most 8 rows, the largest tree first."""
     if rows == 8:
-        add_vectors(x, dy, mask, gradient, act, 8, stride, vectors, count, k, sum1, sum2)
+        add_vectors(at, gradient, act, 8, stride, vectors, count, k, sum1, sum2)
     if rows & 4:
-        add_vectors(x, dy, mask, gradient, act, 4, stride, vectors, count, k, sum1, sum2)
-    x, dy, mask = x + (rows & 4) * stride, dy + (rows & 4) * stride, from_place(mask, (rows & 4) * stride)
+        add_vectors(at, gradient, act, 4, stride, vectors, count, k, sum1, sum2)
+    at = values_from(at, (rows & 4) * stride)
     if rows & 2:
-        add_vectors(x, dy, mask, gradient, act, 2, stride, vectors, count, k, sum1, sum2)
-    x, dy, mask = x + (rows & 2) * stride, dy + (rows & 2) * stride, from_place(mask, (rows & 2) * stride)
+        add_vectors(at, gradient, act, 2, stride, vectors, count, k, sum1, sum2)
+    at = values_from(at, (rows & 2) * stride)
     if rows & 1:
-        add_vectors(x, dy, mask, gradient, act, 1, stride, vectors, count, k, sum1, sum2)
+        add_vectors(at, gradient, act, 1, stride, vectors, count, k, sum1, sum2)
 
 
-cdef inline void sum_lanes(const stored *x, const stored *dy, const unsigned char *mask, bint gradient,
-                           const Activation *act, const Block *rows, const Py_ssize_t *lengths, const number *k, double *total1,
-                           double *total2) noexcept nogil:
+cdef inline void sum_lanes(Values at, bint gradient, const Activation *act, const Block *rows,
+                           const Py_ssize_t *lengths, const number *k, double *total1, double *total2) noexcept nogil:
     """Add the sums of the rows of one channel to TOTALS totals each, after CARRIED values per lane or a few more."""
     cdef number sum1[VECTORS]
     cdef number sum2[VECTORS]
@@ -100,31 +100,27 @@ cdef inline void sum_lanes(const stored *x, const stored *dy, const unsigned cha
         if lengths != NULL:
             ahead = 0
             if r + FEW_ROWS < left:
-                fetch(x + FEW_ROWS * stride, dy + FEW_ROWS * stride, gradient,
+                fetch(at.x + FEW_ROWS * stride, at.dy + FEW_ROWS * stride, gradient,
                       length_in(lengths + r + FEW_ROWS, start, run))
         for i from 0 <= i < length by UNROLLED * LANES:
             stop = min(length, i + UNROLLED * LANES)
             whole = stop - stop % LANES
             if ahead:
-                fetch(x + i + ahead, dy + i + ahead, gradient, stop - i)
+                fetch(at.x + i + ahead, at.dy + i + ahead, gradient, stop - i)
             if added == 0:
                 for v in range(vectors):
                     sum1[v] = sum2[v] = same(0, k[CENTRE])
-            add_rows(x + i, dy + i, from_place(mask, i), gradient, act, (whole - i) // LANES, LANES, vectors, size, k,
-                     sum1, sum2)
+            add_rows(values_from(at, i), gradient, act, (whole - i) // LANES, LANES, vectors, size, k, sum1, sum2)
             for v in range(vectors):
                 j = whole + v * size
                 if j < stop:
-                    add_tree(x + j, dy + j, from_place(mask, j), gradient, act, 1, 0, min(size, stop - j), k, sum1 + v,
-                             sum2 + v)
+                    add_tree(values_from(at, j), gradient, act, 1, 0, min(size, stop - j), k, sum1 + v, sum2 + v)
             added += ceil_div(stop - i, LANES)
             if added >= CARRIED:
                 added = 0
                 add_lanes(total1, sum1)
                 add_lanes(total2, sum2)
-        x += stride
-        dy += stride
-        mask = from_place(mask, run)
+        at = Values(at.x + stride, at.dy + stride, from_place(at.mask, run))
     if added:
         add_lanes(total1, sum1)
         add_lanes(total2, sum2)
@@ -152,9 +148,9 @@ cdef inline void sum_columns(const stored *x, const stored *dy, bint gradient, c
                 k[SCALE] = column_at(column[SCALE].at + j, zero)
                 k[SHIFT] = column_at(column[SHIFT].at + j, zero)
             if count == size:
-                add_rows(x + j, dy + j, NULL, gradient, act, taken, stride, 1, size, k, &sum1, &sum2)
+                add_rows(Values(x + j, dy + j, NULL), gradient, act, taken, stride, 1, size, k, &sum1, &sum2)
             else:
-                add_rows(x + j, dy + j, NULL, gradient, act, taken, stride, 1, count, k, &sum1, &sum2)
+                add_rows(Values(x + j, dy + j, NULL), gradient, act, taken, stride, 1, count, k, &sum1, &sum2)
             add_columns(total1 + j, sum1)
             add_columns(total2 + j, sum2)
             j += count
@@ -279,7 +275,7 @@ cdef inline void sum_block_of_lanes(const Work *work, const Block *block, const 
                     k[SCALE] = same(pivot[SCALE * work.C + c], zero)
                     k[SHIFT] = same(pivot[SHIFT * work.C + c], zero)
                 mask = from_place(summed.mask, r * part.run) if masked else NULL
-                sum_lanes(x, dy, mask, two, act, &rows if summed.copies == NULL else &copy, lengths, k,
+                sum_lanes(Values(x, dy, mask), two, act, &rows if summed.copies == NULL else &copy, lengths, k,
                           total1 + c * TOTALS, total2 + c * TOTALS)
     fold_all(total1, block.channels, sum1)
     fold_all(total2, block.channels, sum2)
