@@ -40,9 +40,10 @@ def pytest_collection_finish():
 
 
 @pytest.fixture(autouse=True)
-def level(request):
-    """Make the package use this level; the façade asks for the kernels on every call."""
+def level(request, monkeypatch):
+    """Make the package use this level, which the façade asks for on every call; and threads as if they never slept."""
     _kernels.use(request.param)
+    monkeypatch.setattr(_threads, "ASLEEP", 1)
     return request.param
 
 

@@ -513,3 +513,20 @@ def test_threads_that_share_a_layer_work_at_the_same_time(monkeypatch, rng):
     layer(x)
     layer.eval()(x)
     assert free == [True, True]
+
+
+@pytest.mark.once
+def test_sleeping_threads_are_not_woken_for_small_work(monkeypatch):
+    """After a pause they sleep; one that follows another call closely finds them awake."""
+    clock = iter([1, 10**9, 10**9 + 1000, 2 * 10**9, 2 * 10**9 + 1000, 2 * 10**9 + 2000])
+    monkeypatch.setattr(_threads, "ASLEEP", 8)
+    monkeypatch.setattr(_threads.time, "perf_counter_ns", lambda: next(clock))
+    small = _threads.SERIAL_VALUES
+    assert _threads.threads_for(small - 1, 2) == 1
+    assert _threads.threads_for(8 * small, 2) == 2
+    assert _threads.threads_for(8 * small - 1, 2) == 1
+    assert _threads.threads_for(small, 2) == 2
+    assert _threads.threads_for(8 * small - 1, 2) == 1
+    assert _threads.threads_for(2 * small - 1, 2, once=True) == 1
+    assert _threads.threads_for(2 * small, 2, once=True) == 2
+    assert _threads.threads_for(small, 2) == 2

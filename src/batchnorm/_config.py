@@ -54,7 +54,7 @@ def show_config(mode: str = "stdout") -> dict[str, Any] | None:
             "OpenMP runtime": runtime.openmp_runtime() or "–",
             "OpenMP limit": runtime.max_threads(),
             "forks": "safe" if runtime.safe_forks() else _UNSAFE_FORKS,
-            "serial below": f"{_threads.SERIAL_VALUES} values",
+            "serial below": f"{_threads.SERIAL_VALUES} values, {_threads.ASLEEP} times as many after a pause",
         },
     }
     if mode == "dicts":

@@ -4,7 +4,8 @@ The number is `num_threads=` of the call, else `set_num_threads`, else BATCHNORM
 the smaller of the processors this process may run on and its cgroup's quota. All but the first obey a limit set through
 threadpoolctl. Results have the same bits for any number of threads, so these rules only affect speed.
 
-Small work runs serially, because waking a team costs more than it saves. A child forked after threads were used runs
+Small work runs serially, because waking a team costs more than it saves. If calls follow each other closely, the team
+is still awake, and smaller work is worth it. A child forked after threads were used runs
 serially, because its parent's threads do not exist in it and OpenMP would wait for them forever. Calls also run
 serially if OMP_STACKSIZE gives OpenMP's threads a smaller stack than the kernels need.
 """
@@ -15,14 +16,22 @@ import os
 import re
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Iterator
 
 from . import _arrays
 from ._kernels import runtime
 
-SERIAL_VALUES = 65_536
-"""The calling thread alone processes arrays with fewer values (measured: bench/README.md)."""
+SERIAL_VALUES = 32_768
+"""The calling thread alone processes arrays with fewer values, or with twice as many that are visited only once
+(measured: bench/README.md)."""
+
+ASLEEP = 8
+"""How many times as many it takes if the other threads may be asleep: waking them takes as long as much work."""
+
+AWAKE = 200_000
+"""Nanoseconds from the start of a call in which idle threads spin (`_kernels.SPINS`)."""
 
 STACK = 96 << 10
 """Bytes of stack that suffice for a thread in the kernels at any level."""
@@ -151,11 +160,25 @@ def considered() -> dict[str, int | None]:
     }
 
 
-def threads_for(values: int, num_threads: int | None) -> int:
-    """The threads of a call on an array with this many values."""
+_last_call = 0
+
+
+def _awake() -> bool:
+    """Whether the call before this one was a moment ago; each call of enough values has to ask."""
+    global _last_call
+    before, _last_call = _last_call, time.perf_counter_ns()
+    return _last_call - before < AWAKE
+
+
+def threads_for(values: int, num_threads: int | None, once: bool = False) -> int:
+    """The threads of a call on an array with this many values; `once` if it visits them once, like inference."""
     if num_threads is not None:
         num_threads = _checked(num_threads)
+    if once:
+        values //= 2
     if values < SERIAL_VALUES or _small_stacks_at_import or runtime.forked():
+        return 1
+    if not _awake() and values < ASLEEP * SERIAL_VALUES:
         return 1
     return decide()[0] if num_threads is None else num_threads
 

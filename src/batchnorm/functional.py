@@ -1033,7 +1033,7 @@ def inference(
     chosen = None
     if mask is not None or lengths is not None:
         chosen = _chosen(selection_of(layout, x.dtype, mask, lengths), _arrays.as_number(fill, "fill"))
-    threads = _threads.threads_for(x.size, num_threads)
+    threads = _threads.threads_for(x.size, num_threads, once=True)
     if out is not None:
         _arrays.check_out(out, x.shape, x.dtype)
         _arrays.check_overlap(out, given, ("x", "add"))

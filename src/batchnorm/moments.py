@@ -358,7 +358,7 @@ def moments_of(x: Array, layout: Layout, selection: Selection | None, num_thread
         if x.itemsize == 2 and selection is not None and selection.weights is not None:
             x = layout.copy(x, np.dtype(np.float32))  # weighted deviations need more than 16 bits
         chosen = None if selection is None else selection.chosen()
-        threads = _threads.threads_for(x.size, num_threads)
+        threads = _threads.threads_for(x.size, num_threads, once=True)
         _kernels.of_type[x.dtype.char].moments(layout.seen(x), table, 0.0, threads, chosen)
         if selection is not None:
             np.ldexp(table[M2], selection.exponent, out=table[M2])

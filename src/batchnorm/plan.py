@@ -357,7 +357,7 @@ class Plan:
             _arrays.check_overlap(out, {"x": array, "add": residual}, ("x", "add"))
             target = plain if plain.fits(out) else layout
             y = target.room(out, dtype)
-        threads = _threads.threads_for(given.size, num_threads)
+        threads = _threads.threads_for(given.size, num_threads, once=True)
         if not given.size:
             return y
         if given.dtype == dtype and target.order == layout.order:
@@ -369,7 +369,7 @@ class Plan:
                 self._look_up(given, y, layout, target, residual, threads)
             else:
                 self._write_elsewhere(given, y, target, residual, threads)
-        if given.size < _threads.SERIAL_VALUES and self._dtype is None:
+        if given.size < 2 * _threads.SERIAL_VALUES and self._dtype is None:
             self._small = dict([*self._small.items(), (layout.shape, plain.view)][-_MOST_VIEWS:])
         return y if out is None else _arrays.deliver(y, out)
 
