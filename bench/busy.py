@@ -2,7 +2,8 @@
 
 An endless loop runs on every processor. The contestants take turns, each in its own process, on one thread and on all
 processors. On a busy machine the median and the slowest tenth say more than the best time: a team waits for its last
-thread, and a thread that spins takes the processor from it.
+thread, and a thread that spins takes the processor from it. With a pause between calls, idle threads sleep and have to
+be woken.
 """
 
 import argparse
@@ -16,35 +17,39 @@ from batchnorm.profile.measure import OURS, busy
 from .contestants import missing
 from .team import Team
 
-SHAPE, AXIS = (32, 256, 14, 14), 1
+CASES = [((32, 256, 14, 14), 0.0), ((1, 576, 14, 14), 0.0), ((1, 576, 14, 14), 1e-3)]
+"""Shapes, and the seconds between calls."""
 ROUNDS = 8
 LABELS = {OURS: f"{OURS}, out=", "torch": "torch"}
 
 
 def times(teams, rounds):
-    """The seconds of every call, by contestant and number of threads."""
+    """The seconds of every call, by case, contestant and number of threads."""
     found = {}
-    for _ in range(rounds):
-        for threads, team in teams.items():
-            for name, taken in team.ask("times", "forward", SHAPE, AXIS, "float32").items():
-                found.setdefault((name, threads), []).extend(taken)
-    return {(name, threads): taken for (name, threads), taken in found.items() if name in LABELS.values()}
+    for case in CASES:
+        shape, pause = case
+        for _ in range(rounds):
+            for threads, team in teams.items():
+                for name, taken in team.ask("times_with_pauses", pause, "forward", shape, 1, "float32").items():
+                    if name in LABELS.values():
+                        found.setdefault((case, name, threads), []).extend(taken)
+    return found
 
 
 def report(quiet, crowded):
     lines = [
-        f"forward of {SHAPE}, float32, {len(os.sched_getaffinity(0))} processors",
+        f"forward, float32, {len(os.sched_getaffinity(0))} processors; µs",
         "",
-        "| | threads | quiet, ms: median | slowest tenth | busy: median | slowest tenth |",
-        "|---|---:|---:|---:|---:|---:|",
+        "| x | ms between calls | | threads | quiet: median | slowest tenth | busy: median | slowest tenth |",
+        "|---|---:|---|---:|---:|---:|---:|---:|",
     ]
-    for name, threads in quiet:
+    for (shape, pause), name, threads in quiet:
         cells = [
-            f"{1e3 * figure:.2f}"
-            for taken in (quiet[name, threads], crowded[name, threads])
+            f"{1e6 * figure:.0f}"
+            for taken in (found[(shape, pause), name, threads] for found in (quiet, crowded))
             for figure in (statistics.median(taken), statistics.quantiles(taken, n=10)[-1])
         ]
-        lines.append(f"| {name} | {threads} | {' | '.join(cells)} |")
+        lines.append(f"| {shape} | {1e3 * pause:.0f} | {name} | {threads} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

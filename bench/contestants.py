@@ -302,5 +302,9 @@ class Bout:
     def times(self, which, *case):
         return self.own({name: measure.turn(call) for name, call in self.calls_of(which, *case).items()})
 
+    def times_with_pauses(self, pause, which, *case):
+        calls = self.calls_of(which, *case)
+        return self.own({name: measure.turn(call, pause=pause) for name, call in calls.items()})
+
     def own(self, found):
         return found[BUILD] if self.process == BUILD else found

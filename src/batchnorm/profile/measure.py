@@ -213,8 +213,8 @@ class Timing(NamedTuple):
     calls: int
 
 
-def turn(call: Callable[[], Any], seconds: float = TURN) -> list[float]:
-    """The seconds of each call, repeated after a rest until `seconds` have passed."""
+def turn(call: Callable[[], Any], seconds: float = TURN, pause: float = 0.0) -> list[float]:
+    """The seconds of each call, repeated after a rest until `seconds` have passed, with pauses between them."""
     time.sleep(REST)
     taken = []
     stop, end = 0.0, time.perf_counter() + seconds
@@ -223,6 +223,8 @@ def turn(call: Callable[[], Any], seconds: float = TURN) -> list[float]:
         call()
         stop = time.perf_counter()
         taken.append(stop - start)
+        if pause:
+            time.sleep(pause)
     return taken
 
 
