@@ -5,8 +5,8 @@ Decisions:
 - They need no kernels of their own. Per channel, a tangent of y is γ·rstd·ẋ plus a multiple of x − μ plus a constant.
   The output of `backward` has the same form, because P, the projection in both, is its own transpose. The gradient of
   dx has one array more, which the kernel adds as a residual.
-- Between passes over memory there are only a few float64 numbers per channel. Compiled functions
-  (tangents) and `_Second` compute them, with each formula written once.
+- Between passes over memory there are only a few float64 numbers per channel. Compiled functions compute those of
+  tangents, and `_Second` those of second gradients; each formula is written once.
 - `through=` switches off the paths through mean and variance, as in `backward`. Without both, statistics are fixed.
 - 16-bit floats are computed in float32, because intermediate results between passes would lose digits.
 """

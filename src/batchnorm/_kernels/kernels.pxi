@@ -30,9 +30,9 @@ d) The steps are separate: reduce → finish → apply. A pass does them tile by
    after the other over all blocks if there are too few tiles to share among threads. A step that sums nothing follows
    memory, row by row. A pass over more memory than a cache holds writes its result around the cache. What is summed
    next is fetched into the core's second cache, because the nearest one waits for few lines at once.
-e) If some values count more than others, or not at all, the same loops sum. Lengths only shorten rows. A mask sets terms
-   to 0 in rows of one channel; of rows of all channels, the loops see a copy, in cache, of those that count. With weights
-   they see w·(x − pivot) instead of dy: Σa and Σa·d are then the weighted moments.
+e) If some values count more than others, or not at all, the same loops sum. Lengths only shorten rows. A mask sets
+   terms to 0 in rows of one channel; of rows of all channels, the loops see a copy, in cache, of those that count.
+   With weights they see w·(x − pivot) instead of dy: Σa and Σa·d are then the weighted moments.
 """
 from cpython.buffer cimport PyBUF_CONTIG, PyBUF_CONTIG_RO, PyBUF_FORMAT, PyBuffer_Release, PyObject_GetBuffer
 from cython.parallel import prange

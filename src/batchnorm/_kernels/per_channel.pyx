@@ -165,7 +165,7 @@ def moment_tangents(sums, double n, int through):
 
 
 def y_tangent(statistics, tangents, along, dgamma=None, dbeta=None):
-    """Write slope and offset of the tangent of y, gamma·rstd·dx + slope·(x − mean) + offset, from the other tangents."""
+    """Write slope and offset of the tangent of y, gamma·rstd·dx + slope·(x − mean) + offset."""
     cdef Py_ssize_t c, C = tangents.shape[1]
     cdef const double *s = borrow("statistics", statistics, STATISTICS_ROWS, C)
     cdef const double *t = borrow("tangents", tangents, 2, C)
