@@ -125,7 +125,7 @@ cdef inline void apply_rows(const Operands *o, bint gradient, int kind, Py_ssize
             if not joined:              # stores through the cache delay those after them
                 prefetch(out + stop)
                 prefetch(out + stride)
-            if LINE == size:
+            if LINE == size:            # otherwise a line is an even number of vectors
                 for j from start <= j < stop by size:
                     stream_vec(out + j, applied(o, gradient, kind, i, j, size, notes, place, k, column))
             else:
@@ -247,6 +247,7 @@ cdef inline void write_block(const Work *work, Py_ssize_t tile, Py_ssize_t b, co
     cdef Block block = block_of(work, tile, b)
     cdef const double *value = work.coefficient + block.channel
     cdef bint stream = work.stream and out != x and out != dy and out != work.add and work.closed == NULL
+    cdef bint rare = gradient and work.activation.on and not TRAINS
     cdef Operands o
     o.x, o.dy, o.out, o.act = x, dy, out, work.activation
     o.add, o.closed, o.sloped = work.add, work.closed, is_sloped(work.through)
@@ -254,7 +255,7 @@ cdef inline void write_block(const Work *work, Py_ssize_t tile, Py_ssize_t b, co
     o.weights = <const real *> work.selection.weights if gradient else NULL
     o.places, o.fill = work.S, fill
     # Unrolled loops for y and dx, alone or with an activation, and short ones for what is rare.
-    if o.add != NULL or o.closed != NULL or o.mask != NULL or o.weights != NULL:
+    if rare or o.add != NULL or o.closed != NULL or o.mask != NULL or o.weights != NULL:
         apply_kind(work, &block, &o, gradient, ANYTHING, stream, value, fit)
     elif not o.act.on:
         apply_kind(work, &block, &o, gradient, NOTHING, stream, value, fit)

@@ -160,8 +160,8 @@ cdef inline number passed(number dy, number pre, const Activation *act) noexcept
 
 
 cdef inline bint is_relu(const Activation *act) noexcept nogil:
-    """Whether the activation is ReLU, or another that only has a lower bound, and has loops of its own: for float32."""
-    return sizeof(stored) == sizeof(float) and not act.leaky and not act.bounded
+    """Whether the activation has loops of its own: ReLU, or another that only has a lower bound."""
+    return TRAINS and not act.leaky and not act.bounded
 
 
 cdef inline Activation as_relu(Activation act) noexcept nogil:

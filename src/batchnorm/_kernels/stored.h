@@ -28,7 +28,8 @@ static inline packed pack(vec v)
 #endif
 
 enum {
-    LINE = 64 / sizeof(stored)      /* values in a cache line */
+    LINE = 64 / sizeof(stored),                             /* values in a cache line */
+    TRAINS = sizeof(stored) == sizeof(float) && BYTES > 16  /* has more loops for activations: for most that is trained */
 };
 
 /* Prefetch memory that is needed soon, line by line: no processor predicts several rows at a time, or gaps. */
