@@ -367,7 +367,7 @@ def test_compile_without_graph_breaks(options, backend):
 def test_threads_are_those_of_torch(monkeypatch):
     """What is asked for in each call; the bits are the same."""
     asked = []
-    monkeypatch.setattr("batchnorm._threads.threads_for", lambda *call: asked.append(call[1]) or 1)
+    monkeypatch.setattr("batchnorm._threads.threads_for", lambda *call, **_: asked.append(call[1]) or 1)
     before = torch.get_num_threads()
     module, x = BatchNorm1d(3), torch.randn(4, 3, requires_grad=True)
     try:
