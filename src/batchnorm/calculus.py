@@ -520,7 +520,7 @@ def double_backward(
     second = _Second.of(sums, saved, paths, a)
     g_dy = g_x = g_gamma = None
     if "dy" in need:
-        along = _of_y(saved, _of_moments(sums[:2].copy(), _n(saved), paths), a, b)
+        along = _of_y(saved, _of_moments(sums[:2], _n(saved), paths), a, b)
         g_dy = passes.combined(u, _scale(saved), *along)
         if ddadd is not None:
             passes.add(g_dy, np.ones(C), passes.like_x(ddadd, "ddadd"))
