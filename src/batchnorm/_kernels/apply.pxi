@@ -188,48 +188,53 @@ cdef inline void apply_columns(const Work *work, const Block *block, const Opera
     blank_rows(work, block, o.fill, o.out + block.first, stream)
 
 
-cdef inline void apply_channel(const Operands *o, bint gradient, int kind, bint stream, Py_ssize_t at,
-                               Py_ssize_t place, Py_ssize_t stride, Py_ssize_t length, const double *value,
-                               Py_ssize_t C, number zero) noexcept nogil:
-    """Write a row of one channel."""
-    cdef number k[COEFFICIENTS]
-    k[CENTRE] = same(value[CENTRE * C], zero)
-    k[SCALE] = same(value[SCALE * C], zero)
-    k[SHIFT] = same(value[SHIFT * C], zero)
-    k[SLOPE] = same(value[SLOPE * C] if gradient else 0, zero)
-    k[OFFSET] = same(value[OFFSET * C] if gradient else 0, zero)
-    apply_rows(o, gradient, kind, at, place, 1, stride, length, k, NULL, stream)
-
-
 cdef void apply_channel_in_float64(const Operands *o, bint gradient, Py_ssize_t at, Py_ssize_t place,
                                    Py_ssize_t stride, Py_ssize_t length, const double *value,
                                    Py_ssize_t C) noexcept nogil:
-    """The same in float64; not inline, because it is rare."""
-    apply_channel(o, gradient, ANYTHING, False, at, place, stride, length, value, C, same_wide(0))
+    """Write a row of one channel in float64; not inline, because it is rare."""
+    cdef wide k[COEFFICIENTS]
+    cdef Py_ssize_t row
+    for row in range(COEFFICIENTS):
+        k[row] = same_wide(value[row * C] if gradient or row <= SHIFT else 0)
+    apply_rows(o, gradient, ANYTHING, at, place, 1, stride, length, k, NULL, False)
 
 
 cdef inline void apply_channels(const Work *work, const Block *block, Operands *o, bint gradient, int kind,
                                 bint stream, const double *value, bint fit) noexcept nogil:
     """Write a row of each channel, then their next rows: in memory order."""
+    cdef Row own[COEFFICIENTS]
+    cdef vec k[COEFFICIENTS]
     cdef const Py_ssize_t *lengths
-    cdef Py_ssize_t r, c, at, place, length, C = work.C
+    cdef Py_ssize_t r, c, at, place, length, row, ahead, fetched, C = work.C
+    for row in range(COEFFICIENTS):
+        k[row] = same_vec(0)
+        if gradient or row <= SHIFT:
+            narrow(value + row * C, own[row].at, block.channels)
     for r in range(block.rows):
         place = block.place + r * block.run
+        at = block.first + r * block.stride
         lengths = lengths_at(work, place)
-        length = length_in(lengths, block.start, block.run)
+        fetched = length = length_in(lengths, block.start, block.run)
+        ahead = work.next_tile
+        if lengths != NULL:     # the processor predicts the next values, but not those of the next channel
+            ahead, fetched = block.run, min(length, FETCHED)
+            for c in range(block.channels):
+                put(o.out + at + c * block.run + length, block.run - length, o.fill, stream)
         for c in range(block.channels):
-            at = block.first + r * block.stride + c * block.run
-            if lengths != NULL:     # the processor predicts the next values, but not those of the next channel
-                fetch(o.x + at + block.run, o.dy + at + block.run, gradient, min(length, FETCHED))
-            elif work.next_tile:
-                fetch(o.x + at + work.next_tile, o.dy + at + work.next_tile, gradient, length)
-            if IS_DOUBLE or fit or all_fit(value + c, C, 1, gradient):
-                apply_channel(o, gradient, kind, stream, at, place, block.stride, length, value + c, C, same_vec(0))
+            if ahead:
+                fetch(o.x + at + ahead, o.dy + at + ahead, gradient, fetched)
+            k[CENTRE] = everywhere_vec(own[CENTRE].at[c])
+            k[SCALE] = everywhere_vec(own[SCALE].at[c])
+            k[SHIFT] = everywhere_vec(own[SHIFT].at[c])
+            if gradient:
+                k[SLOPE] = everywhere_vec(own[SLOPE].at[c])
+                k[OFFSET] = everywhere_vec(own[OFFSET].at[c])
+            if kind != ANYTHING or fit or all_fit(value + c, C, 1, gradient):
+                apply_rows(o, gradient, kind, at, place, 1, block.stride, length, k, NULL, stream)
             else:
                 o.act.in_steps = gradient and all_fit(value + c, C, 1, False)
                 apply_channel_in_float64(o, gradient, at, place, block.stride, length, value + c, C)
-            if lengths != NULL:
-                put(o.out + at + length, block.run - length, o.fill, stream)
+            at += block.run
     if work.S == 1:
         blank_rows(work, block, o.fill, o.out + block.first, stream)
 
@@ -237,10 +242,12 @@ cdef inline void apply_channels(const Work *work, const Block *block, Operands *
 cdef inline void apply_kind(const Work *work, const Block *block, Operands *o, bint gradient, int kind, bint stream,
                             const double *value, bint fit) noexcept nogil:
     """Write the block; `kind` is a literal, so that each has loops of its own."""
-    if work.columns and fit:
+    if work.columns and fit and (work.S < NARROW or stream):
         apply_columns(work, block, o, gradient, kind, stream, value)
+    elif stream:
+        apply_channels(work, block, o, gradient, kind, True, value, fit)
     else:
-        apply_channels(work, block, o, gradient, kind, stream, value, fit)
+        apply_channels(work, block, o, gradient, kind, False, value, fit)
 
 
 cdef inline void write_block(const Work *work, Py_ssize_t tile, Py_ssize_t b, const stored *x, const stored *dy,
@@ -256,7 +263,7 @@ cdef inline void write_block(const Work *work, Py_ssize_t tile, Py_ssize_t b, co
     o.weights = <const real *> work.selection.weights if gradient else NULL
     o.places, o.fill = work.S, fill
     # Unrolled loops for y and dx, alone or with an activation, and short ones for what is rare.
-    if rare or o.add != NULL or o.closed != NULL or o.mask != NULL or o.weights != NULL:
+    if not fit or rare or o.add != NULL or o.closed != NULL or o.mask != NULL or o.weights != NULL:
         apply_kind(work, &block, &o, gradient, ANYTHING, stream, value, fit)
     elif not o.act.on:
         apply_kind(work, &block, &o, gradient, NOTHING, stream, value, fit)

@@ -79,6 +79,7 @@ cdef extern from "stored.h" nogil:
     void finish_streaming() noexcept
     Py_ssize_t to_line(const stored *) noexcept
     double plain(double) noexcept
+    void narrow(const double *, real *, Py_ssize_t) noexcept
     vec same_vec(double) noexcept
     wide same_wide(double) noexcept
     vec everywhere_vec(real) noexcept

@@ -163,8 +163,7 @@ cdef void spread(const double *restrict value, Py_ssize_t channels, Py_ssize_t r
     """Copy the value of each channel to all columns of a (grouped) row, and to the first ones of the next row."""
     cdef Py_ssize_t c, j, length = channels * run
     if run == 1:
-        for c in range(channels):
-            column[c] = <real> plain(value[c])
+        narrow(value, column, channels)
     else:
         for c in range(channels):
             for j in range(run):

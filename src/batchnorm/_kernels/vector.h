@@ -104,6 +104,13 @@ static inline double plain(double value)
     return value == value ? value : (double)__builtin_nanf("");
 }
 
+/* Many numbers of float64 in the data's type. Not inline: it is called for each coefficient in each of the loops. */
+static __attribute__((noinline)) void narrow(const double *restrict value, real *restrict rounded, ptrdiff_t count)
+{
+    for (ptrdiff_t i = 0; i < count; i++)
+        rounded[i] = (real)plain(value[i]);
+}
+
 /* The same number in every lane, even the sign of a zero. */
 static inline vec same_vec(double value)
 {
