@@ -519,14 +519,15 @@ def test_threads_that_share_a_layer_work_at_the_same_time(monkeypatch, rng):
 def test_sleeping_threads_are_not_woken_for_small_work(monkeypatch):
     """After a pause they sleep; one that follows another call closely finds them awake."""
     clock = iter([1, 10**9, 10**9 + 1000, 2 * 10**9, 2 * 10**9 + 1000, 2 * 10**9 + 2000])
-    monkeypatch.setattr(_threads, "ASLEEP", 8)
+    monkeypatch.setattr(_threads, "ASLEEP", 16)
     monkeypatch.setattr(_threads.time, "perf_counter_ns", lambda: next(clock))
     small = _threads.SERIAL_VALUES
     assert _threads.threads_for(small - 1, 2) == 1
-    assert _threads.threads_for(8 * small, 2) == 2
-    assert _threads.threads_for(8 * small - 1, 2) == 1
+    assert _threads.threads_for(16 * small, 2) == 2
+    assert _threads.threads_for(16 * small - 1, 2) == 1
     assert _threads.threads_for(small, 2) == 2
-    assert _threads.threads_for(8 * small - 1, 2) == 1
-    assert _threads.threads_for(2 * small - 1, 2, once=True) == 1
-    assert _threads.threads_for(2 * small, 2, once=True) == 2
-    assert _threads.threads_for(small, 2) == 2
+    assert _threads.threads_for(2 * small - 1, 3) == 1
+    assert _threads.threads_for(16 * small - 1, 2) == 1
+    assert _threads.threads_for(4 * small - 1, 2, once=True) == 1
+    assert _threads.threads_for(4 * small, 2, once=True) == 2
+    assert _threads.threads_for(2 * small, 3) == 3

@@ -23,11 +23,11 @@ from collections.abc import Iterator
 from . import _arrays
 from ._kernels import runtime
 
-SERIAL_VALUES = 32_768
-"""The calling thread alone processes arrays with fewer values, or with twice as many that are visited only once
-(measured: bench/README.md)."""
+SERIAL_VALUES = 16_384
+"""The calling thread alone processes arrays with fewer values. More than two threads need twice as many, and arrays that
+are visited only once four times as many (measured: bench/README.md)."""
 
-ASLEEP = 8
+ASLEEP = 16
 """How many times as many it takes if the other threads may be asleep: waking them takes as long as much work."""
 
 AWAKE = 200_000
@@ -178,9 +178,10 @@ def threads_for(values: int, num_threads: int | None, once: bool = False) -> int
         values //= 2
     if values < SERIAL_VALUES or _small_stacks_at_import or runtime.forked():
         return 1
-    if not _awake() and values < ASLEEP * SERIAL_VALUES:
+    count = decide()[0] if num_threads is None else num_threads
+    if values < 2 * SERIAL_VALUES and (once or count > 2):
         return 1
-    return decide()[0] if num_threads is None else num_threads
+    return count if _awake() or values >= ASLEEP * SERIAL_VALUES else 1
 
 
 def set_num_threads(num_threads: int | None) -> None:

@@ -369,7 +369,7 @@ class Plan:
                 self._look_up(given, y, layout, target, residual, threads)
             else:
                 self._write_elsewhere(given, y, target, residual, threads)
-        if given.size < 2 * _threads.SERIAL_VALUES and self._dtype is None:
+        if given.size < 4 * _threads.SERIAL_VALUES and self._dtype is None:
             self._small = dict([*self._small.items(), (layout.shape, plain.view)][-_MOST_VIEWS:])
         return y if out is None else _arrays.deliver(y, out)
 

@@ -40,7 +40,8 @@ cdef void finish_moments(const Work *work, Py_ssize_t tile) noexcept nogil:
     for c in range(channels_of(work, tile)):
         s[MEAN * C + c] = two_sum(p[PIVOT * C + c], p[DELTA * C + c], s + MEAN_LOW * C + c)
         s[M2 * C + c] = p[SQUARES * C + c]
-    set_rstd(s, C, channels_of(work, tile), work.census[work.blocks].before, work.eps)
+    set_var(s, C, channels_of(work, tile), work.census[work.blocks].before)
+    set_rstd(s, C, channels_of(work, tile), work.eps)
 
 
 cdef void set_centres(const double *restrict s, double *restrict k, Py_ssize_t C, Py_ssize_t channels) noexcept nogil:

@@ -15,14 +15,21 @@ def fix_statistics(statistics, Py_ssize_t channels, mean, m2, gamma, beta, doubl
 
     The table is float64 for data of any type. This stands here because roots take half the time at a higher level.
     """
-    cdef Py_ssize_t c, C = channels
+    cdef Py_ssize_t c, negative = 0, C = channels
     cdef double *s = borrow("statistics", statistics, STATISTICS_ROWS, C)
     fill_row(s + MEAN * C, mean, C, 0)
     fill_row(s + MEAN_LOW * C, mean_low, C, 0)
     fill_row(s + M2 * C, m2, C, 0)
     set_parameters(s, gamma, beta, C)
     for c in range(C):
-        if s[M2 * C + c] < 0:
-            return c
-    set_rstd(s, C, C, count, eps)
+        negative += s[M2 * C + c] < 0
+    if negative:
+        for c in range(C):
+            if s[M2 * C + c] < 0:
+                return c
+    if count == 1:      # var itself is given, and divisions are slow
+        memcpy(s + VAR * C, s + M2 * C, C * sizeof(double))
+    else:
+        set_var(s, C, C, count)
+    set_rstd(s, C, C, eps)
     return -1

@@ -98,6 +98,8 @@ cdef extern from "stored.h" nogil:
     wide first_part(vec) noexcept
     void add_vec(double *, vec) noexcept
     void add_wide(double *, wide) noexcept
+    double fold(const double *) noexcept
+    double sum_of(const double *, Py_ssize_t) noexcept
     void add_lanes_vec(double *, const vec *) noexcept
     void add_lanes_wide(double *, const wide *) noexcept
     void prefetch(const void *) noexcept
@@ -218,7 +220,7 @@ def forward(x, y, view, statistics, gamma, beta, double eps, int num_threads, ac
     with nogil:
         take_census(&work)
         if work.by_tile:
-            if threads == 1:
+            if alone(threads, work.tiles):
                 for tile in range(work.tiles):
                     forward_tile(&work, tile, x0, y0)
             else:
@@ -318,7 +320,7 @@ def backward(dy, x, dx, view, statistics, gradients, dgamma, dbeta, int through,
     with nogil:
         take_census(&work)
         if work.by_tile:
-            if threads == 1:
+            if alone(threads, work.tiles):
                 for tile in range(work.tiles):
                     backward_tile(&work, tile, x0, dy0, dx0)
             else:

@@ -98,6 +98,8 @@ cdef void cut_columns(Work *work, Py_ssize_t size) noexcept nogil:
     cdef Py_ssize_t N = work.N, C = work.C, S = work.S, row_blocks, whole
     cdef Py_ssize_t width = COPIED // UNROLLED if work.selection.copied else WIDTH if S == 1 else WIDEST
     work.tiles = ceil_div(C, max(1, width // S))
+    if work.tiles == 1 and C * S >= GROUPED and N <= COLUMN_ROWS and N * C * S >= 4 * BLOCK:
+        work.tiles = 2      # otherwise one block is all there is, and one thread
     work.tile_channels = ceil_div(C, work.tiles)
     if C * S < GROUPED // 2 and not work.selection.copied:
         work.group = max(1, min(GROUPED // (C * S), N // UNROLLED))

@@ -1,9 +1,13 @@
 # ---- Passes: the steps over all tiles and blocks, on several threads -------------------------------------------------
-# With one thread, loops do not use OpenMP, which takes 200 ns for a team of one.
+
+cdef inline bint alone(int threads, Py_ssize_t pieces) noexcept nogil:
+    """Whether one thread does everything: OpenMP takes 200 ns even for a team of one."""
+    return threads == 1 or pieces == 1
+
 
 cdef void reduce_all(const Work *work, const stored *x, const stored *dy, bint gradient, int threads) noexcept nogil:
     cdef Py_ssize_t i
-    if threads == 1:
+    if alone(threads, work.tiles * work.blocks):
         for i in range(work.tiles * work.blocks):
             reduce_block(work, tile_at(work, i), block_at(work, i), x, dy, gradient)
     else:
@@ -29,7 +33,7 @@ cdef bint finish_normalize_all(const Work *work) noexcept nogil:
 cdef void normalize_all(const Work *work, const stored *x, stored *y, bint fit, int threads) noexcept nogil:
     cdef Work ordered = in_memory_order(work)
     cdef Py_ssize_t i
-    if threads == 1:
+    if alone(threads, ordered.tiles * ordered.blocks):
         for i in range(ordered.tiles * ordered.blocks):
             normalize_block(&ordered, tile_at(&ordered, i), block_at(&ordered, i), x, y, fit)
     else:
@@ -64,7 +68,7 @@ cdef void grad_apply_all(const Work *work, const stored *x, const stored *dy, st
     for tile in range(work.tiles):
         start_gradient(work, tile)
         fit &= finish_grad_apply(work, tile)
-    if threads == 1:
+    if alone(threads, ordered.tiles * ordered.blocks):
         for i in range(ordered.tiles * ordered.blocks):
             gradient_block(&ordered, tile_at(&ordered, i), block_at(&ordered, i), x, dy, dx, fit)
     else:

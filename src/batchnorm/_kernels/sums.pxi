@@ -9,11 +9,6 @@ cdef struct Summed:                 # the arrays to sum
     Copies *copies                  # room for copies, if they are needed
 
 
-cdef inline double fold(const double *total) noexcept nogil:
-    """Sum of TOTALS totals by halving."""
-    return ((total[0] + total[4]) + (total[2] + total[6])) + ((total[1] + total[5]) + (total[3] + total[7]))
-
-
 cdef void fold_all(const double *total, Py_ssize_t channels, double *folded) noexcept nogil:
     cdef Py_ssize_t c
     for c in range(channels):
@@ -174,8 +169,7 @@ cdef void spread(const double *restrict value, Py_ssize_t channels, Py_ssize_t r
 
 cdef void gather(double *column, Py_ssize_t channels, Py_ssize_t run, Py_ssize_t group, double *value) noexcept nogil:
     """Add up the columns of each channel, always in the same order."""
-    cdef double total[TOTALS]
-    cdef Py_ssize_t c, half, i, j
+    cdef Py_ssize_t c, half, j
     while group > 1:
         half = group // 2
         group -= half
@@ -185,11 +179,7 @@ cdef void gather(double *column, Py_ssize_t channels, Py_ssize_t run, Py_ssize_t
         memcpy(value, column, channels * sizeof(double))
         return
     for c in range(channels):
-        memset(total, 0, sizeof(total))
-        for i from 0 <= i < run by TOTALS:
-            for j in range(min(TOTALS, run - i)):
-                total[j] += column[c * run + i + j]
-        value[c] = fold(total)
+        value[c] = sum_of(column + c * run, run)
 
 
 cdef void sum_block(const Work *work, const Block *block, const stored *x, const stored *dy, bint gradient,
@@ -203,13 +193,15 @@ cdef void sum_block(const Work *work, const Block *block, const stored *x, const
     cdef const unsigned char *mask = work.selection.mask + block.place if masked else NULL
     cdef Summed summed = Summed(x, dy, gradient, mask, copies)
     cdef bint two = gradient or work.selection.weights != NULL
+    cdef bint rare = not block.columns and (masked or copies != NULL)
     if number is wide:
         sum_block_of(work, block, &summed, two, activation if gradient and activation.on else NULL, pivot, sum1, sum2,
                      zero)
-    elif masked and gradient:
+    elif rare and two:
         act = activation[0]
-        sum_block_of_lanes(work, block, &summed, True, True, &act if act.on else NULL, pivot, sum1, sum2, zero)
-    elif masked:
+        sum_block_of_lanes(work, block, &summed, True, True, &act if gradient and act.on else NULL, pivot, sum1, sum2,
+                           zero)
+    elif rare:
         sum_block_of_lanes(work, block, &summed, True, False, NULL, pivot, sum1, sum2, zero)
     elif not two:
         sum_block_of(work, block, &summed, False, NULL, pivot, sum1, sum2, zero)
@@ -264,7 +256,7 @@ cdef inline void sum_block_of_lanes(const Work *work, const Block *block, const 
             for c in range(block.channels):
                 at = part.first - block.first + r * part.stride + c * part.run
                 x, dy = summed.x + at, summed.dy + at
-                if summed.copies != NULL:
+                if masked and summed.copies != NULL:
                     copy = rows
                     copy.run *= take(work, &rows, 1, x, dy, summed.gradient, pivot + c, summed.copies)
                     copy.rows, copy.left = 1, 1
@@ -274,7 +266,7 @@ cdef inline void sum_block_of_lanes(const Work *work, const Block *block, const 
                     k[SCALE] = same(pivot[SCALE * work.C + c], zero)
                     k[SHIFT] = same(pivot[SHIFT * work.C + c], zero)
                 mask = from_place(summed.mask, r * part.run) if masked else NULL
-                sum_lanes(Values(x, dy, mask), two, act, &rows if summed.copies == NULL else &copy, lengths, k,
+                sum_lanes(Values(x, dy, mask), two, act, &copy if masked and summed.copies != NULL else &rows, lengths, k,
                           total1 + c * TOTALS, total2 + c * TOTALS)
     fold_all(total1, block.channels, sum1)
     fold_all(total2, block.channels, sum2)

@@ -62,6 +62,8 @@ typedef wide_mask mask;
 #endif
 typedef real part __attribute__((vector_size(PART * sizeof(real))));
 typedef real folded __attribute__((vector_size(TOTALS * sizeof(real))));
+typedef double half __attribute__((vector_size(TOTALS / 2 * sizeof(double))));
+typedef double quarter __attribute__((vector_size(TOTALS / 4 * sizeof(double))));
 
 /* A number for each column of a tile. Aligned, because a vector that crosses a cache line is loaded twice. */
 typedef struct {
@@ -69,7 +71,7 @@ typedef struct {
 } Row;
 
 typedef struct {
-    double at[WIDEST + VEC] __attribute__((aligned(64)));
+    double at[WIDEST + BEYOND] __attribute__((aligned(64)));
 } WideRow;
 
 /* GCC 12 uses five instructions for this conversion; the processor has one. */
@@ -201,6 +203,38 @@ static inline void add_lanes_vec(double *total, const vec *lanes)
     memcpy(p, f, sizeof p);
     for (int i = 0; i < TOTALS / PART; i++)
         add_wide(total + i * PART, widened(p[i]));
+}
+
+/* Sum of TOTALS totals by halving. */
+static inline double fold(const double *total)
+{
+    half h[2];
+    quarter q[2];
+    memcpy(h, total, sizeof h);
+    h[0] += h[1];
+    memcpy(q, h, sizeof q);
+    q[0] += q[1];
+    return q[0][0] + q[0][1];
+}
+
+/* Sum of `count` numbers, by way of TOTALS totals; some beyond the last one are read, but not used. */
+static inline double sum_of(const double *number, ptrdiff_t count)
+{
+    static const int64_t COUNTED[2 * TOTALS] = {[0 ... TOTALS - 1] = -1};
+    wide total[TOTALS / PART] = {{0}}, v;
+    wide_mask counted;
+    double totals[TOTALS];
+    for (ptrdiff_t i = 0; i < count; i += TOTALS)
+        for (int j = 0; j < TOTALS / PART; j++) {
+            memcpy(&v, number + i + j * PART, sizeof v);
+            if (i + TOTALS > count) {
+                memcpy(&counted, COUNTED + TOTALS - (count - i) + j * PART, sizeof counted);
+                v = (wide)((wide_mask)v & counted);
+            }
+            total[j] += v;
+        }
+    memcpy(totals, total, sizeof totals);
+    return fold(totals);
 }
 
 static inline void add_lanes_wide(double *total, const wide *lanes)
