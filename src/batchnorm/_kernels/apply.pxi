@@ -244,7 +244,9 @@ cdef inline void apply_kind(const Work *work, const Block *block, Operands *o, b
     """Write the block; `kind` is a literal, so that each has loops of its own."""
     if work.columns and fit and (work.S < NARROW or stream):
         apply_columns(work, block, o, gradient, kind, stream, value)
-    elif stream:
+    elif kind == ANYTHING:
+        apply_channels(work, block, o, gradient, kind, stream, value, fit)
+    elif stream:        # as a literal: loops with both kinds of stores are slower
         apply_channels(work, block, o, gradient, kind, True, value, fit)
     else:
         apply_channels(work, block, o, gradient, kind, False, value, fit)

@@ -64,10 +64,11 @@ cdef Py_ssize_t misfits(const double *coefficient, Py_ssize_t channels) noexcept
 
 cdef bint all_fit(const double *value, Py_ssize_t C, Py_ssize_t channels, bint gradient) noexcept nogil:
     """Whether these channels can be computed in the data's type; one that does not fit is computed in float64."""
-    return IS_DOUBLE or not (misfits(value + CENTRE * C, channels) + misfits(value + SCALE * C, channels)
-                             + misfits(value + SHIFT * C, channels)
-                             + (misfits(value + SLOPE * C, channels) + misfits(value + OFFSET * C, channels)
-                                if gradient else 0))
+    cdef Py_ssize_t row, rows = COEFFICIENTS if gradient else SHIFT + 1, found = 0
+    if not IS_DOUBLE:
+        for row in range(rows):
+            found += misfits(value + row * C, channels)
+    return found == 0
 
 
 cdef bint finish_normalize(const Work *work, Py_ssize_t tile) noexcept nogil:
