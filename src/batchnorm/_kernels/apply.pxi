@@ -278,9 +278,9 @@ cdef inline void write_block(const Work *work, Py_ssize_t tile, Py_ssize_t b, co
         finish_streaming()
 
 
-cdef void normalize_block(const Work *work, Py_ssize_t tile, Py_ssize_t b, const stored *x, stored *y,
-                          bint fit) noexcept nogil:
-    write_block(work, tile, b, x, x, False, y, fit, work.selection.fill)
+cdef void normalize_block(const Work *work, Py_ssize_t tile, Py_ssize_t b, const stored *x, stored *y, bint fit,
+                          real fill) noexcept nogil:
+    write_block(work, tile, b, x, x, False, y, fit, fill)
 
 
 cdef void gradient_block(const Work *work, Py_ssize_t tile, Py_ssize_t b, const stored *x, const stored *dy, stored *dx,
@@ -289,7 +289,7 @@ cdef void gradient_block(const Work *work, Py_ssize_t tile, Py_ssize_t b, const 
     if is_sloped(work.through) or work.activation.on or work.selection.weights != NULL:
         write_block(work, tile, b, x, dy, True, dx, fit, 0)
     else:
-        write_block(work, tile, b, dy, dy, False, dx, fit, 0)
+        normalize_block(work, tile, b, dy, dx, fit, 0)
 
 
 cdef void pass_run(const stored *dy, const unsigned char *closed, stored *out, Py_ssize_t start, Py_ssize_t stop,

@@ -35,10 +35,10 @@ cdef void normalize_all(const Work *work, const stored *x, stored *y, bint fit, 
     cdef Py_ssize_t i
     if alone(threads, ordered.tiles * ordered.blocks):
         for i in range(ordered.tiles * ordered.blocks):
-            normalize_block(&ordered, tile_at(&ordered, i), block_at(&ordered, i), x, y, fit)
+            normalize_block(&ordered, tile_at(&ordered, i), block_at(&ordered, i), x, y, fit, work.selection.fill)
     else:
         for i in prange(ordered.tiles * ordered.blocks, schedule="static", num_threads=threads):
-            normalize_block(&ordered, tile_at(&ordered, i), block_at(&ordered, i), x, y, fit)
+            normalize_block(&ordered, tile_at(&ordered, i), block_at(&ordered, i), x, y, fit, work.selection.fill)
 
 
 cdef void forward_tile(const Work *work, Py_ssize_t tile, const stored *x, stored *y) noexcept nogil:
@@ -49,7 +49,7 @@ cdef void forward_tile(const Work *work, Py_ssize_t tile, const stored *x, store
     finish_moments(work, tile)
     fit = finish_normalize(work, tile)
     for b in range(work.blocks - 1, -1, -1):        # the last block is the one still in cache
-        normalize_block(work, tile, b, x, y, fit)
+        normalize_block(work, tile, b, x, y, fit, work.selection.fill)
 
 
 cdef void grad_sums_of_all(const Work *work, const stored *x, const stored *dy, int threads) noexcept nogil:
