@@ -19,6 +19,12 @@ build() {       # build NAME OPTIONS OF PIP…
     shift
     python -m pip install --quiet --no-deps --no-build-isolation --target "$work/$name" -C build-dir="$work/build-$name" \
         -C install.strip=false "$@" .
+    local found
+    found=$(PYTHONPATH="$work/$name" python -P -c 'import importlib.util; print(importlib.util.find_spec("batchnorm").origin)')
+    if [[ $found != "$work"/* ]]; then
+        echo "Python would import $found, not what was built here: no editable installation may be in the environment" >&2
+        exit 1
+    fi
 }
 
 address() {

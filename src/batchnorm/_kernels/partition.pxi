@@ -8,8 +8,7 @@ cdef enum:
     COPIED = 16384 // sizeof(real)      # values that are copied together before they are summed
     BLOCK = 8192            # values of a block of lanes; a quarter if float64 rows are combined
     COLUMN_ROWS = 256       # rows of a block of columns
-    SHORT_ROW = 64          # shorter rows are summed as columns
-    NARROW = 2 * LINE       # shorter rows are also written as columns
+    SHORT_ROW = 64          # shorter rows are summed as columns; those of fewer than NARROW values are also written so
     AHEAD = 8192 // sizeof(stored)      # values of a channel from those that are summed to those that are fetched
     FETCHED = 512           # the most values of the next channel that are fetched if rows have lengths
     FEW_ROWS = 3            # how many rows ahead memory is fetched then: reads have gaps that no processor predicts
