@@ -24,8 +24,8 @@ from . import _arrays
 from ._kernels import runtime
 
 SERIAL_VALUES = 16_384
-"""The calling thread alone processes arrays with fewer values. More than two threads need twice as many, and arrays that
-are visited only once four times as many (measured: bench/README.md)."""
+"""The calling thread alone processes arrays with fewer values. More than two threads need twice as many, and arrays
+that are visited only once four times as many (measured: bench/README.md)."""
 
 ASLEEP = 16
 """How many times as many it takes if the other threads may be asleep: waking them takes as long as much work."""

@@ -266,8 +266,8 @@ cdef inline void sum_block_of_lanes(const Work *work, const Block *block, const 
                     k[SCALE] = same(pivot[SCALE * work.C + c], zero)
                     k[SHIFT] = same(pivot[SHIFT * work.C + c], zero)
                 mask = from_place(summed.mask, r * part.run) if masked else NULL
-                sum_lanes(Values(x, dy, mask), two, act, &copy if masked and summed.copies != NULL else &rows, lengths, k,
-                          total1 + c * TOTALS, total2 + c * TOTALS)
+                sum_lanes(Values(x, dy, mask), two, act, &copy if masked and summed.copies != NULL else &rows,
+                          lengths, k, total1 + c * TOTALS, total2 + c * TOTALS)
     fold_all(total1, block.channels, sum1)
     fold_all(total2, block.channels, sum2)
 
