@@ -105,6 +105,13 @@ def test_every_one_of_more_than_an_int_counts(view):
     check(*view, size=4, arrays=2, ordered=False)
 
 
+@pytest.mark.parametrize("size", [4, 8])
+@pytest.mark.parametrize("view", [(64, 512, 1), (128, 256, 1), (256, 300, 1), (64, 32, 16)])
+def test_a_matrix_that_is_worth_two_threads_has_work_for_both(view, size):
+    for passed in PASSES:
+        assert len(KERNELS[size][0].partition(*view, *passed)) > 1
+
+
 def test_a_wrong_partition_would_be_seen(monkeypatch):
     """The check itself: a block that is lost, given twice, empty, too long or another channel's is found."""
     view = (300, 40, 20)

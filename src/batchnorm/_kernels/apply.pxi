@@ -242,7 +242,7 @@ cdef inline void apply_channels(const Work *work, const Block *block, Operands *
 cdef inline void apply_kind(const Work *work, const Block *block, Operands *o, bint gradient, int kind, bint stream,
                             const double *value, bint fit) noexcept nogil:
     """Write the block; `kind` is a literal, so that each has loops of its own."""
-    if work.columns and fit and (work.S < NARROW or stream):
+    if work.columns and fit and (work.S < TWO_LINES or stream):
         apply_columns(work, block, o, gradient, kind, stream, value)
     elif kind == ANYTHING:
         apply_channels(work, block, o, gradient, kind, stream, value, fit)

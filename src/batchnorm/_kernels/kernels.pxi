@@ -48,7 +48,7 @@ from batchnorm._kernels.runtime cimport (
 
 cdef extern from "stored.h" nogil:
     enum:
-        VEC, PART, LINE, NARROW, TRAINS, LANES, VECTORS, CARRIED, UNROLLED, TOTALS, WIDEST, BEYOND, SPARE
+        VEC, PART, LINE, TWO_LINES, TRAINS, LANES, VECTORS, CARRIED, UNROLLED, TOTALS, WIDEST, BEYOND, SPARE
         CAN_STREAM
         IS_DOUBLE
         FORMAT

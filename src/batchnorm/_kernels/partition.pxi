@@ -8,7 +8,7 @@ cdef enum:
     COPIED = 16384 // sizeof(real)      # values that are copied together before they are summed
     BLOCK = 8192            # values of a block of lanes; a quarter if float64 rows are combined
     COLUMN_ROWS = 256       # rows of a block of columns
-    SHORT_ROW = 64          # shorter rows are summed as columns; those of fewer than NARROW values are also written so
+    SHORT_ROW = 64          # shorter rows are summed as columns
     AHEAD = 8192 // sizeof(stored)      # values of a channel from those that are summed to those that are fetched
     FETCHED = 512           # the most values of the next channel that are fetched if rows have lengths
     FEW_ROWS = 3            # how many rows ahead memory is fetched then: reads have gaps that no processor predicts
@@ -18,7 +18,7 @@ cdef enum:
     NEIGHBOURS = 16         # channels that are summed again together
     VISIT = 512             # values of one channel before its neighbour's, after which lanes are always emptied
     FEW_TILES = 16          # fewer tiles of lanes than this are cut into blocks to be shared
-    SPREAD = 8388608        # bytes of an array whose narrow rows are written as columns, which jump in memory
+    SPREAD = 8388608        # bytes of an array whose short rows are written as columns, which jump in memory
     STREAM = 33554432       # a pass that reads and writes this many bytes writes its result around the cache
     NEAR = 40960            # bytes that stay in a core's nearest cache
     CACHE = 524288          # bytes of a tile that stay in a core's cache between two passes
@@ -134,7 +134,7 @@ cdef Work in_memory_order(const Work *work) noexcept nogil:
     """The same work for a step that sums nothing: row after row, in pieces, unless columns are quicker."""
     cdef Work ordered = work[0]
     cdef bint near = work.N * work.C * work.S * <Py_ssize_t> sizeof(stored) <= SPREAD
-    if work.S >= NARROW or (work.S >= SHORTEST_RUN and not near):
+    if work.S >= TWO_LINES or (work.S >= SHORTEST_RUN and not near):
         ordered.columns, ordered.next_tile = False, 0
         ordered.tile_channels = max(1, BLOCK // work.S) if work.segments == 1 else 1
         ordered.tiles = ceil_div(work.C, ordered.tile_channels)

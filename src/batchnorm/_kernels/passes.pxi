@@ -1,7 +1,7 @@
 # ---- Passes: the steps over all tiles and blocks, on several threads -------------------------------------------------
 
 cdef inline bint alone(int threads, Py_ssize_t pieces) noexcept nogil:
-    """Whether one thread does everything: OpenMP takes 200 ns even for a team of one."""
+    """Whether one thread does everything, without OpenMP: a team of one takes 200 ns, a larger one a microsecond."""
     return threads == 1 or pieces == 1
 
 

@@ -29,7 +29,7 @@ static inline packed pack(vec v)
 
 enum {
     LINE = 64 / sizeof(stored),                             /* values in a cache line */
-    NARROW = 2 * LINE,                                      /* fewer values make a row that is best written as columns */
+    TWO_LINES = 2 * LINE,                                   /* shorter rows are written as columns */
     TRAINS = sizeof(stored) == sizeof(float) && BYTES > 16  /* has more loops for activations: for most that is trained */
 };
 

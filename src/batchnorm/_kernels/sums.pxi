@@ -193,6 +193,7 @@ cdef void sum_block(const Work *work, const Block *block, const stored *x, const
     cdef const unsigned char *mask = work.selection.mask + block.place if masked else NULL
     cdef Summed summed = Summed(x, dy, gradient, mask, copies)
     cdef bint two = gradient or work.selection.weights != NULL
+    # Only these loops call functions or look at a mask: in the others, what they need stays in registers.
     cdef bint rare = not block.columns and (masked or copies != NULL)
     if number is wide:
         sum_block_of(work, block, &summed, two, activation if gradient and activation.on else NULL, pivot, sum1, sum2,

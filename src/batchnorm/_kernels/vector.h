@@ -62,8 +62,8 @@ typedef wide_mask mask;
 #endif
 typedef real part __attribute__((vector_size(PART * sizeof(real))));
 typedef real folded __attribute__((vector_size(TOTALS * sizeof(real))));
-typedef double half __attribute__((vector_size(TOTALS / 2 * sizeof(double))));
-typedef double quarter __attribute__((vector_size(TOTALS / 4 * sizeof(double))));
+typedef double halved __attribute__((vector_size(TOTALS / 2 * sizeof(double))));
+typedef double quartered __attribute__((vector_size(TOTALS / 4 * sizeof(double))));
 
 /* A number for each column of a tile. Aligned, because a vector that crosses a cache line is loaded twice. */
 typedef struct {
@@ -208,8 +208,8 @@ static inline void add_lanes_vec(double *total, const vec *lanes)
 /* Sum of TOTALS totals by halving. */
 static inline double fold(const double *total)
 {
-    half h[2];
-    quarter q[2];
+    halved h[2];
+    quartered q[2];
     memcpy(h, total, sizeof h);
     h[0] += h[1];
     memcpy(q, h, sizeof q);
