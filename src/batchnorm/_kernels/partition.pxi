@@ -19,8 +19,10 @@ cdef enum:
     VISIT = 512             # values of one channel before its neighbour's, after which lanes are always emptied
     FEW_TILES = 16          # fewer tiles of lanes than this are cut into blocks to be shared
     SPREAD = 8388608        # bytes of an array whose short rows are written as columns, which jump in memory
-    STREAM = 33554432       # a pass that reads and writes this many bytes writes its result around the cache
+    FAR = 16777216          # a pass that reads and writes this many bytes fetches ahead what it sums
+    STREAM = 33554432       # and from this many on it writes its result around the cache
     NEAR = 40960            # bytes that stay in a core's nearest cache
+    NEAREST = 28672         # and of several channels, whose tiles should be large
     CACHE = 524288          # bytes of a tile that stay in a core's cache between two passes
     PIVOTED = 8             # values of a block from which a pivot is chosen
 
@@ -40,6 +42,7 @@ cdef struct Work:
     Py_ssize_t N, C, S              # the view
     bint columns                    # sum by columns, not by lanes
     bint by_tile                    # run both steps tile by tile, because a tile stays in cache
+    bint far                        # what is summed is fetched ahead
     bint stream                     # the result goes around the cache
     Py_ssize_t tiles, tile_channels
     Py_ssize_t next_tile            # how far away the tile is that is fetched while one is written, or 0
@@ -60,7 +63,7 @@ cdef struct Work:
     unsigned char *closed           # one bit per value: where the activation is closed, or NULL
 
 cdef struct Block:
-    bint columns
+    bint columns, far
     Py_ssize_t channel, channels
     Py_ssize_t place, start         # its first place, among all and within its row; the others follow
     Py_ssize_t first                # offset of its first value
@@ -80,6 +83,7 @@ cdef void cut(Work *work, Py_ssize_t N, Py_ssize_t C, Py_ssize_t S, Py_ssize_t a
     cdef Py_ssize_t size = sizeof(stored)
     cdef const Selection *selection = &work.selection
     work.N, work.C, work.S = N, C, S
+    work.far = arrays * N * C * S * size >= FAR
     work.stream = CAN_STREAM and arrays * N * C * S * size >= STREAM
     if selection.on:
         work.columns = S == 1
@@ -115,9 +119,11 @@ cdef void cut_lanes(Work *work, Py_ssize_t size, Py_ssize_t arrays) noexcept nog
     cdef Py_ssize_t N = work.N, C = work.C, S = work.S, longest = COPIED if work.selection.copied else BLOCK
     cdef Py_ssize_t together = BLOCK // 4 if IS_DOUBLE else BLOCK
     cdef Py_ssize_t held = 2 * CACHE // (5 * N * S * size)       # channels that leave room for the next tile
+    cdef Py_ssize_t channel = 2 * N * S * size                   # bytes of x and dy
     work.tile_channels = min(min(TOGETHER, RUN // S), min(C // FEW_TILES, held))
-    if arrays == 3 and 2 * N * S * size <= NEAR and N * S >= RUN // 4:
-        work.tile_channels = 1          # x and dy are still in the nearest cache when dx is written
+    if arrays == 3 and channel <= NEAR and (N == 1 or N * S >= RUN // 4 or N * C * S * size <= CACHE):
+        # x and dy are still in the nearest cache when dx is written
+        work.tile_channels = min(work.tile_channels, max(1, NEAREST // channel))
     if S >= longest:
         work.tile_channels = 1          # in memory the next segment follows, not the next channel
         work.segment = LANES * ceil_div(ceil_div(S, ceil_div(S, longest)), LANES)
@@ -147,7 +153,7 @@ cdef Block block_of(const Work *work, Py_ssize_t tile, Py_ssize_t b) noexcept no
     cdef Block block
     cdef Py_ssize_t row = b // work.segments * work.block_rows
     cdef Py_ssize_t start = b % work.segments * work.segment
-    block.columns = work.columns
+    block.columns, block.far = work.columns, work.far
     block.channel = tile * work.tile_channels
     block.channels = min(work.tile_channels, work.C - block.channel)
     block.rows = min(work.block_rows, work.N - row)

@@ -90,13 +90,13 @@ cdef inline void sum_lanes(Values at, bint gradient, const Activation *act, cons
     cdef Py_ssize_t left = rows.left
     for r in range(count):
         length = length_in(lengths + r if lengths != NULL else NULL, start, run)
-        # Prefetch within a long row, or else in a later one, if there is one.
+        # Prefetch within a long row, or else in a later one, if there is one; in cache the processor is quick enough.
         ahead = AHEAD if length > 2 * AHEAD else rows.later * stride if r + rows.later < left else 0
-        if lengths != NULL:
+        if lengths != NULL or not rows.far:
             ahead = 0
-            if r + FEW_ROWS < left:
-                fetch(at.x + FEW_ROWS * stride, at.dy + FEW_ROWS * stride, gradient,
-                      length_in(lengths + r + FEW_ROWS, start, run))
+        if lengths != NULL and r + FEW_ROWS < left:
+            fetch(at.x + FEW_ROWS * stride, at.dy + FEW_ROWS * stride, gradient,
+                  length_in(lengths + r + FEW_ROWS, start, run))
         for i from 0 <= i < length by UNROLLED * LANES:
             stop = min(length, i + UNROLLED * LANES)
             whole = stop - stop % LANES
