@@ -122,20 +122,21 @@ cdef inline void sum_lanes(Values at, bint gradient, const Activation *act, cons
 
 
 cdef inline void sum_columns(const stored *x, const stored *dy, bint gradient, const Activation *act, Py_ssize_t rows,
-                             Py_ssize_t stride, Py_ssize_t width, const Row *column, double *total1, double *total2,
-                             number zero) noexcept nogil:
+                             Py_ssize_t stride, Py_ssize_t width, bint far, const Row *column, double *total1,
+                             double *total2, number zero) noexcept nogil:
     """Add the sums of the columns to one total each; the totals have room for a whole vector at the end."""
     cdef number sum1, sum2
     cdef number k[COEFFICIENTS]
     cdef Py_ssize_t r, j, taken, count, size = size_of(zero)
     # Where rows begin alike, vectors after a short first one lie in one line of the cache each.
     cdef Py_ssize_t first = to_line(x) % size if stride % LINE == 0 else 0
+    cdef bint follows = far and stride == width     # what is summed next is next in memory
     for r from 0 <= r < rows by UNROLLED:
         taken = min(rows - r, UNROLLED)
         j = 0
         while j < width:
             count = min(size, width - j) if j or not first else min(first, width)
-            if stride == width:     # what follows in memory, a share beside each vector
+            if follows:     # fetch a share of it beside each vector
                 fetch(x + UNROLLED * (width + j), dy + UNROLLED * (width + j), gradient, UNROLLED * count)
             sum1 = sum2 = zero
             k[CENTRE] = column_at(column[CENTRE].at + j, zero)
@@ -309,6 +310,7 @@ cdef inline void sum_block_of_columns(const Work *work, const Block *block, cons
                 if rests:       # rows that do not fill a group, as one shorter row
                     x, dy = x + rows * work.group * stride, dy + rows * work.group * stride
                     rows, width = rest > 0, rest * length
-                sum_columns(x, dy, two, act, rows, stride * work.group, width, column, total1.at, total2.at, zero)
+                sum_columns(x, dy, two, act, rows, stride * work.group, width, block.far, column, total1.at,
+                            total2.at, zero)
     gather(total1.at, block.channels, block.run, work.group, sum1)
     gather(total2.at, block.channels, block.run, work.group, sum2)
