@@ -6,7 +6,8 @@
 - The limit takes its turns too, in batchnorm's process and on the same arrays, because their pages matter.
 - Every result is compared to the reference in float64 before it is timed.
 - `--build NAME=DIRECTORY` compares builds of batchnorm (`pip install --target DIRECTORY`), to measure a change of a
-  kernel. They visit all shapes twice, minutes apart, in new processes and so on new pages.
+  kernel. They share a process and its arrays, and visit all shapes twice, minutes apart, in a new process and so on new
+  pages.
 - This is a command and not pytest-benchmark, which times its cases one after the other in one process.
 """
 
@@ -26,7 +27,7 @@ from batchnorm.profile.measure import LIMITS, OURS, PASSES
 
 from . import comparison, report
 from .cases import SETS
-from .contestants import BUILD, PACKAGES, RIVALS, WITH_RELU, missing
+from .contestants import BUILDS, PACKAGES, RIVALS, WITH_RELU, missing
 from .team import Team
 
 # Errors of others: NumPy's sums over a million rows, torch's with the channels last; ONNX Runtime's eps is a float32.
@@ -41,7 +42,7 @@ def check(team, case, dtype, which, relu):
     """End the run if a result is wrong. With ReLU, gradients are not checked: near 0, types differ in the sign."""
     if relu and which == "backward":
         return
-    for name, error in team.ask("error", *about(case, dtype, which, relu), together=True).items():
+    for name, error in team.ask("errors", *about(case, dtype, which, relu), together=True).items():
         if not error <= MOST_ERROR[dtype]:
             raise SystemExit(f"{name} is wrong in {which} of {case.label} {dtype}: error {error}")
 
@@ -90,7 +91,7 @@ def measured(cells, members, builds, threads, rounds):
     visits = VISITS if builds else 1
     for visit in range(visits):
         team = Team(members, threads)
-        versions = {label: team.ask_one(label, "version") for label in builds}
+        versions = team.ask_one(BUILDS, "descriptions") if builds else {}
         description = f"measuring, {threads} thread{'s' if threads > 1 else ''}, visit {visit + 1} of {visits}"
         for cell in track(cells, description=description):
             if visit == 0:
@@ -131,7 +132,7 @@ def build(text):
         raise argparse.ArgumentTypeError(f"must be NAME=DIRECTORY with a package batchnorm in it, got {text!r}")
     if not name or name in (OURS, INSTALLED, *LIMITS):
         raise argparse.ArgumentTypeError(f"must have a name of its own, got {text!r}")
-    return name, path.resolve()
+    return name, str(path.resolve())
 
 
 def parse():
@@ -163,6 +164,8 @@ def parse():
         parser.error(f"argument --only: no shape's name holds {arguments.only!r}; there are: {labels}")
     if len(dict(arguments.build)) < len(arguments.build):
         parser.error("argument --build: two builds have the same name")
+    if len({path for _, path in arguments.build}) < len(arguments.build):
+        parser.error("argument --build: two builds have the same directory; a copy of it can be the other")
     able = [name for name in RIVALS if name in WITH_RELU or not arguments.relu]
     if arguments.against is None:
         arguments.against = [] if arguments.build else able
@@ -187,8 +190,7 @@ def main():
     builds = dict(arguments.build)
     if len(builds) == 1:
         builds[INSTALLED] = None
-    here = str(Path(measure.__file__).parents[1])  # the package that has `profile`
-    members = {label: (BUILD, str(path), here) if path else (BUILD,) for label, path in builds.items()}
+    members = {BUILDS: (BUILDS, builds, arguments.dtype)} if builds else {}
     if not builds or arguments.against:
         members |= {name: (name,) for name in (OURS, *arguments.against)}
     cells = [

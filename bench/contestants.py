@@ -14,15 +14,14 @@
 
 from functools import partial
 from importlib import metadata
-from pathlib import Path
 
 import numpy as np
 
-import batchnorm
 from batchnorm.profile import measure
 from batchnorm.profile.measure import EPS, LIMITS, OURS
 
 from . import onednn
+from .builds import description, measure_of
 
 
 def torch_out(problem, threads):
@@ -222,7 +221,7 @@ def numba(problem, threads):
 
 
 OURS_OUT = f"{OURS}, out="
-BUILD = "build"
+BUILDS = "builds"
 
 # The names for `--against`, and what is measured in each of their processes.
 PROCESSES = {
@@ -233,7 +232,6 @@ PROCESSES = {
     "onnxruntime": {"ONNX Runtime": onnx_runtime},
     "onednn": {"oneDNN": onednn.calls},
     "numba": {"numba": numba},
-    BUILD: {BUILD: measure.batchnorm_calls},
 }
 ALONE = f"{OURS} alone"
 WITH_RELU = {
@@ -248,7 +246,7 @@ WITH_RELU = {
     "torch": {"torch": relu_in_torch},
     "onnxruntime": {"ONNX Runtime": partial(onnx_runtime, relu=True)},
 }
-RIVALS = [name for name in PROCESSES if name not in (OURS, BUILD)]
+RIVALS = [name for name in PROCESSES if name != OURS]
 FRAMEWORKS = ("torch", "JAX", "ONNX Runtime")
 PACKAGES = {
     "torch": ("torch",),
@@ -267,16 +265,21 @@ def missing(name):
 class Bout:
     """The measurements of one process, with the arrays of the last case."""
 
-    def __init__(self, process, threads):
+    def __init__(self, process, threads, directories=None, dtypes=()):
         self.process, self.threads = process, threads
+        self.builds = {label: measure_of(path, dtypes) for label, path in (directories or {}).items()}
         self.case = self.problem = self.calls = None
 
     def answer(self, request, *about):
         return getattr(self, request)(*about)
 
-    def version(self):
-        level = batchnorm.show_config(mode="dicts")["kernels"]["level"]
-        return f"{batchnorm.__version__}, {level} kernels, {Path(batchnorm.__file__).parent}"
+    def descriptions(self):
+        return {label: description(build) for label, build in self.builds.items()}
+
+    def contestants(self, relu):
+        if self.builds:
+            return {label: build.batchnorm_calls for label, build in self.builds.items()}
+        return (WITH_RELU if relu else PROCESSES)[self.process]
 
     def calls_of(self, which, shape, axis, dtype, relu=False):
         """The calls of a case, which includes whether ReLU follows; a new case gets fresh arrays."""
@@ -284,11 +287,11 @@ class Bout:
         if self.case != case:
             self.case, self.problem, self.calls = case, None, None
             self.problem = measure.activations(shape, axis, dtype)
-            mine = (WITH_RELU if relu else PROCESSES)[self.process]
-            self.calls = {name: prepare(self.problem, self.threads) for name, prepare in mine.items()}
+            mine = self.contestants(relu).items()
+            self.calls = {name: prepare(self.problem, self.threads) for name, prepare in mine}
         return {name: passes[which] for name, passes in self.calls.items() if which in passes}
 
-    def error(self, which, *case):
+    def errors(self, which, *case):
         """The error of each result against the reference in a wider dtype."""
         calls = self.calls_of(which, *case)
         *_, relu = self.case
@@ -297,14 +300,11 @@ class Bout:
         results = {name: call() for name, call in calls.items() if name not in (*LIMITS, ALONE, f"{ALONE}, out=")}
         if self.process != "torch":  # its results have the channels second, which `error` expects
             results = {name: np.asarray(result) for name, result in results.items()}
-        return self.own({name: self.problem.error(result, exact) for name, result in results.items()})
+        return {name: self.problem.error(result, exact) for name, result in results.items()}
 
     def times(self, which, *case):
-        return self.own({name: measure.turn(call) for name, call in self.calls_of(which, *case).items()})
+        return {name: measure.turn(call) for name, call in self.calls_of(which, *case).items()}
 
     def times_with_pauses(self, pause, which, *case):
         calls = self.calls_of(which, *case)
-        return self.own({name: measure.turn(call, pause=pause) for name, call in calls.items()})
-
-    def own(self, found):
-        return found[BUILD] if self.process == BUILD else found
+        return {name: measure.turn(call, pause=pause) for name, call in calls.items()}

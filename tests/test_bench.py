@@ -86,6 +86,29 @@ def test_one_build_is_held_against_the_installed_one(builds):
     assert f"- installed: {bn.__version__}, " in done.stdout
 
 
+def test_a_build_has_its_own_kernels_for_every_dtype(builds):
+    code = """
+import sys
+from bench.builds import measure_of
+from batchnorm.profile import measure
+
+for directory in (*sys.argv[1:], None):
+    build = measure_of(directory, ["float32", "float16"])
+    build.batchnorm_calls(build.activations((2, 2), 1, "float16"), 1)["inference"]()
+    print(*sorted(kernels.__file__ for kernels in build.functional._kernels.of_type.values()), sep="\\t")
+assert measure_of(None, []) is measure is sys.modules["batchnorm.profile.measure"]
+"""
+    command = [sys.executable, "-c", code, *map(str, builds.values())]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    folders = [folder / "batchnorm" / "_kernels" for folder in builds.values()] + [Path(runtime.__file__).parent]
+    for line, folder in zip(lines, folders, strict=True):
+        files = [Path(file) for file in line.split("\t")]
+        assert {file.parent for file in files} == {folder}
+        assert [file.name.partition("_")[0] for file in files] == ["float16", "float32", "float64"]
+
+
 def test_rivals_have_the_names_that_profile_knows():
     done = bench("--quick", "--only", "32×64", "--threads", "1", "--against", "numpy")
     assert done.returncode == 0, done.stderr
@@ -127,6 +150,12 @@ def test_bad_arguments_are_refused(arguments, message):
     done = bench(*arguments)
     assert done.returncode == 2
     assert message in done.stderr
+
+
+def test_two_builds_have_two_directories(builds):
+    done = bench("--quick", *(f"--build={name}={builds['old']}" for name in ("one", "two")))
+    assert done.returncode == 2
+    assert "two builds have the same directory" in done.stderr
 
 
 def test_simulated_ranks_take_the_time_of_their_longest_chain():
