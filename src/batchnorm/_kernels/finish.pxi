@@ -110,26 +110,48 @@ cdef inline bint is_sloped(int through) noexcept nogil:
     return through & (THROUGH_VARIANCE | UPSTREAM)
 
 
+cdef void set_paths(const double *restrict s, const double *restrict g, double *restrict k, Py_ssize_t C,
+                    Py_ssize_t channels) noexcept nogil:
+    """Set the scale, and dmean and dvar in the rows of the terms that they will become."""
+    cdef Py_ssize_t c
+    for c in range(channels):
+        k[SCALE * C + c] = scale_of(s[GAMMA * C + c], s[RSTD * C + c])
+        k[OFFSET * C + c] = dmean_of(k[SCALE * C + c], g[SUM_DY * C + c])
+        k[SLOPE * C + c] = dvar_of(k[SCALE * C + c], s[RSTD * C + c], g[DGAMMA * C + c])
+
+
+cdef void add_upstream(const double *restrict g, double *restrict k, Py_ssize_t C, Py_ssize_t channels) noexcept nogil:
+    cdef Py_ssize_t c
+    for c in range(channels):
+        k[OFFSET * C + c] += g[UPSTREAM_DMEAN * C + c]
+        k[SLOPE * C + c] += g[UPSTREAM_DVAR * C + c]
+
+
+cdef void set_terms(double *restrict k, Py_ssize_t C, Py_ssize_t channels, double n) noexcept nogil:
+    """Turn dmean and dvar into the terms of dx: offset and slope."""
+    cdef Py_ssize_t c
+    for c in range(channels):
+        k[SLOPE * C + c] = slope_of(k[SLOPE * C + c], n)
+        k[OFFSET * C + c] = k[OFFSET * C + c] / n - k[REST * C + c] * k[SLOPE * C + c]
+
+
 cdef bint finish_grad_apply(const Work *work, Py_ssize_t tile) noexcept nogil:
     """Compute the coefficients of dx, the paper's terms by their factor; return whether all fit the data's type."""
-    cdef bint mean = work.through & THROUGH_MEAN, variance = work.through & THROUGH_VARIANCE
-    cdef bint given = work.through & UPSTREAM, sloped = is_sloped(work.through), activated = work.activation.on
-    cdef double scale, dmean, dvar, upstream_dmean, upstream_dvar
-    cdef Py_ssize_t c, C = work.C
-    cdef const double *restrict s = work.statistics + tile * work.tile_channels
-    cdef const double *restrict g = work.gradients + tile * work.tile_channels
-    cdef double *restrict k = work.coefficient + tile * work.tile_channels
-    for c in range(channels_of(work, tile)):
-        # Read unconditionally, so that the selections need no branch.
-        upstream_dmean, upstream_dvar = g[UPSTREAM_DMEAN * C + c], g[UPSTREAM_DVAR * C + c]
-        scale = scale_of(s[GAMMA * C + c], s[RSTD * C + c])
-        dmean = dmean_of(scale, g[SUM_DY * C + c])
-        dvar = dvar_of(scale, s[RSTD * C + c], g[DGAMMA * C + c])
-        dmean = (dmean if mean else 0) + (upstream_dmean if given else 0)
-        dvar = (dvar if variance else 0) + (upstream_dvar if given else 0)
-        k[SCALE * C + c] = scale
-        k[SLOPE * C + c] = slope_of(dvar, work.count)
-        k[OFFSET * C + c] = dmean / work.count - (k[REST * C + c] * k[SLOPE * C + c] if sloped else 0)
-        k[SHIFT * C + c] = k[SHIFT * C + c] if activated else k[OFFSET * C + c]
-        k[CENTRE * C + c] = k[CENTRE * C + c] if sloped or activated else 0
-    return all_fit(k, C, channels_of(work, tile), sloped or activated)
+    cdef bint sloped = is_sloped(work.through), activated = work.activation.on
+    cdef Py_ssize_t C = work.C, channels = channels_of(work, tile), first = tile * work.tile_channels
+    cdef double *k = work.coefficient + first
+    set_paths(work.statistics + first, work.gradients + first, k, C, channels)
+    if not work.through & THROUGH_MEAN:
+        memset(k + OFFSET * C, 0, channels * sizeof(double))
+    if not work.through & THROUGH_VARIANCE:
+        memset(k + SLOPE * C, 0, channels * sizeof(double))
+    if work.through & UPSTREAM:
+        add_upstream(work.gradients + first, k, C, channels)
+    if not sloped:          # then the rest of the mean does not matter
+        memset(k + REST * C, 0, channels * sizeof(double))
+    set_terms(k, C, channels, work.count)
+    if not activated:
+        memcpy(k + SHIFT * C, k + OFFSET * C, channels * sizeof(double))
+    if not (sloped or activated):
+        memset(k + CENTRE * C, 0, channels * sizeof(double))
+    return all_fit(k, C, channels, sloped or activated)
