@@ -21,8 +21,8 @@ cdef enum:
     SPREAD = 8388608        # bytes of an array whose short rows are written as columns, which jump in memory
     FAR = 16777216          # a pass that reads and writes this many bytes fetches ahead what it sums
     STREAM = 33554432       # and from this many on it writes its result around the cache
-    NEAR = 40960            # bytes that stay in a core's nearest cache
-    NEAREST = 28672         # and of several channels, whose tiles should be large
+    NEAR = 40960            # bytes of x and dy of a channel that stay in a core's nearest cache until dx is written
+    NEAREST = 28672         # those of a tile, if it has several channels
     CACHE = 524288          # bytes of a tile that stay in a core's cache between two passes
     PIVOTED = 8             # values of a block from which a pivot is chosen
 
@@ -122,7 +122,6 @@ cdef void cut_lanes(Work *work, Py_ssize_t size, Py_ssize_t arrays) noexcept nog
     cdef Py_ssize_t channel = 2 * N * S * size                   # bytes of x and dy
     work.tile_channels = min(min(TOGETHER, RUN // S), min(C // FEW_TILES, held))
     if arrays == 3 and channel <= NEAR and (N == 1 or N * S >= RUN // 4 or N * C * S * size <= CACHE):
-        # x and dy are still in the nearest cache when dx is written
         work.tile_channels = min(work.tile_channels, max(1, NEAREST // channel))
     if S >= longest:
         work.tile_channels = 1          # in memory the next segment follows, not the next channel
