@@ -129,10 +129,12 @@ cdef void add_upstream(const double *restrict g, double *restrict k, Py_ssize_t 
 
 cdef void set_terms(double *restrict k, Py_ssize_t C, Py_ssize_t channels, double n) noexcept nogil:
     """Turn dmean and dvar into the terms of dx: offset and slope."""
+    cdef double dmean, dvar
     cdef Py_ssize_t c
     for c in range(channels):
-        k[SLOPE * C + c] = slope_of(k[SLOPE * C + c], n)
-        k[OFFSET * C + c] = k[OFFSET * C + c] / n - k[REST * C + c] * k[SLOPE * C + c]
+        dmean, dvar = k[OFFSET * C + c], k[SLOPE * C + c]
+        k[SLOPE * C + c] = slope_of(dvar, n)
+        k[OFFSET * C + c] = dmean / n - k[REST * C + c] * k[SLOPE * C + c]
 
 
 cdef bint finish_grad_apply(const Work *work, Py_ssize_t tile) noexcept nogil:
