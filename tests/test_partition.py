@@ -53,7 +53,7 @@ def views(draw):
 
 def check(N, C, S, size, arrays, ordered, selected=False, copied=False):
     width = C * S
-    answers = [kernels.partition(N, C, S, arrays, ordered, selected, copied) for kernels in KERNELS[size]]
+    answers = [kernels.partition((N, C, S), arrays, ordered, selected, copied) for kernels in KERNELS[size]]
     assert all(answer == answers[0] for answer in answers), "levels differ"
     channel, channels, first, rows, stride, run = np.array(answers[0], np.int64).T
     top, left = first // width, first % width
@@ -109,13 +109,13 @@ def test_every_one_of_more_than_an_int_counts(view):
 @pytest.mark.parametrize("view", [(64, 512, 1), (128, 256, 1), (256, 300, 1), (64, 32, 16)])
 def test_a_matrix_that_is_worth_two_threads_has_work_for_both(view, size):
     for passed in PASSES:
-        assert len(KERNELS[size][0].partition(*view, *passed)) > 1
+        assert len(KERNELS[size][0].partition(view, *passed)) > 1
 
 
 def test_a_wrong_partition_would_be_seen(monkeypatch):
     """The check itself: a block that is lost, given twice, empty, too long or another channel's is found."""
     view = (300, 40, 20)
-    right = KERNELS[4][0].partition(*view, 1, False)
+    right = KERNELS[4][0].partition(view, 1, False)
     channel, channels, first, rows, stride, run = right[-1]
 
     def answer(*partitions):

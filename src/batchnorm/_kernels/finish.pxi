@@ -110,48 +110,39 @@ cdef inline bint is_sloped(int through) noexcept nogil:
     return through & (THROUGH_VARIANCE | UPSTREAM)
 
 
-cdef void set_paths(const double *restrict s, const double *restrict g, double *restrict k, Py_ssize_t C,
-                    Py_ssize_t channels) noexcept nogil:
-    """Set the scale, and dmean and dvar in the rows of the terms that they will become."""
-    cdef Py_ssize_t c
-    for c in range(channels):
-        k[SCALE * C + c] = scale_of(s[GAMMA * C + c], s[RSTD * C + c])
-        k[OFFSET * C + c] = dmean_of(k[SCALE * C + c], g[SUM_DY * C + c])
-        k[SLOPE * C + c] = dvar_of(k[SCALE * C + c], s[RSTD * C + c], g[DGAMMA * C + c])
-
-
-cdef void add_upstream(const double *restrict g, double *restrict k, Py_ssize_t C, Py_ssize_t channels) noexcept nogil:
-    cdef Py_ssize_t c
-    for c in range(channels):
-        k[OFFSET * C + c] += g[UPSTREAM_DMEAN * C + c]
-        k[SLOPE * C + c] += g[UPSTREAM_DVAR * C + c]
-
-
-cdef void set_terms(double *restrict k, Py_ssize_t C, Py_ssize_t channels, double n) noexcept nogil:
-    """Turn dmean and dvar into the terms of dx: offset and slope."""
+cdef void set_terms(double *restrict slope, double *restrict offset, const double *restrict rest, Py_ssize_t channels,
+                    double n) noexcept nogil:
+    """Turn dvar and dmean, in the rows of the terms of dx, into these terms."""
     cdef double dmean, dvar
     cdef Py_ssize_t c
     for c in range(channels):
-        dmean, dvar = k[OFFSET * C + c], k[SLOPE * C + c]
-        k[SLOPE * C + c] = slope_of(dvar, n)
-        k[OFFSET * C + c] = dmean / n - k[REST * C + c] * k[SLOPE * C + c]
+        dmean, dvar = offset[c], slope[c]
+        slope[c] = slope_of(dvar, n)
+        offset[c] = dmean / n - rest[c] * slope[c]
 
 
 cdef bint finish_grad_apply(const Work *work, Py_ssize_t tile) noexcept nogil:
     """Compute the coefficients of dx, the paper's terms by their factor; return whether all fit the data's type."""
     cdef bint sloped = is_sloped(work.through), activated = work.activation.on
-    cdef Py_ssize_t C = work.C, channels = channels_of(work, tile), first = tile * work.tile_channels
+    cdef Py_ssize_t c, C = work.C, channels = channels_of(work, tile), first = tile * work.tile_channels
+    cdef const double *s = work.statistics + first
+    cdef const double *g = work.gradients + first
     cdef double *k = work.coefficient + first
-    set_paths(work.statistics + first, work.gradients + first, k, C, channels)
+    for c in range(channels):
+        k[SCALE * C + c] = scale_of(s[GAMMA * C + c], s[RSTD * C + c])
+        k[OFFSET * C + c] = dmean_of(k[SCALE * C + c], g[SUM_DY * C + c])
+        k[SLOPE * C + c] = dvar_of(k[SCALE * C + c], s[RSTD * C + c], g[DGAMMA * C + c])
     if not work.through & THROUGH_MEAN:
         memset(k + OFFSET * C, 0, channels * sizeof(double))
     if not work.through & THROUGH_VARIANCE:
         memset(k + SLOPE * C, 0, channels * sizeof(double))
     if work.through & UPSTREAM:
-        add_upstream(work.gradients + first, k, C, channels)
+        for c in range(channels):
+            k[OFFSET * C + c] += g[UPSTREAM_DMEAN * C + c]
+            k[SLOPE * C + c] += g[UPSTREAM_DVAR * C + c]
     if not sloped:          # then the rest of the mean does not matter
         memset(k + REST * C, 0, channels * sizeof(double))
-    set_terms(k, C, channels, work.count)
+    set_terms(k + SLOPE * C, k + OFFSET * C, k + REST * C, channels, work.count)
     if not activated:
         memcpy(k + SHIFT * C, k + OFFSET * C, channels * sizeof(double))
     if not (sloped or activated):

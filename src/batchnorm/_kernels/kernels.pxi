@@ -348,8 +348,7 @@ def pass_back(const stored[:, :, ::1] dy, closed, stored[:, :, ::1] out, activat
         pass_run(dy0, noted, out0, i * BLOCK, min(size, (i + 1) * BLOCK), &act)
 
 
-def partition(Py_ssize_t N, Py_ssize_t C, Py_ssize_t S, Py_ssize_t arrays, bint ordered, bint selected=False,
-              bint copied=False):
+def partition(view, Py_ssize_t arrays, bint ordered, bint selected=False, bint copied=False):
     """Each block of a pass over this many arrays: channel, channels, offset, rows, stride and run.
 
     `ordered` asks for the partition of a step that sums nothing, `selected` for that with a selection of values, and
@@ -358,9 +357,11 @@ def partition(Py_ssize_t N, Py_ssize_t C, Py_ssize_t S, Py_ssize_t arrays, bint 
     cdef Work work
     cdef Block block
     cdef Py_ssize_t i
-    set_selection(&work.selection, None, N * S, S, sizeof(real), VEC)
+    cdef Py_ssize_t shape[3]
+    set_view(shape, view)
+    memset(&work.selection, 0, sizeof(Selection))
     work.selection.on, work.selection.copied = selected, copied
-    cut(&work, N, C, S, arrays)
+    cut(&work, shape[0], shape[1], shape[2], arrays)
     if ordered:
         work = in_memory_order(&work)
     blocks = []
