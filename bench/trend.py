@@ -41,6 +41,7 @@ def draw(path, names, found, shapes):
     mpl.use("Agg")
     from matplotlib import pyplot, ticker
 
+    names = [f"{name[:10]}\n{name[11:]}" for name in names]  # the date, and the machine below it
     figure, panel = pyplot.subplots(figsize=(6, 3), layout="constrained")
     for which, values in found.items():
         (line,) = panel.plot(names, values, "o-")
@@ -51,7 +52,7 @@ def draw(path, names, found, shapes):
     panel.set_ylim(0)
     panel.grid(axis="y", color="0.93")
     panel.spines[["top", "right"]].set_visible(False)
-    panel.margins(x=0.2)
+    panel.margins(x=0.22)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
 
