@@ -1,7 +1,7 @@
 """Several builds of batchnorm in one process.
 
-- Each is imported under the same name, `batchnorm`, from its own directory, and then taken out of `sys.modules`, where
-  the next one takes its place. The batchnorm installed here is the last one and stays.
+- Each is imported under the same name, `batchnorm`, from its own directory, and then taken out of `sys.modules`. The
+  batchnorm installed here is taken out before it, and put back after it.
 - Only `batchnorm.profile`, which measures, always comes from the batchnorm installed here, so that builds differ in
   nothing else. A build need not have it.
 - What a build imports later would come from another one. So it is used with every dtype before it is taken out.

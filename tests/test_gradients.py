@@ -120,6 +120,14 @@ def test_treating_the_batch_as_fixed_is_inference(dtype, rng):
     assert (abs(dx - fixed) <= np.spacing(abs(fixed))).all()
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("mean", [np.inf, np.nan])
+def test_fixed_means_do_not_reach_dx(dtype, mean, rng):
+    x, dy = rng.standard_normal((2, 40, 3)).astype(dtype)
+    gradients = bn.inference_backward(dy, x, [mean, 0.0, 1.0], np.ones(3), eps=0.0)
+    np.testing.assert_array_equal(gradients.dx, dy)
+
+
 def test_a_path_that_is_not_taken_is_not_read(rng):
     """A sum that overflows leaves the direct path alone."""
     x, dy = rng.standard_normal((8, 3)), np.full((8, 3), 1e308)
