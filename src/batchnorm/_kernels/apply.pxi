@@ -110,11 +110,16 @@ cdef inline void apply_rows(const Operands *o, bint gradient, int kind, Py_ssize
                             bint stream) noexcept nogil:
     cdef Py_ssize_t r, j, start, stop, count, size = size_of(k[CENTRE])
     cdef Py_ssize_t whole = length - length % size
+    cdef Py_ssize_t pairs = whole - whole % (2 * size)
+    # If a row is no multiple of a vector, one vector overlaps its neighbour, and so is read before that one is written:
+    # the first one, because memory is read more slowly if the end of a row is read before its middle; but with columns
+    # the last one, because the coefficients are aligned to the first.
     cdef bint overlaps = length > size and length % size
-    cdef Py_ssize_t pairs = length - length % (2 * size)
+    cdef Py_ssize_t lap = length - size if column != NULL else 0
+    cdef Py_ssize_t begin = length - whole if overlaps and column == NULL else 0
     # A cache line that begins in one row and ends in the next is written whole: two halves take as long as many lines.
     cdef bint joined = kind != ANYTHING and column != NULL and stride == length and length % LINE == 0
-    cdef number first, second, last = k[CENTRE]
+    cdef number first, second, lapping = k[CENTRE]
     cdef stored *out = o.out + i
     cdef Notes here
     cdef Notes *notes = &here
@@ -148,16 +153,17 @@ cdef inline void apply_rows(const Operands *o, bint gradient, int kind, Py_ssize
             if o.closed != NULL:
                 finish_notes(notes)
         else:
-            if overlaps:        # the last vector overlaps the one before: read it before that one is written
-                last = applied(o, gradient, kind, i, length - size, size, notes, place, k, column)
-            for j from 0 <= j < pairs by 2 * size:
+            if overlaps:
+                lapping = applied(o, gradient, kind, i, lap, size, notes, place, k, column)
+            for j from begin <= j < begin + pairs by 2 * size:
                 first = applied(o, gradient, kind, i, j, size, notes, place, k, column)
                 second = applied(o, gradient, kind, i, j + size, size, notes, place, k, column)
                 write_two(out + j, first, second)
             if pairs < whole:
-                write(out + pairs, applied(o, gradient, kind, i, pairs, size, notes, place, k, column), size)
+                j = begin + pairs
+                write(out + j, applied(o, gradient, kind, i, j, size, notes, place, k, column), size)
             if overlaps:
-                write(out + length - size, last, size)
+                write(out + lap, lapping, size)
             elif whole < length:
                 count = length - whole
                 write(out + whole, applied(o, gradient, kind, i, whole, count, notes, place, k, column), count)
@@ -202,14 +208,12 @@ cdef void apply_channel_in_float64(const Operands *o, bint gradient, Py_ssize_t 
 cdef inline void apply_channels(const Work *work, const Block *block, Operands *o, bint gradient, int kind,
                                 bint stream, const double *value, bint fit) noexcept nogil:
     """Write a row of each channel, then their next rows: in memory order."""
-    cdef Row own[COEFFICIENTS]
+    cdef const real *own = own_row(work, 0) + block.channel
     cdef vec k[COEFFICIENTS]
     cdef const Py_ssize_t *lengths
     cdef Py_ssize_t r, c, at, place, length, row, ahead, fetched, C = work.C
     for row in range(COEFFICIENTS):
         k[row] = same_vec(0)
-        if gradient or row <= SHIFT:
-            narrow(value + row * C, own[row].at, block.channels)
     for r in range(block.rows):
         place = block.place + r * block.run
         at = block.first + r * block.stride
@@ -223,12 +227,12 @@ cdef inline void apply_channels(const Work *work, const Block *block, Operands *
         for c in range(block.channels):
             if ahead:
                 fetch(o.x + at + ahead, o.dy + at + ahead, gradient, fetched)
-            k[CENTRE] = everywhere_vec(own[CENTRE].at[c])
-            k[SCALE] = everywhere_vec(own[SCALE].at[c])
-            k[SHIFT] = everywhere_vec(own[SHIFT].at[c])
+            k[CENTRE] = everywhere_vec(own[CENTRE * C + c])
+            k[SCALE] = everywhere_vec(own[SCALE * C + c])
+            k[SHIFT] = everywhere_vec(own[SHIFT * C + c])
             if gradient:
-                k[SLOPE] = everywhere_vec(own[SLOPE].at[c])
-                k[OFFSET] = everywhere_vec(own[OFFSET].at[c])
+                k[SLOPE] = everywhere_vec(own[SLOPE * C + c])
+                k[OFFSET] = everywhere_vec(own[OFFSET * C + c])
             if kind != ANYTHING or fit or all_fit(value + c, C, 1, gradient):
                 apply_rows(o, gradient, kind, at, place, 1, block.stride, length, k, NULL, stream)
             else:

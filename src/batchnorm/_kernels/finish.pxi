@@ -71,6 +71,18 @@ cdef bint all_fit(const double *value, Py_ssize_t C, Py_ssize_t channels, bint g
     return found == 0
 
 
+cdef inline real *own_row(const Work *work, Py_ssize_t row) noexcept nogil:
+    """A row of the coefficients in the data's type."""
+    return <real *> (work.coefficient + OWN * work.C) + row * work.C
+
+
+cdef void set_own(const Work *work, Py_ssize_t tile, Py_ssize_t rows) noexcept nogil:
+    """Copy the first rows of the coefficients in the data's type, once for all blocks of the tile."""
+    cdef Py_ssize_t row, first = tile * work.tile_channels
+    for row in range(rows):
+        narrow(work.coefficient + row * work.C + first, own_row(work, row) + first, channels_of(work, tile))
+
+
 cdef bint finish_normalize(const Work *work, Py_ssize_t tile) noexcept nogil:
     """Compute the coefficients of y from the statistics; return whether all of them fit the data's type."""
     cdef Py_ssize_t c, C = work.C
@@ -80,6 +92,7 @@ cdef bint finish_normalize(const Work *work, Py_ssize_t tile) noexcept nogil:
     for c in range(channels_of(work, tile)):
         k[SCALE * C + c] = scale_of(s[GAMMA * C + c], s[RSTD * C + c])
         k[SHIFT * C + c] = s[BETA * C + c] - k[REST * C + c] * k[SCALE * C + c]
+    set_own(work, tile, SHIFT + 1)
     return all_fit(k, C, channels_of(work, tile), False)
 
 
@@ -147,4 +160,5 @@ cdef bint finish_grad_apply(const Work *work, Py_ssize_t tile) noexcept nogil:
         memcpy(k + SHIFT * C, k + OFFSET * C, channels * sizeof(double))
     if not (sloped or activated):
         memset(k + CENTRE * C, 0, channels * sizeof(double))
+    set_own(work, tile, COEFFICIENTS)
     return all_fit(k, C, channels, sloped or activated)

@@ -18,6 +18,7 @@ cdef enum:
     NEIGHBOURS = 16         # channels that are summed again together
     VISIT = 512             # values of one channel before its neighbour's, after which lanes are always emptied
     FEW_TILES = 16          # fewer tiles of lanes than this are cut into blocks to be shared
+    PIECES = 64             # about as many blocks has a step that sums nothing, unless they would be small
     SPREAD = 8388608        # bytes of an array whose short rows are written as columns, which jump in memory
     FAR = 16777216          # a pass that reads and writes this many bytes fetches ahead what it sums
     STREAM = 33554432       # and from this many on it writes its result around the cache
@@ -78,6 +79,11 @@ cdef inline Py_ssize_t ceil_div(Py_ssize_t a, Py_ssize_t b) noexcept nogil:
     return (a + b - 1) // b
 
 
+cdef inline Py_ssize_t even_share(Py_ssize_t total, Py_ssize_t most) noexcept nogil:
+    """The largest of the fewest shares of at most `most`, or of 1, that are as equal as they can be."""
+    return ceil_div(total, ceil_div(total, max(1, most)))
+
+
 cdef void cut(Work *work, Py_ssize_t N, Py_ssize_t C, Py_ssize_t S, Py_ssize_t arrays) noexcept nogil:
     """Cut the view into tiles of channels, and tiles into blocks of rows, for a pass over this many arrays."""
     cdef Py_ssize_t size = sizeof(stored)
@@ -125,7 +131,7 @@ cdef void cut_lanes(Work *work, Py_ssize_t size, Py_ssize_t arrays) noexcept nog
         work.tile_channels = min(work.tile_channels, max(1, NEAREST // channel))
     if S >= longest:
         work.tile_channels = 1          # in memory the next segment follows, not the next channel
-        work.segment = LANES * ceil_div(ceil_div(S, ceil_div(S, longest)), LANES)
+        work.segment = LANES * ceil_div(even_share(S, longest), LANES)
         work.segments = ceil_div(S, work.segment)
     work.tile_channels = max(1, work.tile_channels)
     work.tiles = ceil_div(C, work.tile_channels)
@@ -138,13 +144,16 @@ cdef void cut_lanes(Work *work, Py_ssize_t size, Py_ssize_t arrays) noexcept nog
 cdef Work in_memory_order(const Work *work) noexcept nogil:
     """The same work for a step that sums nothing: row after row, in pieces, unless columns are quicker."""
     cdef Work ordered = work[0]
-    cdef bint near = work.N * work.C * work.S * <Py_ssize_t> sizeof(stored) <= SPREAD
-    if work.S >= TWO_LINES or (work.S >= SHORTEST_RUN and not near):
+    cdef Py_ssize_t N = work.N, C = work.C, S = work.S, piece = max(BLOCK, N * C * S // PIECES)
+    cdef bint near = N * C * S * <Py_ssize_t> sizeof(stored) <= SPREAD
+    if S >= TWO_LINES or (S >= SHORTEST_RUN and not near):
         ordered.columns, ordered.next_tile = False, 0
-        ordered.tile_channels = max(1, BLOCK // work.S) if work.segments == 1 else 1
-        ordered.tiles = ceil_div(work.C, ordered.tile_channels)
-        ordered.block_rows = max(1, BLOCK // (work.C * work.S)) if work.segments == 1 else 1
-        ordered.blocks = ceil_div(work.N, ordered.block_rows) * work.segments
+        ordered.segment = LANES * ceil_div(even_share(S, piece), LANES)
+        ordered.segments = ceil_div(S, ordered.segment)
+        ordered.tile_channels = even_share(C, piece // S)
+        ordered.tiles = ceil_div(C, ordered.tile_channels)
+        ordered.block_rows = even_share(N, piece // (C * S))
+        ordered.blocks = ceil_div(N, ordered.block_rows) * ordered.segments
     return ordered
 
 

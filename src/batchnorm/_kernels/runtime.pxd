@@ -22,7 +22,8 @@ cpdef enum:
     UPSTREAM_DVAR
     GRADIENT_ROWS
 
-# The coefficients of y and dx, per channel; REST is mean − centre.
+# The coefficients of y and dx, per channel; REST is mean − centre. Those before REST are there twice: from OWN on, in
+# the data's type.
 cpdef enum:
     CENTRE
     SCALE
@@ -30,7 +31,8 @@ cpdef enum:
     SLOPE
     OFFSET
     REST
-    COEFFICIENT_ROWS
+    OWN
+    COEFFICIENT_ROWS = OWN + REST
 
 # The parts of dx besides the direct path, as bits.
 cpdef enum:

@@ -24,6 +24,7 @@ SHIFT: int
 SLOPE: int
 OFFSET: int
 REST: int
+OWN: int
 COEFFICIENT_ROWS: int
 
 THROUGH_MEAN: int
