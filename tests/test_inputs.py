@@ -82,6 +82,11 @@ FORWARD = {
     "threads 0": (lambda: bn.forward(X, num_threads=0), ValueError, "num_threads must be between 1 and 4096, got 0"),
     "threads a float": (lambda: bn.forward(X, num_threads=2.0), TypeError, "num_threads must be an integer, got float"),
     "out a list": (lambda: bn.forward(X, out=[1.0]), TypeError, "out must be a numpy array, got list"),
+    "out a list where dx goes": (
+        lambda: bn.inference_backward(X, X, ONES, ONES, out=[1.0]),
+        TypeError,
+        "out must be a numpy array, got list",
+    ),
     "out of another shape": (
         lambda: bn.forward(X, out=np.empty((2, 3, 4))),
         ValueError,

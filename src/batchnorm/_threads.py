@@ -176,10 +176,10 @@ def threads_for(values: int, num_threads: int | None, once: bool = False) -> int
         num_threads = _checked(num_threads)
     if once:
         values //= 2
-    if values < SERIAL_VALUES or _small_stacks_at_import or runtime.forked():
+    if values < SERIAL_VALUES * (2 if once else 1) or _small_stacks_at_import or runtime.forked():
         return 1
     count = decide()[0] if num_threads is None else num_threads
-    if values < 2 * SERIAL_VALUES and (once or count > 2):
+    if values < 2 * SERIAL_VALUES and count > 2:
         return 1
     return count if _awake() or values >= ASLEEP * SERIAL_VALUES else 1
 

@@ -49,6 +49,9 @@ if TYPE_CHECKING:
 After = tuple[Limits | None, Array | None, Bits | None]
 """What follows the normalization: an activation, what is added before it, and bits for where it is closed."""
 
+_Fixed = tuple[Array, Array, Array | None, Array | None]
+"""Given statistics and parameters: mean, var, gamma and beta."""
+
 # One name or several. A tuple is a collection, but mypy accepts ("dx",) only where the type names tuples.
 _ThroughName = Literal["mean", "variance"]
 _NeedName = Literal["dx", "dgamma", "dbeta", "dadd"]
@@ -913,7 +916,7 @@ def table_of(
     eps: float,
     channels: int,
     layout: Layout | None = None,
-) -> tuple[NDArray[np.float64], dict[str, Any]]:
+) -> tuple[NDArray[np.float64], _Fixed]:
     """The table of given statistics and parameters, and the arrays that filled it."""
     mean = _arrays.as_channels(mean, "mean", channels, layout)
     var = _arrays.as_channels(var, "var", channels, layout)
@@ -924,23 +927,14 @@ def table_of(
     if negative >= 0:
         swapped = "; are mean and var swapped?" if (np.asarray(mean) >= 0).all() else ""
         raise ValueError(f"var must not be negative, got {var[negative]} in channel {negative}{swapped}")
-    return statistics, {"mean": mean, "var": var, "gamma": gamma, "beta": beta}
+    return statistics, (mean, var, gamma, beta)
 
 
-def _fixed_statistics(
-    x: ArrayLike,
-    mean: ArrayLike,
-    var: ArrayLike,
-    gamma: ArrayLike | None,
-    beta: ArrayLike | None,
-    axis: int,
-    eps: float,
-) -> tuple[Array, Layout, NDArray[np.float64], dict[str, Any]]:
-    """x, its layout, the table of given statistics and parameters, and the arrays that they came from."""
-    array = _arrays.as_float(x, "x")
-    x, layout = _arrays.lay_out(array, axis)
-    statistics, given = table_of(mean, var, gamma, beta, eps, layout.view[1], layout)
-    return x, layout, statistics, {"x": array, **given}
+def _check_fixed_out(out: Array, x: Array, fixed: _Fixed, add: Array | None, may_be_same: tuple[str, ...] = ()) -> None:
+    mean, var, gamma, beta = fixed
+    _arrays.check_out(out, x.shape, x.dtype)
+    inputs = {"x": x, "mean": mean, "var": var, "gamma": gamma, "beta": beta, "add": add}
+    _arrays.check_overlap(out, inputs, may_be_same)
 
 
 @overload
@@ -1026,17 +1020,18 @@ def inference(
     array([[-0.5,  2. ],
            [ 0.5,  6. ]])
     """
-    x, layout, statistics, given = _fixed_statistics(x, mean, var, gamma, beta, axis, eps)
-    after = _NOTHING
+    given = _arrays.as_float(x, "x")
+    x, layout = _arrays.lay_out(given, axis)
+    statistics, fixed = table_of(mean, var, gamma, beta, eps, layout.view[1], layout)
+    residual, after = None, _NOTHING
     if activation is not None or add is not None:
-        given["add"], after = _after(activation, add, x, layout, noted=False)
+        residual, after = _after(activation, add, x, layout, noted=False)
     chosen = None
     if mask is not None or lengths is not None:
         chosen = _chosen(selection_of(layout, x.dtype, mask, lengths), _arrays.as_number(fill, "fill"))
     threads = _threads.threads_for(x.size, num_threads, once=True)
     if out is not None:
-        _arrays.check_out(out, x.shape, x.dtype)
-        _arrays.check_overlap(out, given, ("x", "add"))
+        _check_fixed_out(out, given, fixed, residual, ("x", "add"))
     y = layout.empty(x.dtype) if out is None else layout.room(out, x.dtype)
     if x.size:
         normalize(x, y, layout, statistics, threads, after, chosen)
@@ -1149,17 +1144,20 @@ def inference_backward(
     >>> bn.inference_backward(dy, x, mean=[2.0], var=[4.0], gamma=[3.0], eps=0.0, need="dmean").dmean
     array([-4.5])
     """
-    x, layout, statistics, given = _fixed_statistics(x, mean, var, gamma, beta, axis, eps)
-    limits = closed = None
+    given = _arrays.as_float(x, "x")
+    x, layout = _arrays.lay_out(given, axis)
+    statistics, fixed = table_of(mean, var, gamma, beta, eps, layout.view[1], layout)
+    mean, var, gamma, _ = fixed
+    residual = limits = closed = None
     if activation is not None or add is not None:
-        given["add"], (limits, residual, _) = _after(activation, add, x, layout, noted=False)
-        if limits is not None and residual is not None:
+        residual, (limits, seen, _) = _after(activation, add, x, layout, noted=False)
+        if limits is not None and seen is not None:
             threads = _threads.threads_for(x.size, num_threads)
-            closed = _closed_at(x, layout, statistics, limits, residual, threads)
+            closed = _closed_at(x, layout, statistics, limits, seen, threads)
     if out is not None:
-        _arrays.check_overlap(out, given)
+        _check_fixed_out(out, given, fixed, residual)
     full = x.dtype if x.itemsize > 2 else np.dtype(np.float32)
-    dtype = full if given["gamma"] is None else given["gamma"].dtype
+    dtype = full if gamma is None else gamma.dtype
     dtypes = x.dtype, dtype, dtype
     selection = selection_of(layout, x.dtype, mask, lengths)
     tally = Tally.of_all(_normalized(layout, selection))
@@ -1174,7 +1172,7 @@ def inference_backward(
     if "dmean" in need or "dvar" in need:
         per_channel.channel_gradients(statistics, table)
     if "dmean" in need:
-        gradients.dmean = table[DMEAN].astype(given["mean"].dtype)
+        gradients.dmean = table[DMEAN].astype(mean.dtype)
     if "dvar" in need:
-        gradients.dvar = table[DVAR].astype(given["var"].dtype)
+        gradients.dvar = table[DVAR].astype(var.dtype)
     return gradients
