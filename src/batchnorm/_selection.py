@@ -110,7 +110,8 @@ def as_places(value: NDArray[Any], name: str, layout: Layout) -> NDArray[Any]:
     if len(shape) != ndim - 1 or any(own not in (1, wanted) for own, wanted in zip(shape, others, strict=True)):
         one = (*layout.shape[:axis], 1, *layout.shape[axis + 1 :])
         raise ValueError(f"{name} must have shape {others} or {one}, or length 1 along any axis, got {value.shape}")
-    return np.broadcast_to(value.reshape(shape), others)
+    places = value.reshape(shape)
+    return places if shape == others else np.broadcast_to(places, others)
 
 
 def as_mask(mask: ArrayLike) -> NDArray[np.bool_]:
@@ -130,7 +131,7 @@ def as_lengths(lengths: ArrayLike, layout: Layout) -> NDArray[np.intp]:
         raise TypeError(f"lengths must be integers, got dtype {array.dtype}")
     if array.shape != (others[0],):
         raise ValueError(f"lengths must have shape ({others[0]},), one per sequence, got {array.shape}")
-    if array.size and (array.min() < 0 or array.max() > others[1]):
+    if array.astype(np.uint64).max(initial=0) > others[1]:  # where a negative number is larger than any other
         raise ValueError(f"lengths must be 0 to {others[1]}, got {array.min()} to {array.max()}")
     return array.astype(np.intp)
 
@@ -171,20 +172,21 @@ def one_of_three(mask: Any, lengths: Any, weights: Any) -> dict[str, Any]:
 
 
 def _of_mask(places: NDArray[np.bool_], layout: Layout) -> Selection | None:
-    if places.all():
-        return None
     count = int(np.count_nonzero(places))
+    if count == layout.values:
+        return None
     return Selection(Tally.of_all(count), layout.values, mask=_in_memory_order(places, layout))
 
 
 def _of_lengths(lengths: NDArray[np.intp], layout: Layout) -> Selection | None:
     _, places = _others(layout)
-    if (lengths == places).all():
+    count = int(lengths.sum())
+    if count == layout.values:
         return None
     order = range(3) if layout.order is None else layout.order
     first, second = (i for i in order if i != layout.axis)
     if first < second and layout.view[2] in (1, places):
-        return Selection(Tally.of_all(int(lengths.sum())), places, lengths=lengths)
+        return Selection(Tally.of_all(count), places, lengths=lengths)
     return _of_mask(_within(lengths, places), layout)
 
 
