@@ -112,6 +112,17 @@ def test_a_matrix_that_is_worth_two_threads_has_work_for_both(view, size):
         assert len(KERNELS[size][0].partition(view, *passed)) > 1
 
 
+@pytest.mark.parametrize("view", [(32, 64, 3136), (16, 512, 861), (1, 96, 12544), (16, 224, 196), (7, 3, 50176)])
+@pytest.mark.parametrize("threads", [2, 4])
+def test_threads_share_a_step_that_sums_nothing(view, threads):
+    """OpenMP gives each thread as many of the blocks, which follow each other; that must be as many values."""
+    blocks = np.array(KERNELS[4][0].partition(view, 1, True))
+    values = blocks[:, 1] * blocks[:, 3] * blocks[:, 5]
+    ends = -(-len(values) // threads) * np.arange(threads)
+    shares = np.add.reduceat(values, ends[ends < len(values)])
+    assert shares.max() <= 1.07 * np.prod(view) / threads
+
+
 def test_a_wrong_partition_would_be_seen(monkeypatch):
     """The check itself: a block that is lost, given twice, empty, too long or another channel's is found."""
     view = (300, 40, 20)
