@@ -32,7 +32,7 @@ cpdef enum:
     OFFSET
     REST
     OWN
-    COEFFICIENT_ROWS = OWN + REST
+    COEFFICIENT_ROWS = 11   # OWN + REST
 
 # The parts of dx besides the direct path, as bits.
 cpdef enum:
