@@ -42,9 +42,9 @@ from libc.string cimport memcpy, memset
 from batchnorm._kernels.per_channel cimport (
     Selection, borrow, borrow_values, set_parameters, set_selection, take_parameters)
 from batchnorm._kernels.runtime cimport (
-    BETA, CENTRE, COEFFICIENT_ROWS, DGAMMA, GAMMA, GRADIENT_ROWS, M2, MEAN, MEAN_LOW, OFFSET, OWN, REST, RSTD, SCALE, SHIFT,
-    SLOPE, STATISTICS_ROWS, SUM_DY, SUM_DY_XMU, THROUGH_MEAN, THROUGH_VARIANCE, UPSTREAM, UPSTREAM_DMEAN, UPSTREAM_DVAR,
-    VAR, team_size)
+    BETA, CENTRE, COEFFICIENT_ROWS, DGAMMA, GAMMA, GRADIENT_ROWS, M2, MEAN, MEAN_LOW, OFFSET, OWN, REST, RSTD, SCALE,
+    SHIFT, SLOPE, STATISTICS_ROWS, SUM_DY, SUM_DY_XMU, THROUGH_MEAN, THROUGH_VARIANCE, UPSTREAM, UPSTREAM_DMEAN,
+    UPSTREAM_DVAR, VAR, team_size)
 
 cdef extern from "stored.h" nogil:
     enum:
