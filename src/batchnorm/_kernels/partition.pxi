@@ -18,7 +18,7 @@ cdef enum:
     NEIGHBOURS = 16         # channels that are summed again together
     VISIT = 512             # values of one channel before its neighbour's, after which lanes are always emptied
     FEW_TILES = 16          # fewer tiles of lanes than this are cut into blocks to be shared
-    PIECES = 64             # about as many blocks has a step that sums nothing, unless they would be small
+    PIECES = 64             # a step that sums nothing has about this many blocks, unless they would be small
     SPREAD = 8388608        # bytes of an array whose short rows are written as columns, which jump in memory
     FAR = 16777216          # a pass that reads and writes this many bytes fetches ahead what it sums
     STREAM = 33554432       # and from this many on it writes its result around the cache
@@ -80,7 +80,7 @@ cdef inline Py_ssize_t ceil_div(Py_ssize_t a, Py_ssize_t b) noexcept nogil:
 
 
 cdef inline Py_ssize_t even_share(Py_ssize_t total, Py_ssize_t most) noexcept nogil:
-    """The largest of the fewest shares of at most `most`, or of 1, that are as equal as they can be."""
+    """The largest share, if `total` is shared as evenly as it can be into the fewest shares of at most `most`."""
     return ceil_div(total, ceil_div(total, max(1, most)))
 
 
