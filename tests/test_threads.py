@@ -518,7 +518,8 @@ def test_threads_that_share_a_layer_work_at_the_same_time(monkeypatch, rng):
 @pytest.mark.once
 def test_sleeping_threads_are_not_woken_for_small_work(monkeypatch):
     """After a pause they sleep; one that follows another call closely finds them awake."""
-    clock = iter([1, 10**9, 10**9 + 1000, 2 * 10**9, 2 * 10**9 + 1000, 2 * 10**9 + 2000])
+    second = 10**9
+    clock = iter([1, second, second + 1000, 2 * second, 2 * second + 400_000, *(3 * second + i for i in range(3))])
     monkeypatch.setattr(_threads, "ASLEEP", 16)
     monkeypatch.setattr(_threads.time, "perf_counter_ns", lambda: next(clock))
     small = _threads.SERIAL_VALUES
@@ -526,6 +527,8 @@ def test_sleeping_threads_are_not_woken_for_small_work(monkeypatch):
     assert _threads.threads_for(16 * small, 2) == 2
     assert _threads.threads_for(16 * small - 1, 2) == 1
     assert _threads.threads_for(small, 2) == 2
+    assert _threads.threads_for(16 * small - 1, 2) == 1
+    assert _threads.threads_for(small, 2) == 2  # 0.4 ms after the start of a call that takes 0.26 ms
     assert _threads.threads_for(2 * small - 1, 3) == 1
     assert _threads.threads_for(16 * small - 1, 2) == 1
     assert _threads.threads_for(4 * small - 1, 2, once=True) == 1

@@ -31,7 +31,7 @@ ASLEEP = 16
 """How many times as many it takes if the other threads may be asleep: waking them takes as long as much work."""
 
 AWAKE = 200_000
-"""Nanoseconds from the start of a call in which idle threads spin (`_kernels.SPINS`)."""
+"""Nanoseconds after a call in which idle threads spin (`_kernels.SPINS`)."""
 
 STACK = 96 << 10
 """Bytes of stack that suffice for a thread in the kernels at any level."""
@@ -160,14 +160,19 @@ def considered() -> dict[str, int | None]:
     }
 
 
-_last_call = 0
+_last_end = 0
 
 
-def _awake() -> bool:
-    """Whether the call before this one was a moment ago; each call of enough values has to ask."""
-    global _last_call
-    before, _last_call = _last_call, time.perf_counter_ns()
-    return _last_call - before < AWAKE
+def _awake(values: int) -> bool:
+    """Whether the call before this one ended a moment ago; each call of enough values has to ask.
+
+    A call is taken to last a nanosecond per value. If it were taken to end when it starts, one that is serial because
+    the other threads sleep would keep them asleep, however closely such calls follow each other.
+    """
+    global _last_end
+    now = time.perf_counter_ns()
+    before, _last_end = _last_end, now + values
+    return now - before < AWAKE
 
 
 def threads_for(values: int, num_threads: int | None, once: bool = False) -> int:
@@ -181,7 +186,7 @@ def threads_for(values: int, num_threads: int | None, once: bool = False) -> int
     count = decide()[0] if num_threads is None else num_threads
     if values < 2 * SERIAL_VALUES and count > 2:
         return 1
-    return count if _awake() or values >= ASLEEP * SERIAL_VALUES else 1
+    return count if _awake(values) or values >= ASLEEP * SERIAL_VALUES else 1
 
 
 def set_num_threads(num_threads: int | None) -> None:
