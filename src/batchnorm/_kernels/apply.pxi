@@ -109,17 +109,10 @@ cdef inline void apply_rows(const Operands *o, bint gradient, int kind, Py_ssize
                             Py_ssize_t rows, Py_ssize_t stride, Py_ssize_t length, const number *k, const Row *column,
                             bint stream) noexcept nogil:
     cdef Py_ssize_t r, j, start, stop, count, size = size_of(k[CENTRE])
-    cdef Py_ssize_t whole = length - length % size
-    cdef Py_ssize_t pairs = whole - whole % (2 * size)
-    # If a row is no multiple of a vector, one vector overlaps its neighbour, and so is read before that one is written:
-    # the first one, because memory is read more slowly if the end of a row is read before its middle; but with columns
-    # the last one, because the coefficients are aligned to the first.
-    cdef bint overlaps = length > size and length % size
-    cdef Py_ssize_t lap = length - size if column != NULL else 0
-    cdef Py_ssize_t begin = length - whole if overlaps and column == NULL else 0
+    cdef Py_ssize_t last = length - size
     # A cache line that begins in one row and ends in the next is written whole: two halves take as long as many lines.
     cdef bint joined = kind != ANYTHING and column != NULL and stride == length and length % LINE == 0
-    cdef number first, second, lapping = k[CENTRE]
+    cdef number first, second, head = k[CENTRE]
     cdef stored *out = o.out + i
     cdef Notes here
     cdef Notes *notes = &here
@@ -143,30 +136,39 @@ cdef inline void apply_rows(const Operands *o, bint gradient, int kind, Py_ssize
                 count = min(size, (start if j < start else length) - j)
                 store_each(out + j, applied(o, gradient, kind, i, j, count, notes, place, k, column), count)
                 j = stop if j + count == start else j + count
-        elif kind == ANYTHING:
+        elif kind == ANYTHING and o.closed != NULL:
             here = notes_from(o.closed, i)
-            for j from 0 <= j < whole by size:
-                write(out + j, applied(o, gradient, kind, i, j, size, notes, place, k, column), size)
-            if whole < length:
-                count = length - whole
-                write(out + whole, applied(o, gradient, kind, i, whole, count, notes, place, k, column), count)
-            if o.closed != NULL:
-                finish_notes(notes)
+            for j from 0 <= j < length by size:
+                count = min(size, length - j)
+                write(out + j, applied(o, gradient, kind, i, j, count, notes, place, k, column), count)
+            finish_notes(notes)
+        elif length < size:
+            write(out, applied(o, gradient, kind, i, 0, length, notes, place, k, column), length)
         else:
-            if overlaps:
-                lapping = applied(o, gradient, kind, i, lap, size, notes, place, k, column)
-            for j from begin <= j < begin + pairs by 2 * size:
-                first = applied(o, gradient, kind, i, j, size, notes, place, k, column)
-                second = applied(o, gradient, kind, i, j + size, size, notes, place, k, column)
-                write_two(out + j, first, second)
-            if pairs < whole:
-                j = begin + pairs
-                write(out + j, applied(o, gradient, kind, i, j, size, notes, place, k, column), size)
-            if overlaps:
-                write(out + lap, lapping, size)
-            elif whole < length:
-                count = length - whole
-                write(out + whole, applied(o, gradient, kind, i, whole, count, notes, place, k, column), count)
+            # Stores that cross lines of the cache are slow, so each vector between the first and the last one lies in
+            # one line; columns have coefficients that begin with the row. A vector is read before the one before it is
+            # written: the two may overlap, and processors make a load wait for a store just before it that lies at the
+            # same place of another page.
+            start = to_line(out) % size if column == NULL else 0
+            if start > last:
+                start = 0
+            if start:
+                head = applied(o, gradient, kind, i, 0, size, notes, place, k, column)
+            j = start
+            if number is vec and PACKS_TWO and kind != ANYTHING:
+                while length - j >= 3 * size:
+                    first = applied(o, gradient, kind, i, j, size, notes, place, k, column)
+                    second = applied(o, gradient, kind, i, j + size, size, notes, place, k, column)
+                    store_two(out + j, first, second)
+                    j += 2 * size
+            first = applied(o, gradient, kind, i, j, size, notes, place, k, column)
+            for j from j + size <= j < length by size:
+                second = applied(o, gradient, kind, i, min(j, last), size, notes, place, k, column)
+                write(out + j - size, first, size)
+                first = second
+            write(out + last, first, size)
+            if start:
+                write(out, head, size)
         i += stride
         out += stride
         place += o.places

@@ -37,15 +37,6 @@ cdef inline void write(stored *p, number v, Py_ssize_t count) noexcept nogil:
         store_first(p, v, count)
 
 
-cdef inline void write_two(stored *p, number first, number second) noexcept nogil:
-    """Write two whole vectors."""
-    if number is vec:
-        store_two(p, first, second)
-    else:
-        store_wide(p, first, PART)
-        store_wide(p + PART, second, PART)
-
-
 cdef inline number column_at(const real *p, number like) noexcept nogil:
     """The numbers of the columns of a vector."""
     if number is vec:

@@ -21,6 +21,13 @@ static inline bits chosen(mask condition, bits a, bits b)
 }
 #endif
 
+/* Whether two vectors are rounded together. */
+#if BATCHNORM_BFLOAT16 && BYTES == 64
+#define PACKS_TWO 1
+#else
+#define PACKS_TWO 0
+#endif
+
 #if BATCHNORM_BFLOAT16
 
 typedef uint16_t words __attribute__((vector_size(BYTES)));
@@ -60,9 +67,7 @@ static inline packed pack(vec v)
     return shortened((b + 0x7fff + (b >> 16 & 1)) >> 16);
 }
 
-#if defined(__AVX512F__)
-#define PACKS_TWO 1
-
+#if PACKS_TWO
 /* The same for two vectors at once, in half the instructions: the upper halves go up by 1 where the lower ones are more
  * than half of that, or half of it beside an odd upper half. */
 static inline words pack_two(vec first, vec second)

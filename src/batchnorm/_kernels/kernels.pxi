@@ -49,7 +49,7 @@ from batchnorm._kernels.runtime cimport (
 cdef extern from "stored.h" nogil:
     enum:
         VEC, PART, LINE, TWO_LINES, TRAINS, LANES, VECTORS, CARRIED, UNROLLED, TOTALS, WIDEST, BEYOND, SPARE
-        CAN_STREAM
+        CAN_STREAM, PACKS_TWO
         IS_DOUBLE
         FORMAT
     const double SMALLEST, LARGEST, FINEST, COARSEST
