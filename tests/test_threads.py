@@ -531,6 +531,6 @@ def test_sleeping_threads_are_not_woken_for_small_work(monkeypatch):
     assert _threads.threads_for(small, 2) == 2  # 0.4 ms after the start of a call that takes 0.26 ms
     assert _threads.threads_for(2 * small - 1, 3) == 1
     assert _threads.threads_for(16 * small - 1, 2) == 1
-    assert _threads.threads_for(4 * small - 1, 2, once=True) == 1
-    assert _threads.threads_for(4 * small, 2, once=True) == 2
+    assert _threads.threads_for(7 * small // 2 - 1, 2, once=True) == 1
+    assert _threads.threads_for(7 * small // 2, 2, once=True) == 2
     assert _threads.threads_for(2 * small, 3) == 3

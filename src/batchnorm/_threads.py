@@ -25,7 +25,7 @@ from ._kernels import runtime
 
 SERIAL_VALUES = 16_384
 """The calling thread alone processes arrays with fewer values. More than two threads need twice as many, and arrays
-that are visited only once four times as many (measured: bench/README.md)."""
+that are visited only once three and a half times as many (measured: bench/README.md)."""
 
 ASLEEP = 16
 """How many times as many it takes if the other threads may be asleep: waking them takes as long as much work."""
@@ -181,7 +181,7 @@ def threads_for(values: int, num_threads: int | None, once: bool = False) -> int
         num_threads = _checked(num_threads)
     if once:
         values //= 2
-    if values < SERIAL_VALUES * (2 if once else 1) or _small_stacks_at_import or runtime.forked():
+    if values < SERIAL_VALUES * (1.75 if once else 1) or _small_stacks_at_import or runtime.forked():
         return 1
     count = decide()[0] if num_threads is None else num_threads
     if values < 2 * SERIAL_VALUES and count > 2:

@@ -37,7 +37,6 @@ e) If some values count more than others, or not at all, the same loops sum. Len
 from cpython.buffer cimport PyBUF_CONTIG, PyBUF_CONTIG_RO, PyBUF_FORMAT, PyBuffer_Release, PyObject_GetBuffer
 from cython.parallel import prange
 from libc.math cimport INFINITY, fabs, sqrt
-from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 from batchnorm._kernels.per_channel cimport (
     Selection, borrow, borrow_values, set_parameters, set_selection, take_parameters)
@@ -105,6 +104,10 @@ cdef extern from "stored.h" nogil:
     void prefetch(const void *) noexcept
     void prefetch_early(const void *) noexcept
     void fetch(const stored *, const stored *, bint, Py_ssize_t) noexcept
+
+cdef extern from "scratch.h" nogil:
+    double *take_scratch(size_t) noexcept
+    void give_scratch(double *) noexcept
 
 include "partition.pxi"
 include "channel_formula.pxi"
@@ -178,14 +181,14 @@ cdef int prepare(Work *work, const Py_ssize_t *view, Py_ssize_t arrays, activati
 
 cdef int begin(Work *work, const Py_ssize_t *view, Py_ssize_t arrays, statistics, gradients, activation, add, closed,
                selection) except -1:
-    """The same, with scratch memory for a few numbers per block and channel; `free(work.coefficient)` frees it."""
+    """The same, with scratch memory for a few numbers per block and channel; `give_scratch(work.coefficient)` ends its use."""
     cdef Py_ssize_t numbers
     prepare(work, view, arrays, activation, add, closed, selection)
     work.statistics = borrow("statistics", statistics, STATISTICS_ROWS, work.C)
     if gradients is not None:
         work.gradients = borrow("gradients", gradients, GRADIENT_ROWS, work.C)
     numbers = (COEFFICIENT_ROWS + PARTIAL_ROWS * work.blocks) * work.C
-    work.coefficient = <double *> malloc(numbers * sizeof(double) + (work.blocks + 1) * sizeof(Census))
+    work.coefficient = take_scratch(numbers * sizeof(double) + (work.blocks + 1) * sizeof(Census))
     if work.coefficient == NULL:
         raise MemoryError(f"no memory for the sums of {work.blocks} blocks of {work.C} channels")
     work.partial = work.coefficient + COEFFICIENT_ROWS * work.C
@@ -202,7 +205,7 @@ def moments(const stored[:, :, ::1] x, statistics, double eps, int num_threads, 
     with nogil:
         take_census(&work)
         moments_of_all(&work, &x[0, 0, 0], threads)
-    free(work.coefficient)
+    give_scratch(work.coefficient)
 
 
 def forward(x, y, view, statistics, gamma, beta, double eps, int num_threads, activation=None, add=None, closed=None,
@@ -229,7 +232,7 @@ def forward(x, y, view, statistics, gamma, beta, double eps, int num_threads, ac
         else:
             moments_of_all(&work, x0, threads)
             normalize_all(&work, x0, y0, finish_normalize_all(&work), threads)
-    free(work.coefficient)
+    give_scratch(work.coefficient)
 
 
 def normalize(x, y, view, statistics, int num_threads, activation=None, add=None, closed=None, selection=None):
@@ -244,7 +247,7 @@ def normalize(x, y, view, statistics, int num_threads, activation=None, add=None
     begin(&work, shape, 1, statistics, None, activation, add, closed, selection)
     with nogil:
         normalize_all(&work, x0, y0, finish_normalize_all(&work), threads)
-    free(work.coefficient)
+    give_scratch(work.coefficient)
 
 
 def coefficients(statistics, table):
@@ -283,7 +286,7 @@ def grad_sums(const stored[:, :, ::1] dy, const stored[:, :, ::1] x, statistics,
     with nogil:
         take_census(&work)
         grad_sums_of_all(&work, &x[0, 0, 0], &dy[0, 0, 0], threads)
-    free(work.coefficient)
+    give_scratch(work.coefficient)
     take_parameters(work.gradients, dgamma, dbeta, work.C)
 
 
@@ -302,7 +305,7 @@ def grad_apply(const stored[:, :, ::1] dy, const stored[:, :, ::1] x, stored[:, 
     work.through, work.count = through, count
     with nogil:
         grad_apply_all(&work, &x[0, 0, 0], &dy[0, 0, 0], &dx[0, 0, 0], threads)
-    free(work.coefficient)
+    give_scratch(work.coefficient)
 
 
 def backward(dy, x, dx, view, statistics, gradients, dgamma, dbeta, int through, double count, int num_threads,
@@ -329,7 +332,7 @@ def backward(dy, x, dx, view, statistics, gradients, dgamma, dbeta, int through,
         else:
             grad_sums_of_all(&work, x0, dy0, threads)
             grad_apply_all(&work, x0, dy0, dx0, threads)
-    free(work.coefficient)
+    give_scratch(work.coefficient)
     take_parameters(work.gradients, dgamma, dbeta, work.C)
 
 
