@@ -105,38 +105,65 @@ cdef inline number applied(const Operands *o, bint gradient, int kind, Py_ssize_
     return calculated(o, gradient, kind, i, j, count, notes, place, own)
 
 
-cdef inline void apply_rows(const Operands *o, bint gradient, int kind, Py_ssize_t i, Py_ssize_t place,
-                            Py_ssize_t rows, Py_ssize_t stride, Py_ssize_t length, const number *k, const Row *column,
-                            bint stream) noexcept nogil:
-    cdef Py_ssize_t r, j, start, stop, count, size = size_of(k[CENTRE])
-    cdef Py_ssize_t last = length - size
-    # A cache line that begins in one row and ends in the next is written whole: two halves take as long as many lines.
+cdef inline void stream_rows(const Operands *o, bint gradient, int kind, Py_ssize_t i, Py_ssize_t place,
+                             Py_ssize_t rows, Py_ssize_t stride, Py_ssize_t length, const vec *k, const Row *column,
+                             bint begun, bint follows, const vec *after) noexcept nogil:
+    """Write the rows around the cache, line by line.
+
+    A line that begins in one row and ends in the next is written whole, because two halves take as long as many lines:
+    `after` has the coefficients of the channel that follows, and `begun` says that the row's first line is written.
+    """
+    cdef Py_ssize_t r, j, start, stop
     cdef bint joined = kind != ANYTHING and column != NULL and stride == length and length % LINE == 0
+    cdef vec first, second
+    cdef stored *out = o.out + i
+    cdef Notes notes
+    for r in range(rows):
+        start = min(to_line(out), length)
+        stop = length + start if joined and r + 1 < rows else length - (length - start) % LINE
+        if not (joined or follows):     # stores through the cache delay those after them
+            prefetch(out + stop)
+            if column != NULL:
+                prefetch(out + stride)
+        if not begun:
+            for j from 0 <= j < start by VEC:
+                store_each(out + j, applied(o, gradient, kind, i, j, min(VEC, start - j), &notes, place, k, column),
+                           min(VEC, start - j))
+        if LINE == VEC:             # otherwise a line is an even number of vectors
+            for j from start <= j < stop by VEC:
+                stream_vec(out + j, applied(o, gradient, kind, i, j, VEC, &notes, place, k, column))
+        else:
+            for j from start <= j < stop by 2 * VEC:
+                first = applied(o, gradient, kind, i, j, VEC, &notes, place, k, column)
+                second = applied(o, gradient, kind, i, j + VEC, VEC, &notes, place, k, column)
+                stream_two(out + j, first, second)
+        if stop < length and follows:
+            for j from stop <= j < stop + LINE by VEC:
+                first = applied(o, gradient, kind, i, j, VEC, &notes, place, k, column)
+                second = applied(o, gradient, kind, i, j, VEC, &notes, place, after, column)
+                stream_vec(out + j, first_lanes(first, second, max(0, min(length - j, VEC))))
+        else:
+            for j from stop <= j < length by VEC:
+                store_each(out + j, applied(o, gradient, kind, i, j, min(VEC, length - j), &notes, place, k, column),
+                           min(VEC, length - j))
+        begun = joined
+        i += stride
+        out += stride
+        place += o.places
+
+
+cdef inline void apply_rows(const Operands *o, bint gradient, int kind, Py_ssize_t i, Py_ssize_t place,
+                            Py_ssize_t rows, Py_ssize_t stride, Py_ssize_t length, const number *k,
+                            const Row *column) noexcept nogil:
+    """Write the rows."""
+    cdef Py_ssize_t r, j, start, count, size = size_of(k[CENTRE])
+    cdef Py_ssize_t last = length - size
     cdef number first, second, head = k[CENTRE]
     cdef stored *out = o.out + i
     cdef Notes here
     cdef Notes *notes = &here
     for r in range(rows):
-        if number is vec and stream:
-            start = min(to_line(out), length)
-            stop = length + start if joined and r + 1 < rows else length - (length - start) % LINE
-            if not joined:              # stores through the cache delay those after them
-                prefetch(out + stop)
-                prefetch(out + stride)
-            if LINE == size:            # otherwise a line is an even number of vectors
-                for j from start <= j < stop by size:
-                    stream_vec(out + j, applied(o, gradient, kind, i, j, size, notes, place, k, column))
-            else:
-                for j from start <= j < stop by 2 * size:
-                    first = applied(o, gradient, kind, i, j, size, notes, place, k, column)
-                    second = applied(o, gradient, kind, i, j + size, size, notes, place, k, column)
-                    stream_two(out + j, first, second)
-            j = 0 if start and not (joined and r) else stop
-            while j < length:       # before the first whole line and after the last
-                count = min(size, (start if j < start else length) - j)
-                store_each(out + j, applied(o, gradient, kind, i, j, count, notes, place, k, column), count)
-                j = stop if j + count == start else j + count
-        elif kind == ANYTHING and o.closed != NULL:
+        if kind == ANYTHING and o.closed != NULL:
             here = notes_from(o.closed, i)
             for j from 0 <= j < length by size:
                 count = min(size, length - j)
@@ -145,8 +172,8 @@ cdef inline void apply_rows(const Operands *o, bint gradient, int kind, Py_ssize
         elif length < size:
             write(out, applied(o, gradient, kind, i, 0, length, notes, place, k, column), length)
         else:
-            # Stores that cross lines of the cache are slow, so each vector between the first and the last one lies in
-            # one line; columns have coefficients that begin with the row. A vector is read before the one before it is
+            # Stores that cross lines of the cache are slow, so vectors lie in one line each, except for the first and
+            # the last; columns have coefficients that begin with the row. A vector is read before the one before it is
             # written: the two may overlap, and processors make a load wait for a store just before it that lies at the
             # same place of another page.
             start = to_line(out) % size if column == NULL else 0
@@ -192,7 +219,11 @@ cdef inline void apply_columns(const Work *work, const Block *block, const Opera
             if rests:       # rows that do not fill a group, as one shorter row
                 first += rows * work.group * block.stride
                 rows, width = rest > 0, rest * length
-            apply_rows(o, gradient, kind, first, part.place, rows, block.stride * work.group, width, k, column, stream)
+            if stream:
+                stream_rows(o, gradient, kind, first, part.place, rows, block.stride * work.group, width, k, column,
+                            False, False, NULL)
+            else:
+                apply_rows(o, gradient, kind, first, part.place, rows, block.stride * work.group, width, k, column)
     blank_rows(work, block, o.fill, o.out + block.first, stream)
 
 
@@ -204,7 +235,17 @@ cdef void apply_channel_in_float64(const Operands *o, bint gradient, Py_ssize_t 
     cdef Py_ssize_t row
     for row in range(COEFFICIENTS):
         k[row] = same_wide(value[row * C] if gradient or row <= SHIFT else 0)
-    apply_rows(o, gradient, ANYTHING, at, place, 1, stride, length, k, NULL, False)
+    apply_rows(o, gradient, ANYTHING, at, place, 1, stride, length, k, NULL)
+
+
+cdef inline void set_vectors(const real *own, Py_ssize_t C, bint gradient, vec *k) noexcept nogil:
+    """Set the coefficients of a channel."""
+    k[CENTRE] = everywhere_vec(own[CENTRE * C])
+    k[SCALE] = everywhere_vec(own[SCALE * C])
+    k[SHIFT] = everywhere_vec(own[SHIFT * C])
+    if gradient:
+        k[SLOPE] = everywhere_vec(own[SLOPE * C])
+        k[OFFSET] = everywhere_vec(own[OFFSET * C])
 
 
 cdef inline void apply_channels(const Work *work, const Block *block, Operands *o, bint gradient, int kind,
@@ -212,10 +253,12 @@ cdef inline void apply_channels(const Work *work, const Block *block, Operands *
     """Write a row of each channel, then their next rows: in memory order."""
     cdef const real *own = own_row(work, 0) + block.channel
     cdef vec k[COEFFICIENTS]
+    cdef vec after[COEFFICIENTS]
+    cdef bint begun, follows
     cdef const Py_ssize_t *lengths
     cdef Py_ssize_t r, c, at, place, length, row, ahead, fetched, C = work.C
     for row in range(COEFFICIENTS):
-        k[row] = same_vec(0)
+        k[row] = after[row] = same_vec(0)
     for r in range(block.rows):
         place = block.place + r * block.run
         at = block.first + r * block.stride
@@ -226,20 +269,25 @@ cdef inline void apply_channels(const Work *work, const Block *block, Operands *
             ahead, fetched = block.run, min(length, FETCHED)
             for c in range(block.channels):
                 put(o.out + at + c * block.run + length, block.run - length, o.fill, stream)
+        begun = False
+        if stream:
+            prefetch(o.out + at + block.stride)
         for c in range(block.channels):
             if ahead:
                 fetch(o.x + at + ahead, o.dy + at + ahead, gradient, fetched)
-            k[CENTRE] = everywhere_vec(own[CENTRE * C + c])
-            k[SCALE] = everywhere_vec(own[SCALE * C + c])
-            k[SHIFT] = everywhere_vec(own[SHIFT * C + c])
-            if gradient:
-                k[SLOPE] = everywhere_vec(own[SLOPE * C + c])
-                k[OFFSET] = everywhere_vec(own[OFFSET * C + c])
-            if kind != ANYTHING or fit or all_fit(value + c, C, 1, gradient):
-                apply_rows(o, gradient, kind, at, place, 1, block.stride, length, k, NULL, stream)
-            else:
+            set_vectors(own + c, C, gradient, k)
+            follows = stream and kind != ANYTHING and lengths == NULL and length >= 2 * LINE and c + 1 < block.channels
+            if follows:
+                set_vectors(own + c + 1, C, gradient, after)
+            if not (kind != ANYTHING or fit or all_fit(value + c, C, 1, gradient)):
                 o.act.in_steps = gradient and all_fit(value + c, C, 1, False)
                 apply_channel_in_float64(o, gradient, at, place, block.stride, length, value + c, C)
+            elif stream:
+                stream_rows(o, gradient, kind, at, place, 1, block.stride, length, k, NULL, begun, follows,
+                            after)
+                begun = follows
+            else:
+                apply_rows(o, gradient, kind, at, place, 1, block.stride, length, k, NULL)
             at += block.run
     if work.S == 1:
         blank_rows(work, block, o.fill, o.out + block.first, stream)

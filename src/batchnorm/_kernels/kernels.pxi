@@ -64,6 +64,7 @@ cdef extern from "stored.h" nogil:
     stored stored_of(real) noexcept
     vec load_vec(const stored *) noexcept
     vec load_first(const stored *, Py_ssize_t, vec) noexcept
+    vec first_lanes(vec, vec, Py_ssize_t) noexcept
     wide load_wide(const stored *) noexcept
     wide load_first_wide(const stored *, Py_ssize_t, wide) noexcept
     vec counted_vec(const unsigned char *, vec, vec) noexcept
@@ -181,7 +182,7 @@ cdef int prepare(Work *work, const Py_ssize_t *view, Py_ssize_t arrays, activati
 
 cdef int begin(Work *work, const Py_ssize_t *view, Py_ssize_t arrays, statistics, gradients, activation, add, closed,
                selection) except -1:
-    """The same, with scratch memory for a few numbers per block and channel; `give_scratch(work.coefficient)` ends its use."""
+    """The same, with memory for a few numbers per block and channel, until `give_scratch(work.coefficient)`."""
     cdef Py_ssize_t numbers
     prepare(work, view, arrays, activation, add, closed, selection)
     work.statistics = borrow("statistics", statistics, STATISTICS_ROWS, work.C)

@@ -86,6 +86,14 @@ static const int32_t COUNTED[2 * VEC] = {[0 ... VEC - 1] = -1};
 static const int64_t COUNTED[2 * VEC] = {[0 ... VEC - 1] = -1};
 #endif
 
+/* The first `count` lanes of a, and the others of b. */
+static inline vec first_lanes(vec a, vec b, ptrdiff_t count)
+{
+    mask counted;
+    memcpy(&counted, COUNTED + VEC - count, sizeof counted);
+    return (vec)((counted & (mask)a) | (~counted & (mask)b));
+}
+
 /* `count` values, fewer than VEC, followed by those of `fill`; nothing beyond them is read. */
 static inline vec load_first(const stored *p, ptrdiff_t count, vec fill)
 {
@@ -220,10 +228,14 @@ static inline vec counted_vec(const uint8_t *bytes, vec v, vec otherwise)
 static inline void stream_vec(stored *p, vec v)
 {
     packed h = pack(v);
+#if BYTES == 64 && !IS_SHORT
+    _mm512_stream_ps((void *)p, (__m512)h);
+#else
     __m128 piece[sizeof h / 16];
     memcpy(piece, &h, sizeof h);
     for (size_t i = 0; i < sizeof h / 16; i++)
         _mm_stream_ps((float *)p + 4 * i, piece[i]);
+#endif
 }
 
 static inline void stream_two(stored *p, vec first, vec second)
