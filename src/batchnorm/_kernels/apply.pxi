@@ -113,7 +113,7 @@ cdef inline void stream_rows(const Operands *o, bint gradient, int kind, Py_ssiz
     A line that begins in one row and ends in the next is written whole, because two halves take as long as many lines:
     `after` has the coefficients of the channel that follows, and `begun` says that the row's first line is written.
     """
-    cdef Py_ssize_t r, j, start, stop
+    cdef Py_ssize_t r, j, start, stop, count
     cdef bint joined = kind != ANYTHING and column != NULL and stride == length and length % LINE == 0
     cdef vec first, second
     cdef stored *out = o.out + i
@@ -125,10 +125,6 @@ cdef inline void stream_rows(const Operands *o, bint gradient, int kind, Py_ssiz
             prefetch(out + stop)
             if column != NULL:
                 prefetch(out + stride)
-        if not begun:
-            for j from 0 <= j < start by VEC:
-                store_each(out + j, applied(o, gradient, kind, i, j, min(VEC, start - j), &notes, place, k, column),
-                           min(VEC, start - j))
         if LINE == VEC:             # otherwise a line is an even number of vectors
             for j from start <= j < stop by VEC:
                 stream_vec(out + j, applied(o, gradient, kind, i, j, VEC, &notes, place, k, column))
@@ -142,10 +138,12 @@ cdef inline void stream_rows(const Operands *o, bint gradient, int kind, Py_ssiz
                 first = applied(o, gradient, kind, i, j, VEC, &notes, place, k, column)
                 second = applied(o, gradient, kind, i, j, VEC, &notes, place, after, column)
                 stream_vec(out + j, first_lanes(first, second, max(0, min(length - j, VEC))))
-        else:
-            for j from stop <= j < length by VEC:
-                store_each(out + j, applied(o, gradient, kind, i, j, min(VEC, length - j), &notes, place, k, column),
-                           min(VEC, length - j))
+            stop = length
+        j = 0 if start and not begun else stop
+        while j < length:           # before the first whole line and after the last
+            count = min(VEC, (start if j < start else length) - j)
+            store_each(out + j, applied(o, gradient, kind, i, j, count, &notes, place, k, column), count)
+            j = stop if j + count == start else j + count
         begun = joined
         i += stride
         out += stride
@@ -310,7 +308,7 @@ cdef inline void write_block(const Work *work, Py_ssize_t tile, Py_ssize_t b, co
                              bint gradient, stored *out, bint fit, real fill) noexcept nogil:
     cdef Block block = block_of(work, tile, b)
     cdef const double *value = work.coefficient + block.channel
-    cdef bint stream = work.stream and out != x and out != dy and out != work.add and work.closed == NULL
+    cdef bint stream = CAN_STREAM and work.stream and out != x and out != dy and out != work.add and work.closed == NULL
     cdef bint rare = gradient and work.activation.on and not TRAINS
     cdef Operands o
     o.x, o.dy, o.out, o.act = x, dy, out, work.activation
