@@ -42,7 +42,7 @@ def draw(path, names, found, shapes):
     from matplotlib import pyplot, ticker
 
     names = [f"{name[:10]}\n{name[11:]}" for name in names]  # the date, and the machine below it
-    figure, panel = pyplot.subplots(figsize=(6, 3), layout="constrained")
+    figure, panel = pyplot.subplots(figsize=(1.2 * max(5, len(names)), 3), layout="constrained")
     for which, values in found.items():
         (line,) = panel.plot(names, values, "o-")
         panel.annotate(which, (len(names) - 1, values[-1]), (8, -4), textcoords="offset points", color=line.get_color())

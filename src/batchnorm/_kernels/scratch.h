@@ -13,8 +13,8 @@ enum { KEPT = 1 << 20 }; /* the most bytes that stay allocated between calls */
 #endif
 
 typedef struct {
-    size_t size;
-    double number[] __attribute__((aligned(64)));
+    size_t size, unused; /* so that the numbers are aligned like memory from malloc */
+    double number[];
 } Scratch;
 
 static Scratch *kept_scratch; /* or NULL: nobody else has it */
