@@ -168,7 +168,8 @@ cdef inline void apply_rows(const Operands *o, bint gradient, int kind, Py_ssize
                 write(out + j, applied(o, gradient, kind, i, j, count, notes, place, k, column), count)
             finish_notes(notes)
         elif length < size:
-            write(out, applied(o, gradient, kind, i, 0, length, notes, place, k, column), length)
+            if length > 0:
+                write(out, applied(o, gradient, kind, i, 0, length, notes, place, k, column), length)
         else:
             # Stores that cross lines of the cache are slow, so vectors lie in one line each, except for the first and
             # the last; columns have coefficients that begin with the row. A vector is read before the one before it is
