@@ -173,3 +173,16 @@ for ranks in (2, 3, 6, 8, 300, 4096):
     )
     times = {2: 13, 3: 36, 6: 49, 8: 39, 300: 127, 4096: 156}
     assert done.stdout.splitlines() == [f"{ranks} {float(time)} True" for ranks, time in times.items()], done.stderr
+
+
+def test_a_case_may_have_time_for_a_single_call():
+    """On a machine so busy that one call fills a turn, the call is both the median and the slowest tenth."""
+    program = """
+from bench.busy import report
+case = ((32, 64), 0.001), "torch", 2
+print(report({case: [1e-6, 3e-6]}, {case: [0.05]}))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.stdout.endswith("| (32, 64) | 1 | torch | 2 | 2 | 3 | 50000 | 50000 |\n"), done.stderr
