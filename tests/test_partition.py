@@ -123,6 +123,15 @@ def test_two_threads_share_a_step_that_sums_nothing(view):
     assert max(first, values.sum() - first) <= 1.09 * values.sum() / 2
 
 
+@pytest.mark.parametrize("size", [4, 8])
+@pytest.mark.parametrize("view", [(256, 1024, 1), (256, 300, 1), (1000, 768, 1), (4096, 600, 1), (256, 128, 2)])
+def test_a_step_that_sums_nothing_writes_whole_rows(view, size):
+    """Rows of up to 1024 columns: threads that write to the same rows share lines of the cache, and wait for them."""
+    blocks = np.array(KERNELS[size][0].partition(view, 1, True))
+    assert (blocks[:, 1] == view[1]).all()
+    assert len(blocks) >= 2
+
+
 def test_a_wrong_partition_would_be_seen(monkeypatch):
     """The check itself: a block that is lost, given twice, empty, too long or another channel's is found."""
     view = (300, 40, 20)

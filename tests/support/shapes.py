@@ -20,6 +20,7 @@ VIEWS = {
     "short rows, one batch": (1, 40, 49),
     "short rows, few channels": (700, 2, 4),
     "short rows, tiles": (33, 300, 49),
+    "short rows, few of them": (9, 40, 49),
     "rows of lanes": (5, 20, 100),
     "rows of whole lanes": (9, 17, 96),
     "lanes of neighbours": (13, 150, 70),

@@ -201,7 +201,7 @@ cdef inline void apply_rows(const Operands *o, bint gradient, int kind, Py_ssize
 
 
 cdef inline void apply_columns(const Work *work, const Block *block, const Operands *o, bint gradient, int kind,
-                               bint stream, const double *value) noexcept nogil:
+                               bint stream) noexcept nogil:
     """Write the rows of the block, `group` of them side by side as one, with coefficients spread over the columns."""
     cdef Row column[COEFFICIENTS]
     cdef vec k[COEFFICIENTS]
@@ -210,7 +210,7 @@ cdef inline void apply_columns(const Work *work, const Block *block, const Opera
     for row in range(COEFFICIENTS):
         k[row] = same_vec(0)
         if (row != SHIFT or o.act.on) if gradient else row <= SHIFT:
-            spread(value + row * work.C, block.channels, block.run, work.group, column[row].at)
+            spread(own_row(work, row) + block.channel, block.channels, block.run, work.group, column[row].at)
     while next_rows(work, block, &part):
         first, width = part.first, length * work.group
         rows, rest = part.rows // work.group, part.rows % work.group
@@ -295,8 +295,8 @@ cdef inline void apply_channels(const Work *work, const Block *block, Operands *
 cdef inline void apply_kind(const Work *work, const Block *block, Operands *o, bint gradient, int kind, bint stream,
                             const double *value, bint fit) noexcept nogil:
     """Write the block; `kind` is a literal, so that each has loops of its own."""
-    if work.columns and fit and (work.S < TWO_LINES or stream):
-        apply_columns(work, block, o, gradient, kind, stream, value)
+    if fit and written_in_columns(work):
+        apply_columns(work, block, o, gradient, kind, stream)
     elif kind == ANYTHING:
         apply_channels(work, block, o, gradient, kind, stream, value, fit)
     elif stream:        # as a literal: loops with both kinds of stores are slower

@@ -59,6 +59,7 @@ cdef extern from "stored.h" nogil:
     ctypedef struct WideRow:
         double *at
     vec load_column(const real *) noexcept
+    void store_column(real *, vec) noexcept
     wide load_wide_column(const real *) noexcept
     real value_at(const stored *) noexcept
     stored stored_of(real) noexcept

@@ -8,6 +8,7 @@ cdef enum:
     COPIED = 16384 // sizeof(real)      # values that are copied together before they are summed
     BLOCK = 8192            # values of a block of lanes; a quarter if float64 rows are combined
     COLUMN_ROWS = 256       # rows of a block of columns
+    WRITTEN_ROWS = 64       # those of a step that sums nothing, if columns are cut into tiles to be summed
     SHORT_ROW = 64          # shorter rows are summed as columns
     AHEAD = 8192 // sizeof(stored)      # values of a channel from those that are summed to those that are fetched
     FETCHED = 512           # the most values of the next channel that are fetched if rows have lengths
@@ -15,6 +16,7 @@ cdef enum:
     SHORTEST_RUN = 16       # the shortest row of one channel for lanes, if few others follow or nothing is summed
     RUN = 8192              # values of neighbouring short rows of lanes, so that memory is visited in longer runs
     TOGETHER = 32           # the most channels of a tile of lanes
+    FINISHED = 128          # channels whose coefficients are computed together before a step: tables stay in L1
     NEIGHBOURS = 16         # channels that are summed again together
     VISIT = 512             # values of one channel before its neighbour's, after which lanes are always emptied
     FEW_TILES = 16          # fewer tiles of lanes than this are cut into blocks to be shared
@@ -103,8 +105,17 @@ cdef void cut(Work *work, Py_ssize_t N, Py_ssize_t C, Py_ssize_t S, Py_ssize_t a
     work.blocks = ceil_div(N, work.block_rows) * work.segments
 
 
+cdef void cut_rows(Work *work, Py_ssize_t most) noexcept nogil:
+    """Cut the rows of columns into blocks of about `most` groups at most."""
+    cdef Py_ssize_t whole = UNROLLED * work.group, row_blocks = ceil_div(work.N, most * work.group)
+    if row_blocks > 2:
+        row_blocks = 4 * ceil_div(row_blocks, 4)        # so that 2 or 4 threads share them evenly
+    work.block_rows = whole * ceil_div(ceil_div(work.N, row_blocks), whole)
+    work.blocks = ceil_div(work.N, work.block_rows)
+
+
 cdef void cut_columns(Work *work, Py_ssize_t size) noexcept nogil:
-    cdef Py_ssize_t N = work.N, C = work.C, S = work.S, row_blocks, whole
+    cdef Py_ssize_t N = work.N, C = work.C, S = work.S
     cdef Py_ssize_t width = COPIED // UNROLLED if work.selection.copied else WIDTH if S == 1 else WIDEST
     work.tiles = ceil_div(C, max(1, width // S))
     if work.tiles == 1 and C * S >= GROUPED and N <= COLUMN_ROWS and N * C * S >= 4 * BLOCK:
@@ -112,13 +123,8 @@ cdef void cut_columns(Work *work, Py_ssize_t size) noexcept nogil:
     work.tile_channels = ceil_div(C, work.tiles)
     if C * S < GROUPED // 2 and not work.selection.copied:
         work.group = max(1, min(GROUPED // (C * S), N // UNROLLED))
-    row_blocks = ceil_div(N, COLUMN_ROWS * work.group)
-    if row_blocks > 2:
-        row_blocks = 4 * ceil_div(row_blocks, 4)        # so that 2 or 4 threads share them evenly
-    whole = UNROLLED * work.group
-    work.block_rows = whole * ceil_div(ceil_div(N, row_blocks), whole)
-    row_blocks = ceil_div(N, work.block_rows)
-    work.by_tile = row_blocks == 1 or (work.tiles >= 4 and N * work.tile_channels * S * size <= CACHE)
+    cut_rows(work, COLUMN_ROWS)
+    work.by_tile = work.blocks == 1 or (work.tiles >= 4 and N * work.tile_channels * S * size <= CACHE)
 
 
 cdef void cut_lanes(Work *work, Py_ssize_t size, Py_ssize_t arrays) noexcept nogil:
@@ -141,12 +147,17 @@ cdef void cut_lanes(Work *work, Py_ssize_t size, Py_ssize_t arrays) noexcept nog
         work.next_tile = work.tile_channels * S
 
 
+cdef inline bint written_in_columns(const Work *work) noexcept nogil:
+    """Whether columns are written as such too, which needs coefficients for each, too many for few long rows."""
+    return work.columns and (work.S < TWO_LINES or work.N >= 2 * UNROLLED or work.stream)
+
+
 cdef Work in_memory_order(const Work *work) noexcept nogil:
     """The same work for a step that sums nothing: row after row, in pieces, unless columns are quicker."""
     cdef Work ordered = work[0]
     cdef Py_ssize_t N = work.N, C = work.C, S = work.S, piece = max(BLOCK, N * C * S // PIECES)
     cdef bint near = N * C * S * <Py_ssize_t> sizeof(stored) <= SPREAD
-    if S >= TWO_LINES or (S >= SHORTEST_RUN and not near):
+    if not written_in_columns(work) or (S >= SHORTEST_RUN and not near):
         ordered.columns, ordered.next_tile = False, 0
         ordered.segment = LANES * ceil_div(even_share(S, piece), LANES)
         ordered.segments = ceil_div(S, ordered.segment)
@@ -154,6 +165,10 @@ cdef Work in_memory_order(const Work *work) noexcept nogil:
         ordered.tiles = ceil_div(C, ordered.tile_channels)
         ordered.block_rows = even_share(N, piece // (C * S))
         ordered.blocks = ceil_div(N, ordered.block_rows) * ordered.segments
+    elif work.tiles > 1:        # whole rows if possible: threads that write to the same ones share lines of the cache
+        ordered.tiles = ceil_div(C, WIDEST // S)
+        ordered.tile_channels = ceil_div(C, ordered.tiles)
+        cut_rows(&ordered, min(WRITTEN_ROWS, ceil_div(N, 2)))
     return ordered
 
 

@@ -25,8 +25,10 @@ cdef void moments_of_all(const Work *work, const stored *x, int threads) noexcep
 cdef bint finish_normalize_all(const Work *work) noexcept nogil:
     cdef bint fit = True
     cdef Py_ssize_t tile
-    for tile in range(work.tiles):
-        fit &= finish_normalize(work, tile)
+    cdef Work finished = work[0]
+    finished.tile_channels = FINISHED
+    for tile in range(ceil_div(work.C, FINISHED)):
+        fit &= finish_normalize(&finished, tile)
     return fit
 
 

@@ -154,18 +154,26 @@ cdef inline void sum_columns(const stored *x, const stored *dy, bint gradient, c
         dy += taken * stride
 
 
-cdef void spread(const double *restrict value, Py_ssize_t channels, Py_ssize_t run, Py_ssize_t group,
+cdef void spread(const real *restrict own, Py_ssize_t channels, Py_ssize_t run, Py_ssize_t group,
                  real *restrict column) noexcept nogil:
     """Copy the value of each channel to all columns of a (grouped) row, and to the first ones of the next row."""
     cdef Py_ssize_t c, j, length = channels * run
     if run == 1:
-        narrow(value, column, channels)
+        memcpy(column, own, channels * sizeof(real))
     else:
         for c in range(channels):
-            for j in range(run):
-                column[c * run + j] = <real> plain(value[c])
+            for j from 0 <= j < run by VEC:         # beyond the channel too, where the next one follows
+                store_column(column + c * run + j, everywhere_vec(own[c]))
     for j in range(length, length * group + BEYOND):
         column[j] = column[j - length]
+
+
+cdef inline void spread_wide(const double *value, Py_ssize_t channels, Py_ssize_t run, Py_ssize_t group,
+                             real *column) noexcept nogil:
+    """The same from float64."""
+    cdef real own[WIDEST]
+    narrow(value, own, channels)
+    spread(own, channels, run, group, column)
 
 
 cdef void gather(double *column, Py_ssize_t channels, Py_ssize_t run, Py_ssize_t group, double *value) noexcept nogil:
@@ -283,10 +291,10 @@ cdef inline void sum_block_of_columns(const Work *work, const Block *block, cons
     cdef const stored *dy
     cdef Block part = no_rows(block), some
     cdef Py_ssize_t length = block.channels * block.run, r, rows, rest, width, stride, rests
-    spread(pivot, block.channels, block.run, work.group, column[CENTRE].at)
+    spread_wide(pivot, block.channels, block.run, work.group, column[CENTRE].at)
     if act != NULL:
-        spread(pivot + SCALE * work.C, block.channels, block.run, work.group, column[SCALE].at)
-        spread(pivot + SHIFT * work.C, block.channels, block.run, work.group, column[SHIFT].at)
+        spread_wide(pivot + SCALE * work.C, block.channels, block.run, work.group, column[SCALE].at)
+        spread_wide(pivot + SHIFT * work.C, block.channels, block.run, work.group, column[SHIFT].at)
     memset(total1.at, 0, (length * work.group + VEC) * sizeof(double))
     memset(total2.at, 0, (length * work.group + VEC) * sizeof(double))
     while next_rows(work, block, &part):

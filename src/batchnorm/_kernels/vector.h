@@ -93,6 +93,11 @@ static inline vec load_column(const real *p)
     return v;
 }
 
+static inline void store_column(real *p, vec v)
+{
+    memcpy(p, &v, sizeof v);
+}
+
 static inline wide load_wide_column(const real *p)
 {
     part v;
