@@ -125,6 +125,8 @@ cdef void cut_columns(Work *work, Py_ssize_t size) noexcept nogil:
         work.group = max(1, min(GROUPED // (C * S), N // UNROLLED))
     cut_rows(work, COLUMN_ROWS)
     work.by_tile = work.blocks == 1 or (work.tiles >= 4 and N * work.tile_channels * S * size <= CACHE)
+    if work.tiles == 2 and 2 * N > COLUMN_ROWS and N * C * S > 8 * BLOCK:
+        work.by_tile = False    # two threads would write to the same rows
 
 
 cdef void cut_lanes(Work *work, Py_ssize_t size, Py_ssize_t arrays) noexcept nogil:
