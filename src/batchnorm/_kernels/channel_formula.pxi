@@ -17,15 +17,16 @@ cdef inline double few_bits(double value, double coarse) noexcept nogil:
 cdef inline void chan(double *pivot, double *delta, double *m2, double n, double other_pivot, double other_delta,
                       double other_m2, double other_n) noexcept nogil:
     """Chan's rule: mean (pivot + delta) and m2 of two sets from those of each; a set may be empty."""
-    cdef double between, share
-    if other_n > 2 * n:     # otherwise the mean would move by many standard deviations, and be rounded as often
-        pivot[0], other_pivot = other_pivot, pivot[0]
-        delta[0], other_delta = other_delta, delta[0]
-        n, other_n = other_n, n
-    between = (other_pivot - pivot[0]) + (other_delta - delta[0])
-    share = other_n / (n + other_n) if other_n != 0 else 0
-    delta[0] += between * share if other_n != 0 else 0
-    m2[0] += other_m2 + between * between * (n * share)
+    # Without the exchange, the mean would move by many standard deviations, and be rounded as often.
+    cdef bint exchanged = other_n > 2 * n
+    cdef double near = other_pivot if exchanged else pivot[0], far = pivot[0] if exchanged else other_pivot
+    cdef double near_delta = other_delta if exchanged else delta[0], far_delta = delta[0] if exchanged else other_delta
+    cdef double near_n = other_n if exchanged else n, far_n = n if exchanged else other_n
+    cdef double share = far_n / (n + other_n) if far_n != 0 else 0
+    cdef double between = (far - near) + (far_delta - near_delta)
+    pivot[0] = near
+    delta[0] = near_delta + (between * share if far_n != 0 else 0)
+    m2[0] += other_m2 + between * between * (near_n * share)
 
 
 cdef inline double m2_of(double sum_d, double sum_d2, double n) noexcept nogil:

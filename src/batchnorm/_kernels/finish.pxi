@@ -1,23 +1,26 @@
 # ---- Finish: merge the blocks of a tile, derive the statistics and the coefficients ---------------------------------
 # float64 arithmetic on numbers per channel. s is a tile's part of the statistics, g of the gradients, p of the blocks'
-# sums and k of the coefficients; rows of a table are C numbers apart.
+# sums and k of the coefficients; rows of a table are C numbers apart. Loops are functions, because GCC trusts `restrict`
+# for parameters alone, and without it they are not vector code.
 
 
 cdef inline Py_ssize_t channels_of(const Work *work, Py_ssize_t tile) noexcept nogil:
     return min(work.tile_channels, work.C - tile * work.tile_channels)
 
 
-cdef void merge_two(double *restrict p, const double *restrict other, Py_ssize_t C, Py_ssize_t channels, double n,
-                    double other_n, bint gradient) noexcept nogil:
-    """Merge the sums of another block, or its moments, into those of this one."""
+cdef void merge_sums(double *restrict p, const double *restrict other, Py_ssize_t C, Py_ssize_t channels) noexcept nogil:
     cdef Py_ssize_t c
     for c in range(channels):
-        if gradient:
-            p[SUM * C + c] += other[SUM * C + c]
-            p[SUM_D * C + c] += other[SUM_D * C + c]
-        else:
-            chan(p + PIVOT * C + c, p + DELTA * C + c, p + SQUARES * C + c, n, other[PIVOT * C + c],
-                 other[DELTA * C + c], other[SQUARES * C + c], other_n)
+        p[SUM * C + c] += other[SUM * C + c]
+        p[SUM_D * C + c] += other[SUM_D * C + c]
+
+
+cdef void merge_moments(double *restrict p, const double *restrict other, Py_ssize_t C, Py_ssize_t channels, double n,
+                        double other_n) noexcept nogil:
+    cdef Py_ssize_t c
+    for c in range(channels):
+        chan(p + PIVOT * C + c, p + DELTA * C + c, p + SQUARES * C + c, n, other[PIVOT * C + c], other[DELTA * C + c],
+             other[SQUARES * C + c], other_n)
 
 
 cdef double *merge_blocks(const Work *work, Py_ssize_t tile, bint gradient) noexcept nogil:
@@ -26,20 +29,29 @@ cdef double *merge_blocks(const Work *work, Py_ssize_t tile, bint gradient) noex
     cdef double *p = work.partial + tile * work.tile_channels
     while step < work.blocks:
         for i from 0 <= i < work.blocks - step by 2 * step:
-            merge_two(p + i * size, p + (i + step) * size, C, channels_of(work, tile), values_in(work, i, i + step),
-                      values_in(work, i + step, i + 2 * step), gradient)
+            if gradient:
+                merge_sums(p + i * size, p + (i + step) * size, C, channels_of(work, tile))
+            else:
+                merge_moments(p + i * size, p + (i + step) * size, C, channels_of(work, tile),
+                              values_in(work, i, i + step), values_in(work, i + step, i + 2 * step))
         step *= 2
     return p
 
 
-cdef void finish_moments(const Work *work, Py_ssize_t tile) noexcept nogil:
-    """Compute the statistics from the blocks."""
-    cdef Py_ssize_t c, C = work.C
-    cdef const double *restrict p = merge_blocks(work, tile, False)
-    cdef double *restrict s = work.statistics + tile * work.tile_channels
-    for c in range(channels_of(work, tile)):
+cdef void set_means(double *restrict s, const double *restrict p, Py_ssize_t C, Py_ssize_t channels) noexcept nogil:
+    """Set the mean, as a pair, and m2."""
+    cdef Py_ssize_t c
+    for c in range(channels):
         s[MEAN * C + c] = two_sum(p[PIVOT * C + c], p[DELTA * C + c], s + MEAN_LOW * C + c)
         s[M2 * C + c] = p[SQUARES * C + c]
+
+
+cdef void finish_moments(const Work *work, Py_ssize_t tile) noexcept nogil:
+    """Compute the statistics from the blocks."""
+    cdef Py_ssize_t C = work.C
+    cdef const double *p = merge_blocks(work, tile, False)
+    cdef double *s = work.statistics + tile * work.tile_channels
+    set_means(s, p, C, channels_of(work, tile))
     set_var(s, C, channels_of(work, tile), work.census[work.blocks].before)
     set_rstd(s, C, channels_of(work, tile), work.eps)
 
@@ -105,22 +117,36 @@ cdef void start_gradient(const Work *work, Py_ssize_t tile) noexcept nogil:
         set_centres(work.statistics + first, work.coefficient + first, work.C, channels_of(work, tile))
 
 
-cdef void finish_grad_sums(const Work *work, Py_ssize_t tile) noexcept nogil:
-    """Compute the sums about the mean, and dgamma, from the blocks' sums about the centre."""
-    cdef Py_ssize_t c, C = work.C
-    cdef const double *restrict p = merge_blocks(work, tile, True)
-    cdef const double *restrict s = work.statistics + tile * work.tile_channels
-    cdef const double *restrict k = work.coefficient + tile * work.tile_channels
-    cdef double *restrict g = work.gradients + tile * work.tile_channels
-    for c in range(channels_of(work, tile)):
+cdef void set_sums(double *restrict g, const double *restrict p, const double *restrict s, const double *restrict k,
+                   Py_ssize_t C, Py_ssize_t channels) noexcept nogil:
+    """Set the sums about the mean, and dgamma, from those about the centre."""
+    cdef Py_ssize_t c
+    for c in range(channels):
         g[SUM_DY * C + c] = p[SUM * C + c]
         g[SUM_DY_XMU * C + c] = p[SUM_D * C + c] - k[REST * C + c] * p[SUM * C + c]
         g[DGAMMA * C + c] = dgamma_of(g[SUM_DY_XMU * C + c], s[RSTD * C + c])
 
 
+cdef void finish_grad_sums(const Work *work, Py_ssize_t tile) noexcept nogil:
+    """Compute the sums about the mean, and dgamma, from the blocks."""
+    cdef Py_ssize_t first = tile * work.tile_channels
+    set_sums(work.gradients + first, merge_blocks(work, tile, True), work.statistics + first, work.coefficient + first,
+             work.C, channels_of(work, tile))
+
+
 cdef inline bint is_sloped(int through) noexcept nogil:
     """Whether dx has a term that is proportional to x − mean."""
     return through & (THROUGH_VARIANCE | UPSTREAM)
+
+
+cdef void set_paths(double *restrict k, const double *restrict s, const double *restrict g, Py_ssize_t C,
+                    Py_ssize_t channels) noexcept nogil:
+    """Set the scale, and dmean and dvar in the rows of the terms of dx."""
+    cdef Py_ssize_t c
+    for c in range(channels):
+        k[SCALE * C + c] = scale_of(s[GAMMA * C + c], s[RSTD * C + c])
+        k[OFFSET * C + c] = dmean_of(k[SCALE * C + c], g[SUM_DY * C + c])
+        k[SLOPE * C + c] = dvar_of(k[SCALE * C + c], s[RSTD * C + c], g[DGAMMA * C + c])
 
 
 cdef void set_terms(double *restrict slope, double *restrict offset, const double *restrict rest, Py_ssize_t channels,
@@ -141,10 +167,7 @@ cdef bint finish_grad_apply(const Work *work, Py_ssize_t tile) noexcept nogil:
     cdef const double *s = work.statistics + first
     cdef const double *g = work.gradients + first
     cdef double *k = work.coefficient + first
-    for c in range(channels):
-        k[SCALE * C + c] = scale_of(s[GAMMA * C + c], s[RSTD * C + c])
-        k[OFFSET * C + c] = dmean_of(k[SCALE * C + c], g[SUM_DY * C + c])
-        k[SLOPE * C + c] = dvar_of(k[SCALE * C + c], s[RSTD * C + c], g[DGAMMA * C + c])
+    set_paths(k, s, g, C, channels)
     if not work.through & THROUGH_MEAN:
         memset(k + OFFSET * C, 0, channels * sizeof(double))
     if not work.through & THROUGH_VARIANCE:
