@@ -40,16 +40,17 @@ cdef inline double rstd_of(double var_eps) noexcept nogil:
     return 1 / sqrt(var_eps) if var_eps != 0 else 0
 
 
-cdef inline void set_var(double *restrict s, Py_ssize_t C, Py_ssize_t channels, double n) noexcept nogil:
+cdef inline void set_var(double *restrict var, const double *restrict m2, Py_ssize_t channels, double n) noexcept nogil:
     cdef Py_ssize_t c
     for c in range(channels):
-        s[VAR * C + c] = s[M2 * C + c] / n
+        var[c] = m2[c] / n
 
 
-cdef inline void set_rstd(double *restrict s, Py_ssize_t C, Py_ssize_t channels, double eps) noexcept nogil:
+cdef inline void set_rstd(double *restrict rstd, const double *restrict var, Py_ssize_t channels,
+                          double eps) noexcept nogil:
     cdef Py_ssize_t c
     for c in range(channels):
-        s[RSTD * C + c] = rstd_of(s[VAR * C + c] + eps)
+        rstd[c] = rstd_of(var[c] + eps)
 
 
 cdef inline double scale_of(double gamma, double rstd) noexcept nogil:

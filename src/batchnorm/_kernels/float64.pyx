@@ -30,6 +30,6 @@ def fix_statistics(statistics, Py_ssize_t channels, mean, m2, gamma, beta, doubl
     if count == 1:      # var itself is given, and divisions are slow
         memcpy(s + VAR * C, s + M2 * C, C * sizeof(double))
     else:
-        set_var(s, C, C, count)
-    set_rstd(s, C, C, eps)
+        set_var(s + VAR * C, s + M2 * C, C, count)
+    set_rstd(s + RSTD * C, s + VAR * C, C, eps)
     return -1
