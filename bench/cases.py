@@ -61,6 +61,7 @@ OTHERS = (
     Case((2, 640, 1024, 8), LAST, "few channels"),
     Case((4096, 64), FIRST, "tall"),
     Case((128, 8192), FIRST, "wide"),
+    Case((16, 4096), FIRST, "few rows of many channels"),
     Case((100, 500), FIRST, "the CS231n exercise", ("float64",)),
     Case((4, 5), FIRST, "the call itself"),
 )

@@ -150,7 +150,7 @@ cdef void cut_lanes(Work *work, Py_ssize_t size, Py_ssize_t arrays) noexcept nog
 
 
 cdef inline bint written_in_columns(const Work *work) noexcept nogil:
-    """Whether columns are written as such too, which needs coefficients for each, too many for few long rows."""
+    """Whether columns are written as such too: setting the coefficients of each takes too long for few long rows."""
     return work.columns and (work.S < TWO_LINES or work.N >= 2 * UNROLLED or work.stream)
 
 
