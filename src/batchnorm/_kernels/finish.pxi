@@ -1,7 +1,7 @@
 # ---- Finish: merge the blocks of a tile, derive the statistics and the coefficients ---------------------------------
 # float64 arithmetic on numbers per channel. s is a tile's part of the statistics, g of the gradients, p of the blocks'
-# sums and k of the coefficients; rows of a table are C numbers apart. Loops are functions, because GCC trusts `restrict`
-# for parameters alone, and without it they are not vector code.
+# sums and k of the coefficients; rows of a table are C numbers apart. Loops are functions of these rows, because GCC
+# trusts `restrict` for parameters alone, and without it they are not vector code.
 
 
 cdef inline Py_ssize_t channels_of(const Work *work, Py_ssize_t tile) noexcept nogil:
