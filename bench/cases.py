@@ -62,6 +62,8 @@ OTHERS = (
     Case((4096, 64), FIRST, "tall"),
     Case((128, 8192), FIRST, "wide"),
     Case((16, 4096), FIRST, "few rows of many channels"),
+    Case((512, 64, 10, 10), FIRST, "a large batch of short rows"),
+    Case((512, 512, 5, 5), FIRST, "a large batch of rows shorter than two lines"),
     Case((100, 500), FIRST, "the CS231n exercise", ("float64",)),
     Case((4, 5), FIRST, "the call itself"),
 )

@@ -282,6 +282,7 @@ def test_columns_at_any_address(view, dtype, activation, rng):
 
 STREAMED = [(4200, 1029, 1), (70000, 61, 1), (132000, 64, 1), (9000, 512, 1), (21, 50, 4099), (32, 2700, 49)]
 STREAMED += [(48, 900, 100)]  # lines that end one channel and begin the next
+STREAMED += [(300, 900, 20), (3, 90000, 17)]  # rows of one channel that have no whole line, or one
 
 
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("float64", marks=pytest.mark.slow)])

@@ -132,6 +132,16 @@ def test_a_step_that_sums_nothing_writes_whole_rows(view, size):
     assert len(blocks) >= 2
 
 
+@pytest.mark.parametrize("size", [4, 8])
+@pytest.mark.parametrize("arrays", [2, 3])
+@pytest.mark.parametrize("view", [(64, 64, 64), (32, 195, 64), (512, 64, 100), (128, 512, 196), (16, 1024, 196)])
+def test_a_sum_does_not_jump_from_one_short_row_to_the_next(view, arrays, size):
+    """A block has 512 bytes or more of each row, except for the last channels."""
+    blocks = np.array(KERNELS[size][0].partition(view, arrays, False))
+    followed = blocks[:, 0] + blocks[:, 1] < view[1]
+    assert (blocks[followed, 1] * blocks[followed, 5] * size >= 512).all()
+
+
 def test_a_wrong_partition_would_be_seen(monkeypatch):
     """The check itself: a block that is lost, given twice, empty, too long or another channel's is found."""
     view = (300, 40, 20)

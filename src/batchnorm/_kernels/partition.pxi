@@ -26,6 +26,7 @@ cdef enum:
     STREAM = 33554432       # and from this many on it writes its result around the cache
     NEAR = 40960            # bytes of x and dy of a channel that stay in a core's nearest cache until dx is written
     NEAREST = 28672         # those of a tile, if it has several channels
+    NARROW = 1024           # bytes of the narrowest row of a tile that is summed and then written
     CACHE = 524288          # bytes of a tile that stay in a core's cache between two passes
     PIVOTED = 8             # values of a block from which a pivot is chosen
 
@@ -46,7 +47,7 @@ cdef struct Work:
     bint columns                    # sum by columns, not by lanes
     bint by_tile                    # run both steps tile by tile, because a tile stays in cache
     bint far                        # what is summed is fetched ahead
-    bint stream                     # the result goes around the cache
+    bint stream                     # the result goes around the cache, if processors of this level can do that
     Py_ssize_t tiles, tile_channels
     Py_ssize_t next_tile            # how far away the tile is that is fetched while one is written, or 0
     Py_ssize_t blocks, block_rows   # of a tile
@@ -92,11 +93,11 @@ cdef void cut(Work *work, Py_ssize_t N, Py_ssize_t C, Py_ssize_t S, Py_ssize_t a
     cdef const Selection *selection = &work.selection
     work.N, work.C, work.S = N, C, S
     work.far = arrays * N * C * S * size >= FAR
-    work.stream = CAN_STREAM and arrays * N * C * S * size >= STREAM
     if selection.on:
         work.columns = S == 1
     else:
         work.columns = S < SHORTEST_RUN or (S < SHORT_ROW and N >= UNROLLED)
+    work.stream = arrays * N * C * S * size >= STREAM and (work.columns or S >= TWO_LINES)
     work.segments, work.segment, work.group, work.next_tile = 1, S, 1, 0
     if work.columns:
         cut_columns(work, size)
@@ -129,22 +130,34 @@ cdef void cut_columns(Work *work, Py_ssize_t size) noexcept nogil:
         work.by_tile = False    # two threads would write to the same rows
 
 
+cdef void set_tile_channels(Work *work, Py_ssize_t size, Py_ssize_t arrays, Py_ssize_t held) noexcept nogil:
+    """Set how many channels a tile of lanes has; if its rows are too short, all is summed, and then written."""
+    cdef Py_ssize_t N = work.N, C = work.C, S = work.S
+    cdef Py_ssize_t channel = 2 * N * S * size                   # bytes of x and dy
+    # To read x once more takes less time than to jump from row to row; in backward, dy is read once more too.
+    cdef Py_ssize_t shortest = 3 * NARROW // 2 if work.stream and arrays == 2 else NARROW
+    cdef Py_ssize_t narrowest = min(TOGETHER, ceil_div(shortest, S * size))
+    work.tile_channels = max(1, min(min(TOGETHER, RUN // S), min(C // FEW_TILES, held)))
+    if N > 1 and work.tile_channels < narrowest:
+        work.tile_channels, work.by_tile = min(C, narrowest), False
+    elif arrays == 3 and channel <= NEAR and not work.stream and (N == 1 or (
+            2 * S * size >= NARROW and (N * S >= RUN // 4 or N * C * S * size <= CACHE))):
+        work.tile_channels = min(work.tile_channels, max(1, NEAREST // channel))
+
+
 cdef void cut_lanes(Work *work, Py_ssize_t size, Py_ssize_t arrays) noexcept nogil:
     cdef Py_ssize_t N = work.N, C = work.C, S = work.S, longest = COPIED if work.selection.copied else BLOCK
     cdef Py_ssize_t together = BLOCK // 4 if IS_DOUBLE else BLOCK
     cdef Py_ssize_t held = 2 * CACHE // (5 * N * S * size)       # channels that leave room for the next tile
-    cdef Py_ssize_t channel = 2 * N * S * size                   # bytes of x and dy
-    work.tile_channels = min(min(TOGETHER, RUN // S), min(C // FEW_TILES, held))
-    if arrays == 3 and channel <= NEAR and (N == 1 or N * S >= RUN // 4 or N * C * S * size <= CACHE):
-        work.tile_channels = min(work.tile_channels, max(1, NEAREST // channel))
-    if S >= longest:
+    work.by_tile = C >= FEW_TILES or N * S <= BLOCK
+    if S < longest:
+        set_tile_channels(work, size, arrays, held)
+    else:
         work.tile_channels = 1          # in memory the next segment follows, not the next channel
         work.segment = LANES * ceil_div(even_share(S, longest), LANES)
         work.segments = ceil_div(S, work.segment)
-    work.tile_channels = max(1, work.tile_channels)
     work.tiles = ceil_div(C, work.tile_channels)
     work.block_rows = max(1, together // (2 * S) * 2) if work.segments == 1 else 1
-    work.by_tile = C >= FEW_TILES or N * S <= BLOCK
     if work.stream and held:
         work.next_tile = work.tile_channels * S
 
@@ -159,7 +172,8 @@ cdef Work in_memory_order(const Work *work) noexcept nogil:
     cdef Work ordered = work[0]
     cdef Py_ssize_t N = work.N, C = work.C, S = work.S, piece = max(BLOCK, N * C * S // PIECES)
     cdef bint near = N * C * S * <Py_ssize_t> sizeof(stored) <= SPREAD
-    if not written_in_columns(work) or (S >= SHORTEST_RUN and not near):
+    cdef Py_ssize_t whole = TWO_LINES if work.stream else SHORTEST_RUN      # too few lines of shorter rows are whole
+    if not written_in_columns(work) or (S >= whole and not near):
         ordered.columns, ordered.next_tile = False, 0
         ordered.segment = LANES * ceil_div(even_share(S, piece), LANES)
         ordered.segments = ceil_div(S, ordered.segment)
