@@ -8,7 +8,11 @@
 
 #include "vector.h"
 
-#define IS_SHORT (BATCHNORM_FLOAT16 || BATCHNORM_BFLOAT16)
+#if BATCHNORM_FLOAT16 || BATCHNORM_BFLOAT16
+#define IS_SHORT 1
+#else
+#define IS_SHORT 0
+#endif
 
 #if IS_SHORT
 typedef uint16_t stored;
