@@ -27,10 +27,10 @@ c) Sums that cannot be trusted, because they overflowed or the pivot was far fro
    about a better pivot. Coefficients that do not fit the type are applied in float64. Only the data decides this,
    channel by channel.
 d) The steps are separate: reduce → finish → apply. A pass does them tile by tile if a tile stays in cache, and one
-   after the other over all blocks if there are too few tiles to share among threads, or two that are halves of the same
-   rows. A step that sums nothing follows memory, row by row. A pass over more memory than a cache holds writes its
-   result around the cache, and fetches what it sums next into the core's second cache, because the nearest one waits
-   for few lines at once.
+   after the other over all blocks if there are too few tiles to share among threads, if they are two halves of the same
+   rows, or if their rows are short pieces of memory. A step that sums nothing follows memory, row by row. A pass over
+   more memory than a cache holds writes its result around the cache, where lines are whole, and fetches what it sums
+   next into the core's second cache, because the nearest one waits for few lines at once.
 e) If some values count more than others, or not at all, the same loops sum. Lengths only shorten rows. A mask sets
    terms to 0 in rows of one channel; of rows of all channels, the loops see a copy, in cache, of those that count.
    With weights they see w·(x − pivot) instead of dy: Σa and Σa·d are then the weighted moments.
