@@ -142,6 +142,7 @@ cdef void set_tile_channels(Work *work, Py_ssize_t size, Py_ssize_t arrays, Py_s
         work.tile_channels, work.by_tile = min(C, narrowest), False
     elif arrays == 3 and channel <= NEAR and not work.stream and (N == 1 or (
             2 * S * size >= NARROW and (N * S >= RUN // 4 or N * C * S * size <= CACHE))):
+        # A row may be half as long here, because the nearest cache is that much quicker.
         work.tile_channels = min(work.tile_channels, max(1, NEAREST // channel))
 
 
