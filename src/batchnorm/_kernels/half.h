@@ -8,11 +8,7 @@
 
 #include "vector.h"
 
-#if BATCHNORM_FLOAT16 || BATCHNORM_BFLOAT16
-#define IS_SHORT 1
-#else
-#define IS_SHORT 0
-#endif
+#define IS_SHORT (BATCHNORM_FLOAT16 || BATCHNORM_BFLOAT16)
 
 #if IS_SHORT
 typedef uint16_t stored;

@@ -50,7 +50,7 @@ cdef extern from "stored.h" nogil:
     enum:
         VEC, PART, LINE, TWO_LINES, TRAINS, LANES, VECTORS, CARRIED, UNROLLED, TOTALS, WIDEST, BEYOND, SPARE
         CAN_STREAM, PACKS_TWO
-        IS_DOUBLE, IS_SHORT
+        IS_DOUBLE
         FORMAT
     const double SMALLEST, LARGEST, FINEST, COARSEST
     ctypedef float vec              # VEC values of the data's type; Cython only needs to know that it is arithmetic

@@ -8,23 +8,6 @@ cdef enum:
     SAMPLED = 128           # channels whose pivots are chosen together
 
 
-cdef inline void set_pivots(double *restrict pivot, const real **at, Py_ssize_t run,
-                            Py_ssize_t channels) noexcept nogil:
-    """A value near the mean of each channel: the mean of eight, to about 1/16 of their spread.
-
-    If they are equal, it is exactly their value.
-    """
-    cdef double v0, v1, v2, v3, v4, v5, v6, v7, mean, spread
-    cdef Py_ssize_t c, j
-    for c in range(channels):
-        j = c * run
-        v0, v1, v2, v3, v4, v5, v6, v7 = at[0][j], at[1][j], at[2][j], at[3][j], at[4][j], at[5][j], at[6][j], at[7][j]
-        mean = (((0.125 * v0 + 0.125 * v4) + (0.125 * v2 + 0.125 * v6))
-                + ((0.125 * v1 + 0.125 * v5) + (0.125 * v3 + 0.125 * v7)))
-        spread = fabs(v0 - v4) + fabs(v1 - v5) + fabs(v2 - v6) + fabs(v3 - v7)
-        pivot[c] = <real> few_bits(mean, 7e13 * spread)
-
-
 cdef void sample(const stored *x, Py_ssize_t channels, Py_ssize_t run, real *value) noexcept nogil:
     """Copy one value of each channel."""
     cdef Py_ssize_t c
@@ -36,23 +19,31 @@ cdef void sample(const stored *x, Py_ssize_t channels, Py_ssize_t run, real *val
             value[c] = value_at(x + c * run)
 
 
+cdef void set_pivots(double *restrict pivot, const real *restrict value, Py_ssize_t channels) noexcept nogil:
+    """A value near the mean of each channel: the mean of eight, to about 1/16 of their spread.
+
+    If they are equal, it is exactly their value.
+    """
+    cdef double v0, v1, v2, v3, v4, v5, v6, v7, mean, spread
+    cdef Py_ssize_t c
+    for c in range(channels):
+        v0, v1, v2, v3 = value[c], value[SAMPLED + c], value[2 * SAMPLED + c], value[3 * SAMPLED + c]
+        v4, v5, v6, v7 = value[4 * SAMPLED + c], value[5 * SAMPLED + c], value[6 * SAMPLED + c], value[7 * SAMPLED + c]
+        mean = (((0.125 * v0 + 0.125 * v4) + (0.125 * v2 + 0.125 * v6))
+                + ((0.125 * v1 + 0.125 * v5) + (0.125 * v3 + 0.125 * v7)))
+        spread = fabs(v0 - v4) + fabs(v1 - v5) + fabs(v2 - v6) + fabs(v3 - v7)
+        pivot[c] = <real> few_bits(mean, 7e13 * spread)
+
+
 cdef void choose_pivots(const Block *block, const Py_ssize_t *place, const stored *x, double *pivot) noexcept nogil:
-    """Set the pivots from values all over the block."""
-    cdef real value[PIVOTED][SAMPLED]
-    cdef const real *at[PIVOTED]
+    """Set the pivots from values all over the block, copied side by side so that they are chosen by vector code."""
+    cdef real value[PIVOTED * SAMPLED]
     cdef Py_ssize_t k, first, channels
     for first from 0 <= first < block.channels by SAMPLED:
         channels = min(SAMPLED, block.channels - first)
         for k in range(PIVOTED):
-            if IS_SHORT:        # converted by vectors
-                sample(x + place[k] + first * block.run, channels, block.run, value[k])
-                at[k] = value[k]
-            else:
-                at[k] = <const real *> x + place[k] + first * block.run
-        if IS_SHORT or block.run == 1:      # with a literal this is vector code
-            set_pivots(pivot + first, at, 1, channels)
-        else:
-            set_pivots(pivot + first, at, block.run, channels)
+            sample(x + place[k] + first * block.run, channels, block.run, value + k * SAMPLED)
+        set_pivots(pivot + first, value, channels)
 
 
 cdef inline bint trusted(double sum1, double sum2, double n, bint gradient) noexcept nogil:
