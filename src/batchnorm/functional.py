@@ -918,16 +918,22 @@ def table_of(
     layout: Layout | None = None,
 ) -> tuple[NDArray[np.float64], _Fixed]:
     """The table of given statistics and parameters, and the arrays that filled it."""
-    mean = _arrays.as_channels(mean, "mean", channels, layout)
-    var = _arrays.as_channels(var, "var", channels, layout)
-    gamma = None if gamma is None else _arrays.as_channels(gamma, "gamma", channels, layout)
-    beta = None if beta is None else _arrays.as_channels(beta, "beta", channels, layout)
+    eps = _arrays.as_eps(eps)
     statistics = np.empty((STATISTICS_ROWS, channels))
-    negative = _kernels.float64.fix_statistics(statistics, channels, mean, var, gamma, beta, _arrays.as_eps(eps))
+    fixed: tuple[Any, Any, Any, Any] = mean, var, gamma, beta
+    try:  # the kernel checks arrays of floats in less time, but it names no argument
+        negative = _kernels.float64.fix_statistics(statistics, channels, *fixed, eps)
+    except (TypeError, ValueError):
+        mean = _arrays.as_channels(mean, "mean", channels, layout)
+        var = _arrays.as_channels(var, "var", channels, layout)
+        gamma = None if gamma is None else _arrays.as_channels(gamma, "gamma", channels, layout)
+        beta = None if beta is None else _arrays.as_channels(beta, "beta", channels, layout)
+        fixed = mean, var, gamma, beta
+        negative = _kernels.float64.fix_statistics(statistics, channels, *fixed, eps)
     if negative >= 0:
         swapped = "; are mean and var swapped?" if (np.asarray(mean) >= 0).all() else ""
-        raise ValueError(f"var must not be negative, got {var[negative]} in channel {negative}{swapped}")
-    return statistics, (mean, var, gamma, beta)
+        raise ValueError(f"var must not be negative, got {fixed[1][negative]} in channel {negative}{swapped}")
+    return statistics, fixed
 
 
 def _check_fixed_out(out: Array, x: Array, fixed: _Fixed, add: Array | None, may_be_same: tuple[str, ...] = ()) -> None:

@@ -13,10 +13,13 @@ from batchnorm._kernels.per_channel cimport fill_row
 def fix_statistics(statistics, Py_ssize_t channels, mean, m2, gamma, beta, double eps, mean_low=None, double count=1):
     """Fill the table with given statistics, with var = m2/count; return the first channel with negative m2, or -1.
 
-    The table is float64 for data of any type. This stands here because roots take half the time at a higher level.
+    All but plain arrays of floats raise ValueError or TypeError. The table is float64 for data of any type. This stands
+    here because roots take half the time at a higher level.
     """
     cdef Py_ssize_t c, negative = 0, C = channels
     cdef double *s = borrow("statistics", statistics, STATISTICS_ROWS, C)
+    if mean is None or m2 is None:
+        raise TypeError("mean and m2 must be arrays, got None")
     fill_row(s + MEAN * C, mean, C, 0)
     fill_row(s + MEAN_LOW * C, mean_low, C, 0)
     fill_row(s + M2 * C, m2, C, 0)

@@ -10,7 +10,13 @@ from batchnorm._kernels.runtime cimport (
     BETA, DGAMMA, DMEAN, DVAR, GAMMA, GRADIENT_ROWS, HEAD, M2, MEAN, MEAN_LOW, RSTD, STATISTICS_ROWS, STATUS, SUM_DY,
     SUM_DY_XMU, THROUGH_MEAN, THROUGH_VARIANCE, VALUES, VAR, WEIGHT)
 
+import numpy
+
 include "channel_formula.pxi"
+
+cdef object ndarray = numpy.ndarray
+cdef object FLOAT32 = numpy.dtype("f4")
+cdef object FLOAT64 = numpy.dtype("f8")
 
 
 cdef double *borrow(str name, table, Py_ssize_t rows, Py_ssize_t channels) except NULL:
@@ -57,12 +63,25 @@ cdef int set_selection(Selection *chosen, selection, Py_ssize_t places, Py_ssize
     return 0
 
 
+cdef int refuse(Py_ssize_t channels) except -1:
+    raise ValueError(f"there must be {channels} floating-point numbers, one per channel")
+
+
+cdef plain(values, Py_ssize_t channels):
+    """An array of native floats, or a copy in float32 if they have 16 bits; anything else is refused."""
+    dtype = values.dtype if type(values) is ndarray else None
+    if dtype is FLOAT32 or dtype is FLOAT64 or dtype == FLOAT32 or dtype == FLOAT64:
+        return values
+    if dtype is None or dtype.itemsize != 2 or dtype.kind not in "fV" or not dtype.isnative:
+        refuse(channels)
+    return values.astype(FLOAT32)
+
+
 cdef int get_buffer(values, Py_buffer *buffer, int flags, Py_ssize_t channels) except -1:
-    """Get a buffer of floats; 16-bit floats raise ValueError too, because bfloat16 has no buffer."""
     PyObject_GetBuffer(values, buffer, flags)
-    if buffer.ndim != 1 or buffer.shape[0] != channels or buffer.itemsize not in (sizeof(float), sizeof(double)):
+    if buffer.ndim != 1 or buffer.shape[0] != channels:
         PyBuffer_Release(buffer)
-        raise ValueError(f"there must be {channels} floating-point numbers, one per channel")
+        refuse(channels)
     return 0
 
 
@@ -101,12 +120,8 @@ cdef int fill_row(double *row, values, Py_ssize_t channels, double otherwise) ex
         for c in range(channels):
             row[c] = otherwise
         return 0
-    try:
-        get_buffer(values, &buffer, PyBUF_STRIDED_RO, channels)
-    except ValueError:
-        if values.itemsize != 2:
-            raise
-        return fill_row(row, values.astype("f4"), channels, otherwise)
+    values = plain(values, channels)
+    get_buffer(values, &buffer, PyBUF_STRIDED_RO, channels)
     if buffer.strides[0] != buffer.itemsize:
         PyBuffer_Release(&buffer)
         return fill_row(row, values.copy(), channels, otherwise)
@@ -120,17 +135,12 @@ cdef int take_row(const double *row, values, Py_ssize_t channels) except -1:
     cdef Py_buffer buffer
     if values is None:
         return 0
-    try:
-        get_buffer(values, &buffer, PyBUF_CONTIG, channels)
-    except ValueError:
-        if values.itemsize != 2:
-            raise
-        rounded = values.astype("f4")
-        take_row(row, rounded, channels)
-        values[...] = rounded
-        return 0
+    numbers = plain(values, channels)
+    get_buffer(numbers, &buffer, PyBUF_CONTIG, channels)
     narrow(<char *> buffer.buf, row, buffer.itemsize, channels)
     PyBuffer_Release(&buffer)
+    if numbers is not values:
+        values[...] = numbers
     return 0
 
 
