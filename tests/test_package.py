@@ -24,6 +24,7 @@ pytestmark = pytest.mark.once  # but for what is looked for in the modules thems
 
 DOCUMENTED = [
     "functional",
+    "fixed",
     "folding",
     "layer",
     "reference",

@@ -10,7 +10,7 @@ from processes import WORKLOAD, python, succeeds
 from threadpoolctl import threadpool_limits
 
 import batchnorm as bn
-from batchnorm import _kernels, _threads, functional
+from batchnorm import _kernels, _threads, fixed, functional
 from batchnorm._kernels import runtime
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc, or is about processors")
@@ -509,7 +509,7 @@ def test_threads_that_share_a_layer_work_at_the_same_time(monkeypatch, rng):
         return call
 
     monkeypatch.setattr(functional, "forward", watched(functional.forward))
-    monkeypatch.setattr(functional, "inference", watched(functional.inference))
+    monkeypatch.setattr(fixed, "inference", watched(fixed.inference))
     layer(x)
     layer.eval()(x)
     assert free == [True, True]

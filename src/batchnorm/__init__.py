@@ -12,20 +12,12 @@ from ._activation import Activation
 from ._config import show_config
 from ._threads import get_num_threads, num_threads, set_num_threads
 from ._version import __version__
-from .functional import (
-    Gradients,
-    InferenceGradients,
-    Saved,
-    backward,
-    forward,
-    grad_sums,
-    inference,
-    inference_backward,
-    update_running,
-)
+from .fixed import inference, inference_backward
+from .functional import backward, forward, grad_sums, update_running
 from .layer import BatchNorm
 from .moments import GradientSums, Moments, population
 from .plan import Plan
+from .saved import Gradients, InferenceGradients, Saved
 
 if TYPE_CHECKING:
     from . import cs231n, mpi

@@ -218,3 +218,12 @@ def selection_of(
     if weights is not None:
         return _of_weights(as_places(as_weights(weights), "weights", layout), layout, dtype)
     return None
+
+
+def chosen_by(selection: Selection | None, fill: float = 0.0) -> Chosen | None:
+    return None if selection is None else selection.chosen(fill)
+
+
+def normalized_in(layout: Layout, selection: Selection | None) -> int:
+    """The number of values per channel that are normalized."""
+    return layout.values if selection is None else selection.normalized(layout)

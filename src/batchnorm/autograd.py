@@ -18,7 +18,7 @@ import numpy as np
 from . import calculus, functional
 from ._arrays import Array
 from ._extras import requirements
-from .functional import Saved
+from .saved import Saved
 
 try:
     import autograd.numpy as anp

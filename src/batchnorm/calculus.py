@@ -37,7 +37,8 @@ from ._kernels.runtime import (
     UPSTREAM_DMEAN,
     UPSTREAM_DVAR,
 )
-from .functional import THROUGH, Saved, Through
+from .functional import THROUGH, Through
+from .saved import Saved
 
 if TYPE_CHECKING:
     from . import _keywords

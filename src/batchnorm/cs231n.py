@@ -25,9 +25,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from . import _arrays, functional
+from . import _arrays, fixed, functional
 from ._arrays import Array
-from .functional import Gradients, Saved
+from .saved import Gradients, Saved
 
 Cache = Saved | None
 
@@ -187,7 +187,7 @@ def _forward(x: Array, gamma: ArrayLike, beta: ArrayLike, bn_param: MutableMappi
         for name in ("running_mean", "running_var")
     )
     if mode == "test":
-        return functional.inference(x, mean, var, gamma, beta, eps=eps), None
+        return fixed.inference(x, mean, var, gamma, beta, eps=eps), None
     running_mean = np.array(_arrays.as_float(mean, "running_mean", integers=True))
     running_var = np.array(_arrays.as_float(var, "running_var", integers=True))
     y, saved = functional.forward(x, gamma, beta, eps=eps)

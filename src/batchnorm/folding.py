@@ -22,7 +22,7 @@ from numpy.typing import ArrayLike, NDArray
 from . import _arrays
 from ._arrays import Array, Float
 from ._kernels.runtime import RSTD
-from .functional import table_of
+from .fixed import table_of
 
 if TYPE_CHECKING:
     from . import _keywords

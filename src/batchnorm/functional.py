@@ -13,23 +13,17 @@ Frameworks differ in their conventions. Here:
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, NoReturn, Self, Unpack, overload
+from typing import TYPE_CHECKING, Any, Literal, Unpack, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from . import _activation, _arrays, _kernels, _threads
 from ._activation import Activation
-from ._arrays import Array, Float, Float_co, Gradient_co, Layout, MaybeNone
+from ._arrays import Array, Float, Layout
 from ._kernels import Bits, Chosen, Limits, per_channel
 from ._kernels.runtime import (
-    DMEAN,
-    DVAR,
-    GAMMA,
     GRADIENT_ROWS,
-    MEAN,
-    MEAN_LOW,
-    RSTD,
     STATISTICS_ROWS,
     SUM_DY,
     SUM_DY_XMU,
@@ -38,10 +32,10 @@ from ._kernels.runtime import (
     UPSTREAM,
     UPSTREAM_DMEAN,
     UPSTREAM_DVAR,
-    VAR,
 )
-from ._selection import Selection, Tally, selection_of
+from ._selection import Selection, Tally, chosen_by, normalized_in, selection_of
 from .moments import GradientSums, Moments, moments_of
+from .saved import Gradients, Saved
 
 if TYPE_CHECKING:
     from . import _keywords
@@ -49,216 +43,16 @@ if TYPE_CHECKING:
 After = tuple[Limits | None, Array | None, Bits | None]
 """What follows the normalization: an activation, what is added before it, and bits for where it is closed."""
 
-_Fixed = tuple[Array, Array, Array | None, Array | None]
-"""Given statistics and parameters: mean, var, gamma and beta."""
-
 # One name or several. A tuple is a collection, but mypy accepts ("dx",) only where the type names tuples.
 _ThroughName = Literal["mean", "variance"]
-_NeedName = Literal["dx", "dgamma", "dbeta", "dadd"]
-_InferenceNeedName = Literal[_NeedName, "dmean", "dvar"]
+NeedName = Literal["dx", "dgamma", "dbeta", "dadd"]
 Through = _ThroughName | tuple[_ThroughName, ...] | Collection[_ThroughName]
-Need = _NeedName | tuple[_NeedName, ...] | Collection[_NeedName]
-InferenceNeed = _InferenceNeedName | tuple[_InferenceNeedName, ...] | Collection[_InferenceNeedName]
+Need = NeedName | tuple[NeedName, ...] | Collection[NeedName]
 
-NEED: tuple[_NeedName, ...] = ("dx", "dgamma", "dbeta")
-_INFERENCE_NEED = (*NEED, "dadd", "dmean", "dvar")
+NEED: tuple[NeedName, ...] = ("dx", "dgamma", "dbeta")
 THROUGH: tuple[_ThroughName, ...] = ("mean", "variance")
-_NOTHING: After = None, None, None
+NOTHING: After = None, None, None
 """After the normalization: no activation, no residual."""
-
-
-def _shape_and_dtype(array: Array | None) -> str:
-    return "None" if array is None else f"<{array.dtype} {array.shape}>"
-
-
-class _Gradients(NamedTuple, Generic[Gradient_co]):
-    dx: Gradient_co
-    dgamma: Array | MaybeNone
-    dbeta: Array | MaybeNone
-
-
-class Gradients(_Gradients[Gradient_co]):
-    """Gradients with respect to x, gamma and beta; None if not requested or if there is no such parameter.
-
-    The attribute `dadd` is the gradient with respect to `add`.
-    """
-
-    dadd: Array | MaybeNone = None
-
-    def _replace(self, /, **changes: Any) -> Self:
-        gradients = super()._replace(**changes)
-        gradients.__dict__.update(self.__dict__)
-        return gradients
-
-    def _shown(self, *more: str) -> str:
-        names = *NEED, *more, *(("dadd",) if self.dadd is not None else ())
-        return (
-            f"{type(self).__name__}({', '.join(f'{name}={_shape_and_dtype(getattr(self, name))}' for name in names)})"
-        )
-
-    def __repr__(self) -> str:
-        return self._shown()
-
-
-class InferenceGradients(Gradients[Gradient_co]):
-    """`Gradients` and those with respect to the fixed mean and var, `dmean` and `dvar`; None if not requested."""
-
-    dmean: Array | MaybeNone = None
-    dvar: Array | MaybeNone = None
-
-    def __repr__(self) -> str:
-        return self._shown("dmean", "dvar")
-
-
-class Saved(Generic[Float_co]):
-    """What `forward` leaves for `backward`: a reference to x (not a copy) and a few float64 numbers per channel.
-
-    With both `add` and `activation` it also holds one bit per value. x must not change until `backward` has run. Its
-    shape, strides and dtype are checked whenever it is used; its values are not. The object is read-only.
-
-    Attributes
-    ----------
-    x : ndarray
-        The input. Raises ValueError if it no longer has the shape, strides and dtype that `forward` saw.
-    axis : int
-        The channel axis, at least 0.
-    eps : float
-    count : int
-        n, the number of values per channel in the statistics; with weights, only those whose weight is not 0.
-    mean, var, rstd : ndarray of float64, shape (C,)
-        Batch mean μ, biased variance σ² and 1/√(σ² + eps). Read-only.
-    gamma : ndarray of float64, shape (C,)
-        The scale that `forward` was given; 1 where it was None. Read-only.
-    mean_low : ndarray of float64, shape (C,)
-        Low-order part of μ: x − mean − mean_low keeps the digits of float64 data far from 0. Read-only.
-    activation : str or tuple, or None
-        As it was given.
-    """
-
-    __slots__ = (
-        "_added",
-        "_closed",
-        "_counted",
-        "_dtypes",
-        "_eps",
-        "_layout",
-        "_limits",
-        "_selection",
-        "_statistics",
-        "_x",
-    )
-
-    def __init__(
-        self,
-        x: NDArray[Float_co],
-        eps: float,
-        layout: Layout,
-        statistics: NDArray[np.float64],
-        dtypes: tuple[np.dtype[Any], np.dtype[Any] | None, np.dtype[Any] | None],
-        counted: Tally | None = None,
-        selection: Selection | None = None,
-        limits: Limits | None = None,
-        added: bool = False,
-        closed: Bits | None = None,
-    ) -> None:
-        self._x = x
-        self._eps = eps
-        self._layout = layout
-        self._statistics = statistics
-        self._dtypes = dtypes
-        self._counted = counted
-        self._selection = selection
-        self._limits = limits
-        self._added = added
-        self._closed = closed
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        after = self._selection, self._limits, self._added, self._closed
-        return _restored, (self.x, self._eps, self._layout, self._statistics, self._dtypes, self._counted, *after)
-
-    @property
-    def x(self) -> NDArray[Float_co]:
-        return self._unchanged_x()
-
-    def _unchanged_x(self) -> NDArray[Float_co]:
-        x, layout, dtype = self._x, self._layout, self._dtypes[0]
-        if x.dtype != dtype or x.shape != layout.shape or not layout.fits(x):
-            raise ValueError(
-                f"x must stay what forward saw, <{dtype} {layout.shape}>, until backward has run; "
-                f"it is now {_shape_and_dtype(x)}"
-            )
-        return x
-
-    @property
-    def axis(self) -> int:
-        return self._layout.axis
-
-    @property
-    def eps(self) -> float:
-        return self._eps
-
-    @property
-    def count(self) -> int:
-        return self._tally.values
-
-    @property
-    def _tally(self) -> Tally:
-        """The values in the statistics: by default all values of x."""
-        return Tally.of_all(self._layout.values) if self._counted is None else self._counted
-
-    @property
-    def activation(self) -> Activation | None:
-        return _activation.activation_of(self._limits)
-
-    def _row(self, row: int) -> NDArray[np.float64]:
-        self._statistics.flags.writeable = False  # otherwise a view could be made writeable again
-        array: NDArray[np.float64] = self._statistics[row]
-        return array
-
-    @property
-    def mean(self) -> NDArray[np.float64]:
-        return self._row(MEAN)
-
-    @property
-    def var(self) -> NDArray[np.float64]:
-        return self._row(VAR)
-
-    @property
-    def rstd(self) -> NDArray[np.float64]:
-        return self._row(RSTD)
-
-    @property
-    def gamma(self) -> NDArray[np.float64]:
-        return self._row(GAMMA)
-
-    @property
-    def mean_low(self) -> NDArray[np.float64]:
-        return self._row(MEAN_LOW)
-
-    def __getitem__(self, item: object) -> NoReturn:
-        """Refuse to be unpacked, which a hand-written backward pass would try."""
-        raise TypeError(
-            "what forward left is for batchnorm's own backward and has no items: read its attributes x, mean, var, "
-            "rstd and gamma, or pair your own backward pass with your own forward pass"
-        )
-
-    def __repr__(self) -> str:
-        after = "" if self._limits is None else f", activation={self.activation!r}"
-        return f"Saved(x={_shape_and_dtype(self._x)}, axis={self.axis}, eps={self._eps}, count={self.count}{after})"
-
-
-def _restored(x: Array, eps: float, layout: Layout, *rest: Any) -> Saved:
-    """A copy of what `forward` left; pickle may have changed the memory order of x."""
-    return Saved(layout.bring(x), eps, layout, *rest)
-
-
-def _chosen(selection: Selection | None, fill: float = 0.0) -> Chosen | None:
-    return None if selection is None else selection.chosen(fill)
-
-
-def _normalized(layout: Layout, selection: Selection | None) -> int:
-    """The number of values per channel that are normalized."""
-    return layout.values if selection is None else selection.normalized(layout)
 
 
 def as_names(names: Any, argument: str, known: tuple[str, ...]) -> Collection[Any]:
@@ -420,9 +214,9 @@ def forward(
         _check_moments(moments, layout, selection)
     elif weights is not None and selection is not None and size and not selection.tally.weight:
         raise ValueError("weights must not all be 0")
-    residual, after = None, _NOTHING
+    residual, after = None, NOTHING
     if activation is not None or add is not None:
-        residual, after = _after(activation, add, x, layout)
+        residual, after = after_of(activation, add, x, layout)
     limits, added, closed = after
     threads = _threads.threads_for(size, num_threads)
     if out is None:
@@ -478,7 +272,7 @@ def normalize(
     kernels.normalize(x, y, layout.view, statistics, threads, limits, added, closed, chosen)
 
 
-def _after(
+def after_of(
     activation: Activation | None, add: ArrayLike | None, x: Array, layout: Layout, noted: bool = True
 ) -> tuple[Array | None, After]:
     """The residual, and the kernels' arguments: limits, residual and the bits for where the activation is closed."""
@@ -495,7 +289,7 @@ def _check_moments(moments: Moments, layout: Layout, selection: Selection | None
         raise TypeError(f"moments must be Moments, got {type(moments).__name__}")
     if moments.mean.size != layout.view[1]:
         raise ValueError(f"moments must have {layout.view[1]} channels, got {moments.mean.size}")
-    if moments.count == 0 and _normalized(layout, selection):
+    if moments.count == 0 and normalized_in(layout, selection):
         raise ValueError("moments must cover at least one value, got count = 0")
 
 
@@ -634,7 +428,7 @@ def _check_sums(sums: GradientSums, saved: Saved) -> None:
         raise TypeError(f"sums must be GradientSums, got {type(sums).__name__}")
     if sums.sum_dy.size != saved._layout.view[1]:
         raise ValueError(f"sums must have {saved._layout.view[1]} channels, got {sums.sum_dy.size}")
-    wanted = max(saved.count, _normalized(saved._layout, saved._selection))
+    wanted = max(saved.count, normalized_in(saved._layout, saved._selection))
     if sums.count < wanted:
         raise ValueError(f"sums must cover all values that were normalized, at least {wanted}, got {sums.count}")
 
@@ -723,7 +517,7 @@ def _pass_back(dy: Array, closed: Bits, limits: Limits, layout: Layout, threads:
     return passed
 
 
-def _closed_at(
+def closed_at(
     x: Array, layout: Layout, statistics: NDArray[np.float64], limits: Limits, add: Array | None, threads: int
 ) -> Bits:
     """Where the activation is closed, from a forward pass with known statistics."""
@@ -762,7 +556,7 @@ def upstream(dy: ArrayLike, saved: Saved) -> Array:
         return dy
     threads = _threads.threads_for(dy.size, None)
     if closed is None:
-        closed = _closed_at(saved.x, layout, saved._statistics, limits, None, threads)
+        closed = closed_at(saved.x, layout, saved._statistics, limits, None, threads)
     return _pass_back(dy, closed, limits, layout, threads)
 
 
@@ -803,7 +597,7 @@ def grad_sums(dy: ArrayLike, saved: Saved, *, num_threads: int | None = None) ->
     """
     if not isinstance(saved, Saved):
         raise TypeError(f"saved must be what forward returned, got {type(saved).__name__}")
-    x, layout, limits, chosen = saved.x, saved._layout, saved._limits, _chosen(saved._selection)
+    x, layout, limits, chosen = saved.x, saved._layout, saved._limits, chosen_by(saved._selection)
     dy = like_x(dy, saved)
     table = np.zeros((GRADIENT_ROWS, layout.view[1]))
     if x.size:
@@ -813,7 +607,7 @@ def grad_sums(dy: ArrayLike, saved: Saved, *, num_threads: int | None = None) ->
         kernels = _kernels.of_type[x.dtype.char]
         views = layout.seen(layout.bring(dy)), layout.seen(x)
         kernels.grad_sums(*views, saved._statistics, table, None, None, threads, limits, chosen)
-    normalized = Tally.of_all(_normalized(layout, saved._selection))
+    normalized = Tally.of_all(normalized_in(layout, saved._selection))
     return GradientSums._made(normalized, table[SUM_DY : SUM_DY_XMU + 1])
 
 
@@ -906,279 +700,3 @@ def update_running(
     if tally.values:
         correction = tally.correction() if unbiased else 1.0
         per_channel.update_running(running_mean, running_var, saved._statistics, momentum, correction)
-
-
-def table_of(
-    mean: ArrayLike,
-    var: ArrayLike,
-    gamma: ArrayLike | None,
-    beta: ArrayLike | None,
-    eps: float,
-    channels: int,
-    layout: Layout | None = None,
-) -> tuple[NDArray[np.float64], _Fixed]:
-    """The table of given statistics and parameters, and the arrays that filled it."""
-    eps = _arrays.as_eps(eps)
-    statistics = np.empty((STATISTICS_ROWS, channels))
-    fixed: tuple[Any, Any, Any, Any] = mean, var, gamma, beta
-    try:  # the kernel checks arrays of floats in less time, but it names no argument
-        negative = _kernels.float64.fix_statistics(statistics, channels, *fixed, eps)
-    except (TypeError, ValueError):
-        mean = _arrays.as_channels(mean, "mean", channels, layout)
-        var = _arrays.as_channels(var, "var", channels, layout)
-        gamma = None if gamma is None else _arrays.as_channels(gamma, "gamma", channels, layout)
-        beta = None if beta is None else _arrays.as_channels(beta, "beta", channels, layout)
-        fixed = mean, var, gamma, beta
-        negative = _kernels.float64.fix_statistics(statistics, channels, *fixed, eps)
-    if negative >= 0:
-        swapped = "; are mean and var swapped?" if (np.asarray(mean) >= 0).all() else ""
-        raise ValueError(f"var must not be negative, got {fixed[1][negative]} in channel {negative}{swapped}")
-    return statistics, fixed
-
-
-def _check_fixed_out(out: Array, x: Array, fixed: _Fixed, add: Array | None, may_be_same: tuple[str, ...] = ()) -> None:
-    mean, var, gamma, beta = fixed
-    _arrays.check_out(out, x.shape, x.dtype)
-    inputs = {"x": x, "mean": mean, "var": var, "gamma": gamma, "beta": beta, "add": add}
-    _arrays.check_overlap(out, inputs, may_be_same)
-
-
-@overload
-def inference(
-    x: NDArray[Float],
-    mean: ArrayLike,
-    var: ArrayLike,
-    gamma: ArrayLike | None = None,
-    beta: ArrayLike | None = None,
-    *,
-    out: NDArray[Float] | None = None,
-    **how: Unpack[_keywords.Inference],
-) -> NDArray[Float]: ...
-@overload
-def inference(
-    x: ArrayLike,
-    mean: ArrayLike,
-    var: ArrayLike,
-    gamma: ArrayLike | None = None,
-    beta: ArrayLike | None = None,
-    *,
-    out: Array | None = None,
-    **how: Unpack[_keywords.Inference],
-) -> Array: ...
-def inference(
-    x: ArrayLike,
-    mean: ArrayLike,
-    var: ArrayLike,
-    gamma: ArrayLike | None = None,
-    beta: ArrayLike | None = None,
-    *,
-    axis: int = 1,
-    eps: float = 1e-5,
-    mask: ArrayLike | None = None,
-    lengths: ArrayLike | None = None,
-    fill: float = 0.0,
-    activation: Activation | None = None,
-    add: ArrayLike | None = None,
-    out: Array | None = None,
-    num_threads: int | None = None,
-) -> Array:
-    """Normalize with given statistics: y = act(gamma·(x − mean)/√(var + eps) + beta + add).
-
-    Parameters
-    ----------
-    x : array_like of float64, float32, float16 or bfloat16, at least 2-D
-        Channels along `axis`.
-    mean, var : array_like, shape (C,)
-        Usually the running statistics; var is not negative. Integers become float64.
-    gamma, beta : array_like, shape (C,), optional
-        Scale and shift; 1 and 0 where None. Integers become float64.
-    axis : int, default 1
-        The channel axis.
-    eps : float, default 1e-5
-        Added to the variance, under the root; finite, at least 0. A channel with var + eps = 0 gives beta.
-    mask, lengths, fill, activation, add
-        As in `forward`.
-    out : ndarray, optional
-        Where to write y: an array of x's shape and dtype. `out=x` and `out=add` are allowed, other overlaps are not.
-    num_threads : int, optional
-        Threads for this call. The result does not depend on it.
-
-    Returns
-    -------
-    ndarray
-        With x's shape, dtype and memory order.
-
-    Raises
-    ------
-    TypeError
-        If x has an unsupported dtype, or another argument is not numeric.
-    ValueError
-        If a shape, `axis`, `eps`, a variance, `mask`, `lengths` or `out` is invalid. Nothing is written then.
-
-    References
-    ----------
-    Ioffe and Szegedy, "Batch Normalization", 2015, arXiv:1502.03167, algorithm 2, step 11.
-
-    Examples
-    --------
-    >>> import numpy as np, batchnorm as bn
-    >>> bn.inference(np.array([[1.0, 10.0], [3.0, 30.0]]), mean=[2.0, 0.0], var=[4.0, 25.0], eps=0.0)
-    array([[-0.5,  2. ],
-           [ 0.5,  6. ]])
-    """
-    given = _arrays.as_float(x, "x")
-    x, layout = _arrays.lay_out(given, axis)
-    statistics, fixed = table_of(mean, var, gamma, beta, eps, layout.view[1], layout)
-    residual, after = None, _NOTHING
-    if activation is not None or add is not None:
-        residual, after = _after(activation, add, x, layout, noted=False)
-    chosen = None
-    if mask is not None or lengths is not None:
-        chosen = _chosen(selection_of(layout, x.dtype, mask, lengths), _arrays.as_number(fill, "fill"))
-    threads = _threads.threads_for(x.size, num_threads, once=True)
-    if out is not None:
-        _check_fixed_out(out, given, fixed, residual, ("x", "add"))
-    y = layout.empty(x.dtype) if out is None else layout.room(out, x.dtype)
-    if x.size:
-        normalize(x, y, layout, statistics, threads, after, chosen)
-    return y if out is None else _arrays.deliver(y, out)
-
-
-@overload
-def inference_backward(
-    dy: ArrayLike,
-    x: NDArray[Float],
-    mean: ArrayLike,
-    var: ArrayLike,
-    gamma: ArrayLike | None = None,
-    *,
-    need: Literal["dx"] = ...,
-    out: NDArray[Float] | None = None,
-    **how: Unpack[_keywords.InferenceBackward],
-) -> InferenceGradients[NDArray[Float]]: ...
-@overload
-def inference_backward(
-    dy: ArrayLike,
-    x: ArrayLike,
-    mean: ArrayLike,
-    var: ArrayLike,
-    gamma: ArrayLike | None = None,
-    *,
-    need: Literal["dx"] = ...,
-    out: Array | None = None,
-    **how: Unpack[_keywords.InferenceBackward],
-) -> InferenceGradients[Array]: ...
-@overload
-def inference_backward(
-    dy: ArrayLike,
-    x: NDArray[Float],
-    mean: ArrayLike,
-    var: ArrayLike,
-    gamma: ArrayLike | None = None,
-    *,
-    need: InferenceNeed,
-    out: NDArray[Float] | None = None,
-    **how: Unpack[_keywords.InferenceBackward],
-) -> InferenceGradients[NDArray[Float] | None]: ...
-@overload
-def inference_backward(
-    dy: ArrayLike,
-    x: ArrayLike,
-    mean: ArrayLike,
-    var: ArrayLike,
-    gamma: ArrayLike | None = None,
-    *,
-    need: InferenceNeed,
-    out: Array | None = None,
-    **how: Unpack[_keywords.InferenceBackward],
-) -> InferenceGradients[Array | None]: ...
-def inference_backward(
-    dy: ArrayLike,
-    x: ArrayLike,
-    mean: ArrayLike,
-    var: ArrayLike,
-    gamma: ArrayLike | None = None,
-    *,
-    beta: ArrayLike | None = None,
-    axis: int = 1,
-    eps: float = 1e-5,
-    mask: ArrayLike | None = None,
-    lengths: ArrayLike | None = None,
-    activation: Activation | None = None,
-    add: ArrayLike | None = None,
-    need: InferenceNeed = NEED,
-    out: Array | None = None,
-    num_threads: int | None = None,
-) -> InferenceGradients:
-    """Gradients of `inference`: dx = dy·gamma·rstd, because the statistics do not depend on x.
-
-    dbeta = Σdy and dgamma = Σdy·(x − mean)·rstd over all axes but the channel axis, with rstd = 1/√(var + eps). The
-    statistics have gradients too: dmean = −gamma·rstd·dbeta and dvar = −½·gamma·rstd²·dgamma. With an activation,
-    dy·act′ replaces dy everywhere, as in `backward`.
-
-    Parameters
-    ----------
-    dy : array_like
-        Upstream gradient, of x's shape and dtype.
-    x, mean, var, gamma, beta, axis, eps, mask, lengths, activation, add
-        As given to `inference`. beta and add matter only with an activation.
-    need : {"dx", "dgamma", "dbeta", "dadd", "dmean", "dvar"} or collection of them, optional
-        The gradients to compute, by default the first three, and dadd if there is `add`; the others are None.
-    out : ndarray, optional
-        Where to write dx: an array of x's shape and dtype. `out=dy` is allowed, other overlaps are not.
-    num_threads : int, optional
-        Threads for this call. The result does not depend on it.
-
-    Returns
-    -------
-    InferenceGradients
-        A named tuple (dx, dgamma, dbeta) with the attributes dadd, dmean and dvar. dgamma and dbeta have gamma's dtype,
-        or, if gamma is None, x's dtype but at least float32. dmean and dvar have the dtypes of mean and var.
-
-    Raises
-    ------
-    TypeError, ValueError
-        As for `inference` and `backward`.
-
-    Examples
-    --------
-    >>> import numpy as np, batchnorm as bn
-    >>> x, dy = np.array([[1.0], [3.0]]), np.array([[1.0], [2.0]])
-    >>> dx, dgamma, dbeta = bn.inference_backward(dy, x, mean=[2.0], var=[4.0], gamma=[3.0], eps=0.0)
-    >>> dx.ravel(), dgamma, dbeta
-    (array([1.5, 3. ]), array([0.5]), array([3.]))
-    >>> bn.inference_backward(dy, x, mean=[2.0], var=[4.0], gamma=[3.0], eps=0.0, need="dmean").dmean
-    array([-4.5])
-    """
-    given = _arrays.as_float(x, "x")
-    x, layout = _arrays.lay_out(given, axis)
-    statistics, fixed = table_of(mean, var, gamma, beta, eps, layout.view[1], layout)
-    mean, var, gamma, _ = fixed
-    residual = limits = closed = None
-    if activation is not None or add is not None:
-        residual, (limits, seen, _) = _after(activation, add, x, layout, noted=False)
-        if limits is not None and seen is not None:
-            threads = _threads.threads_for(x.size, num_threads)
-            closed = _closed_at(x, layout, statistics, limits, seen, threads)
-    if out is not None:
-        _check_fixed_out(out, given, fixed, residual)
-    full = x.dtype if x.itemsize > 2 else np.dtype(np.float32)
-    dtype = full if gamma is None else gamma.dtype
-    dtypes = x.dtype, dtype, dtype
-    selection = selection_of(layout, x.dtype, mask, lengths)
-    tally = Tally.of_all(_normalized(layout, selection))
-    saved = Saved(x, eps, layout, statistics, dtypes, tally, selection, limits, add is not None, closed)
-    table = np.empty((GRADIENT_ROWS, layout.view[1]))
-    if need is not NEED:
-        need = as_names(need, "need", _INFERENCE_NEED)
-    found = gradients_of(dy, saved, 0, need, table, out, num_threads)
-    gradients = InferenceGradients(*found)
-    if found.dadd is not None:
-        gradients.dadd = found.dadd
-    if "dmean" in need or "dvar" in need:
-        per_channel.channel_gradients(statistics, table)
-    if "dmean" in need:
-        gradients.dmean = table[DMEAN].astype(mean.dtype)
-    if "dvar" in need:
-        gradients.dvar = table[DVAR].astype(var.dtype)
-    return gradients

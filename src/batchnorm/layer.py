@@ -25,14 +25,15 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 import batchnorm as bn  # for annotations: what they name is imported when they are evaluated
 
-from . import _activation, _arrays, functional, training
+from . import _activation, _arrays, fixed, functional, training
 from ._activation import Activation
 from ._arrays import Array, Float, MaybeNone
 from ._foreign import as_array
 from ._selection import Tally, one_of_three
 from ._state import ARRAYS, MOST_BATCHES, State
-from .functional import Gradients, Need, Saved, Through
+from .functional import Need, Through
 from .moments import Batch, Moments, Numbers, population
+from .saved import Gradients, Saved
 from .training import Ghosts, Renormed, Statistics, Way
 
 if TYPE_CHECKING:
@@ -437,13 +438,13 @@ class BatchNorm:
             per channel counts. The layer is unchanged then.
         """
         selects = one_of_three(mask, lengths, weights)
-        fixed = self._fixed
-        if fixed and not self._follows:
+        by_running = self._fixed
+        if by_running and not self._follows:
             return self._normalize_by_running(x, selects, fill, add, out, num_threads)
         x = _arrays.as_float(x, "x")
         _arrays.check_channels(x.shape, self.axis, self.num_features)
         training.check_spread(x.shape, x.dtype, self.axis, selects)
-        if fixed:
+        if by_running:
             moments = Moments.of(x, self.axis, num_threads=num_threads, **selects)  # before y can overwrite x
             y = self._normalize_by_running(x, selects, fill, add, out, num_threads)
             self._follow(training.statistics_of(moments, self.eps), moments._tally)
@@ -510,7 +511,7 @@ class BatchNorm:
         if selects:
             given |= {name: value for name, value in selects.items() if name != "weights"}
         try:
-            y = functional.inference(x, fill=fill, out=out, num_threads=num_threads, **given)
+            y = fixed.inference(x, fill=fill, out=out, num_threads=num_threads, **given)
         except ValueError:
             _arrays.check_channels(_arrays.as_float(x, "x").shape, self.axis, self.num_features)
             raise
@@ -610,7 +611,7 @@ class BatchNorm:
         elif isinstance(kept, Ghosts):
             gradients = kept.backward(dy, need, out, num_threads)
         else:
-            gradients = functional.inference_backward(dy, need=need, out=out, num_threads=num_threads, **kept)
+            gradients = fixed.inference_backward(dy, need=need, out=out, num_threads=num_threads, **kept)
         state = self._state
         self.dgamma = None if state.gamma is None else gradients.dgamma
         self.dbeta = None if state.beta is None else gradients.dbeta

@@ -29,7 +29,8 @@ from ._arrays import Array, Layout
 from ._foreign import as_array
 from ._kernels import Limits, Three, lookup
 from ._kernels.runtime import BETA, COEFFICIENT_ROWS, GAMMA, MEAN, VAR
-from .functional import normalize, table_of
+from .fixed import table_of
+from .functional import normalize
 from .moments import Moments
 
 Order = Literal["C", "K"]

@@ -28,8 +28,10 @@ from ._arrays import Array, Layout
 from ._kernels.runtime import M2, MEAN, MEAN_LOW, STATISTICS_ROWS, VAR
 from ._selection import Tally, by_sample, selection_of
 from ._state import State
-from .functional import Gradients, Need, Saved
+from .fixed import table_of
+from .functional import Need
 from .moments import Moments, Numbers
+from .saved import Gradients, Saved
 
 Statistics = Literal["batch", "running"]
 """The statistics that training normalizes with."""
@@ -113,7 +115,7 @@ def _rounded(gradient: Array | None, dtype: np.dtype[Any]) -> Array | None:
 def corrections(moments: Moments, mean: Array, var: Array, eps: float, bounds: tuple[float, float]) -> tuple[Any, Any]:
     """ρ = clip(σ_B/σ, 1/rmax, rmax) and d = clip((μ_B − μ)/σ, −dmax, dmax), where σ = √(var + eps); 0/0 is 1 and 0."""
     rmax, dmax = bounds
-    running, _ = functional.table_of(mean, var, None, None, eps, mean.size)
+    running, _ = table_of(mean, var, None, None, eps, mean.size)
     sigma, sigma_batch = np.sqrt(running[VAR] + eps), np.sqrt(moments.var() + eps)
     with np.errstate(all="ignore"):
         apart = (moments.mean - running[MEAN]) + moments.mean_low

@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from .. import _arrays
-from ..functional import Saved
 from ..reference import Array
+from ..saved import Saved
 from .parameters import explain_parameter
 from .right import Right
 from .search import CORRECT

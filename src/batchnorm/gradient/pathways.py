@@ -19,8 +19,8 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
 from .. import _arrays, functional, reference
-from ..functional import Saved
 from ..reference import Array, MomentGradients
+from ..saved import Saved
 
 MAX_BYTES = 1 << 30
 

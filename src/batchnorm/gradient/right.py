@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from .. import reference
-from ..functional import Saved
 from ..reference import Array, Cache
+from ..saved import Saved
 from . import pathways
 from .formula import Formula, Parts
 

@@ -21,9 +21,10 @@ from jax.experimental.buffer_callback import buffer_callback
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
-from .. import _arrays, calculus, functional
+from .. import _arrays, calculus, fixed, functional
 from .._arrays import Array
 from .._kernels.runtime import GAMMA, STATISTICS_ROWS
+from ..saved import Saved
 
 Shaped = tuple[tuple[int, ...], Any]
 """Shape and dtype of an output."""
@@ -78,12 +79,12 @@ def _fill(outputs: list[Array], results: Any) -> None:
         output[...] = result
 
 
-def _saved(x: Array, gamma: Array, table: Array, axis: int, eps: float) -> functional.Saved:
+def _saved(x: Array, gamma: Array, table: Array, axis: int, eps: float) -> Saved:
     """The `Saved` of `batchnorm.forward`, rebuilt with this gamma."""
     statistics = table.view(np.float64).copy()
     statistics[GAMMA] = gamma
     _, layout = _arrays.lay_out(x, axis)
-    return functional.Saved(x, eps, layout, statistics, (x.dtype, gamma.dtype, gamma.dtype))
+    return Saved(x, eps, layout, statistics, (x.dtype, gamma.dtype, gamma.dtype))
 
 
 def _forward(outputs: list[Array], x: Array, gamma: Array, beta: Array, **options: Any) -> None:
@@ -117,7 +118,7 @@ def _inference(
     outputs: list[Array], x: Array, gamma: Array, beta: Array, mean: Array, var: Array, **options: Any
 ) -> None:
     var = np.where(var < 0, np.array(np.nan, var.dtype), var)  # a negative variance would be refused
-    functional.inference(x, mean, var, gamma, beta, out=outputs[0], **options)
+    fixed.inference(x, mean, var, gamma, beta, out=outputs[0], **options)
 
 
 forward: Primitive = _primitive("forward", _forward, lambda x, gamma, *_: [_like(x), *_statistics(x, gamma)])

@@ -27,9 +27,10 @@ from .._arrays import Array, Float
 from .._kernels import per_channel
 from .._kernels.runtime import HEAD, M2, STATUS, VALUES
 from .._selection import Tally, one_of_three, selection_of
-from ..functional import Gradients, Need, Saved
+from ..functional import Need
 from ..layer import BatchNorm
 from ..moments import Batch, GradientSums, Moments, Numbers, moments_of
+from ..saved import Gradients, Saved
 from ..training import Ghosts, Renormed, Statistics, Way
 from .exchange import Communicator, Exchange, world
 

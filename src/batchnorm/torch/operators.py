@@ -27,6 +27,7 @@ import batchnorm as bn
 from .. import _activation, _arrays, functional
 from .._arrays import Array
 from .._kernels.runtime import STATISTICS_ROWS
+from ..fixed import table_of
 from .tensors import as_array, as_tensor, as_tensor_like, dense
 
 _LIBRARY = library.Library("batchnorm", "DEF")
@@ -149,7 +150,7 @@ def _inference(
     """y with given statistics, and these statistics as the other operators take them."""
     x = dense(x)
     given = as_array(mean), as_array(var), _maybe_array(weight), _maybe_array(bias)
-    statistics, _ = functional.table_of(*given, eps, x.shape[1])
+    statistics, _ = table_of(*given, eps, x.shape[1])
     y = bn.inference(
         as_array(x), *given, eps=eps, activation=_activation_of(limits), num_threads=torch.get_num_threads()
     )

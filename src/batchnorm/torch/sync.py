@@ -20,9 +20,9 @@ from torch import Tensor, distributed
 from torch.autograd.function import once_differentiable
 
 from .. import functional
-from ..functional import Saved
 from ..moments import Numbers
 from ..mpi import SyncBatchNorm as Layer
+from ..saved import Saved
 from . import operators
 from .modules import Norm, check
 from .tensors import as_array, as_tensor, as_tensor_like, dense
