@@ -2,7 +2,7 @@
 
 Decisions:
 
-- `Saved` refers to x and copies nothing: xhat is computed again from x, which takes less time than to read it.
+- `Saved` refers to x and copies nothing: computing xhat again from x takes less time than reading it would.
 - The gradients are named tuples of dx, dgamma and dbeta, so that they can be unpacked; what only some calls ask for is
   an attribute beside them.
 """
