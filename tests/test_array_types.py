@@ -151,6 +151,58 @@ def test_numbers_per_channel_and_what_selects(make):
     np.testing.assert_array_equal(layer.gamma, gamma)
 
 
+GIVEN = {name: np.array([1, i, 4], np.float32) for i, name in enumerate(("mean", "var", "gamma", "beta"))}
+
+
+class OwnArray(np.ndarray):
+    pass
+
+
+@pytest.mark.parametrize("name", GIVEN)
+@pytest.mark.parametrize(
+    "make",
+    [
+        list,
+        memoryview,
+        mapped,
+        read_only,
+        lambda values: values.view(OwnArray),
+        lambda values: values.astype(np.dtype(np.float32, metadata={"unit": "m"})),
+        lambda values: values.astype(">f4"),
+        lambda values: values.astype(">f2"),
+        lambda values: np.repeat(values, 2)[::2],
+        lambda values: np.frombuffer(b"-" + values.tobytes(), np.float32, offset=1),
+    ],
+    ids=[
+        "list",
+        "memoryview",
+        "memmap",
+        "read-only",
+        "own",
+        "metadata",
+        "foreign",
+        "foreign half",
+        "gaps",
+        "misaligned",
+    ],
+)
+def test_given_statistics_and_parameters(make, name):
+    given = GIVEN | {name: make(GIVEN[name])}
+    np.testing.assert_array_equal(bn.inference(X, **given), bn.inference(X, **GIVEN))
+    for need in ("dx", "dgamma", "dmean", "dvar"):
+        got, expected = (getattr(bn.inference_backward(DY, X, **each, need=need), need) for each in (given, GIVEN))
+        np.testing.assert_allclose(got, expected, rtol=1e-3 if got.itemsize == 2 else 1e-6)
+        assert got.dtype.isnative
+
+
+@pytest.mark.parametrize("name", GIVEN)
+def test_given_masked_arrays_are_refused(name):
+    given = GIVEN | {name: np.ma.array(GIVEN[name])}
+    for call in (lambda: bn.inference(X, **given), lambda: bn.inference_backward(DY, X, **given)):
+        with pytest.raises(TypeError, match=f"{name} must not be a masked array"):
+            call()
+
+
 def test_a_tensor_in_channels_last_is_used_where_it_lies():
     torch = peer("torch")
     x = torch.randn(2, 3, 4, 5, dtype=torch.float64).to(memory_format=torch.channels_last)

@@ -69,10 +69,12 @@ cdef int refuse(Py_ssize_t channels) except -1:
 
 cdef plain(values, Py_ssize_t channels):
     """An array of native floats, or a copy in float32 if they have 16 bits; anything else is refused."""
-    dtype = values.dtype if type(values) is ndarray else None
+    if type(values) is not ndarray:
+        refuse(channels)
+    dtype = values.dtype
     if dtype is FLOAT32 or dtype is FLOAT64 or dtype == FLOAT32 or dtype == FLOAT64:
         return values
-    if dtype is None or dtype.itemsize != 2 or dtype.kind not in "fV" or not dtype.isnative:
+    if dtype.itemsize != 2 or dtype.kind not in "fV" or not dtype.isnative:
         refuse(channels)
     return values.astype(FLOAT32)
 
